@@ -1,0 +1,46 @@
+# Two commands matter: `make demo` and `make test`. Each does everything from a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-all check bench install clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo      four emulated hospitals, one plan, a trained model and its report"
+	@echo "make test      the tests"
+	@echo "make check     ruff, strict mypy, import directions"
+	@echo "make test-all  the tests, long forms included"
+	@echo "make bench     the benchmarks of docs/benchmarks.md"
+	@echo "make install   the environment alone, in $(VENV)"
+
+$(STAMP): pyproject.toml configs/constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c configs/constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/locum simulate --baselines --out runs/demo --force
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -q --slow
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p build/types/locum
+	for part in common server site_client simulations configs; do ln -sfn ../../../$$part build/types/locum/$$part; done
+	$(BIN)/mypy -p locum
+	$(BIN)/python -m pytest -q tests/common/test_imports.py
+
+bench: $(STAMP)
+	$(BIN)/python -m locum.simulations.benchmarks
+
+clean:
+	rm -rf $(VENV) build *.egg-info

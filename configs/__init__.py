@@ -1,0 +1,1 @@
+"""Plans and site files that run as they are."""

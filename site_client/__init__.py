@@ -1,0 +1,1 @@
+"""The site agent: policy gate, imaging (DICOM to tensors), training."""
