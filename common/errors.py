@@ -19,9 +19,12 @@ class LocumError(Exception):
     """
 
     def __init__(self, message: str, remedy: str) -> None:
-        super().__init__(message)
+        super().__init__(message, remedy)
         self.message = message
         self.remedy = remedy
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class PlanError(LocumError):
@@ -60,16 +63,25 @@ MEANING: dict[Code, tuple[str, str]] = {
     Code.INTERNAL: ("an unexpected error inside the agent", "ask the site for its own log"),
     Code.PLAN_UNREADABLE: ("the bundle holds no readable plan", "propose the plan again"),
     Code.PLAN_MISMATCH: ("the message names another plan than the bundle", "start a new run of this plan"),
-    Code.POLICY_REFUSED: ("the site's policy forbids this plan", "ask the site's steward which clause refused it"),
+    Code.POLICY_REFUSED: (
+        "the site's policy forbids this plan",
+        "ask the site's steward which clause refused it",
+    ),
     Code.NO_DATA: ("the site has no case for this step", "check the site's readiness, or leave the site out"),
     Code.DATA_UNREADABLE: ("a stored image could not be read or transformed", "ask the site to ingest again"),
     Code.LOSS_NOT_FINITE: ("the loss became NaN or infinite", "lower the learning rate or clip gradients"),
-    Code.UPDATE_REFUSED: ("the site's own checks refused its update", "lower the learning rate or raise the norm bound"),
+    Code.UPDATE_REFUSED: (
+        "the site's own checks refused its update",
+        "lower the learning rate or raise the norm bound",
+    ),
     Code.WORKER_DIED: ("the worker process died", "it is started again; watch the site's memory"),
     Code.OUT_OF_MEMORY: ("the worker ran out of memory", "use a smaller batch or patch"),
     Code.DISK_FULL: ("the site's disk is full", "ask the site to free space"),
     Code.MESSAGE_UNREADABLE: ("the message is not in this protocol's form", "check that versions agree"),
-    Code.PLAN_UNBUILDABLE: ("the plan's parts cannot be built here", "compare package versions with the site"),
+    Code.PLAN_UNBUILDABLE: (
+        "the plan's parts cannot be built here",
+        "compare package versions with the site",
+    ),
     Code.INTERRUPTED: ("the site was stopped", "resume when the site is back"),
 }
 
@@ -83,6 +95,9 @@ class SiteFailure(Exception):
     """
 
     def __init__(self, code: Code, detail: str = "") -> None:
-        super().__init__(f"{code.name}: {detail}" if detail else code.name)
+        super().__init__(code, detail)
         self.code = code
         self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.code.name}: {self.detail}" if self.detail else self.code.name

@@ -1,1 +1,41 @@
-"""Strategies: one file each, pure functions over sums."""
+"""Strategies: one file each, pure functions over sums.
+
+A strategy sees the weighted sum of the updates and the sum of the weights, never one site's update; so every strategy
+works when the sum is all that the aggregator can read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from locum.common import names
+from locum.common.build import Model, load_target
+from locum.common.plan import Plan
+
+
+class Strategy(Protocol):
+    """How the sum of a round's updates moves the model."""
+
+    def start(self, model: Model, /) -> Model:
+        """The strategy's state before round 1."""
+        ...
+
+    def step(
+        self, model: Model, totals: Mapping[str, NDArray[np.float64]], weight: float, state: Model, /
+    ) -> tuple[Model, Model]:
+        """The next model and state from Σ wᵢ·Δᵢ (float64, by tensor) and Σ wᵢ > 0."""
+        ...
+
+
+def strategy_of(plan: Plan) -> Strategy:
+    """The strategy that a plan names; the plan has been checked before."""
+    name = plan.strategy.name
+    entry = names.STRATEGIES.get(name)
+    made: Strategy = (load_target(entry.target) if entry else names.installed("locum.strategies")[name].load())(
+        **plan.strategy.parameters
+    )
+    return made

@@ -1,0 +1,98 @@
+"""The command `locum`, put together from the entry points `locum.commands`; each group is loaded only when called.
+
+Errors with a remedy are printed as two lines and no traceback (`--debug` shows it). Exit codes: 0 done, 1 failed,
+2 wrong usage or plan, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import EntryPoint, entry_points, version
+from typing import Any
+
+import click
+import typer.main
+
+from locum.common.errors import DataError, LocumError, PlanError
+
+#: One line for each of our own groups, so that `locum --help` loads none of them.
+_HELP = {
+    "plan": "Check, show and identify a plan.",
+    "simulate": "Run a plan over several hospitals on this machine.",
+    "site": "At a hospital: ingest images, look at the catalog.",
+}
+_EXTRA = {"simulate": "site,server", "site": "site", "server": "server"}
+
+
+class _Groups(click.Group):
+    """A click group whose commands are entry points."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        del ctx
+        return sorted(entry_points(group="locum.commands").names)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        found = entry_points(group="locum.commands", name=cmd_name)
+        if not found:
+            return None
+        if ctx.params.get("_listing") or _asks_for_help_only():
+            return click.Command(cmd_name, short_help=_HELP.get(cmd_name, ""))
+        return _load(next(iter(found)))
+
+
+def _asks_for_help_only() -> bool:
+    words = [word for word in sys.argv[1:] if word != "--debug"]
+    return not words or words[0] in {"--help", "-h"}
+
+
+def _load(entry: EntryPoint) -> click.Command:
+    try:
+        return typer.main.get_command(entry.load())
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.startswith("locum"):
+            raise
+        extra = _EXTRA.get(entry.name, entry.name)
+        raise LocumError(
+            f"`locum {entry.name}` needs the package {error.name}", f"pip install 'locum[{extra}]'"
+        ) from error
+
+
+@click.group(cls=_Groups, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("locum"), prog_name="locum")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def locum(*, debug: bool) -> None:
+    """Federated learning for medical images: the model travels, the images stay."""
+    del debug
+
+
+def main() -> Any:
+    """The console script."""
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    try:
+        return locum(standalone_mode=False)
+    except click.exceptions.Abort:
+        return _stopped()
+    except KeyboardInterrupt:
+        return _stopped()
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except LocumError as error:
+        if "--debug" in sys.argv:
+            raise
+        return report(error)
+
+
+def _stopped() -> int:
+    click.echo("stopped", err=True)
+    return 130
+
+
+def report(error: LocumError) -> int:
+    """Prints what went wrong and what to do; returns the exit code."""
+    click.echo(f"error: {error.message}", err=True)
+    click.echo(f" next: {error.remedy}", err=True)
+    return 2 if isinstance(error, PlanError | DataError) else 1

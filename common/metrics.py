@@ -1,0 +1,213 @@
+"""Metrics as sums, so that what a federation measures is what a sum over sites can say.
+
+Rules:
+  * Each metric turns the outcomes of cases into a float64 vector (`sums`) that adds up over sites, and that vector into
+    a value (`value`). No metric needs one site's numbers apart from another's.
+  * `exact` is the same metric from the cases themselves, for who holds them: a site, or a simulation.
+  * A value that does not exist (an AUC with one class only) is None, never 0 or 0.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Value = float | list[list[float]] | None
+
+_BINS = 512
+_LOGIT_RANGE = 16.0
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What a model said of n cases, and the truth.
+
+    Attributes:
+        patients: patient of each case (n).
+        labels: true class of each case (n); empty in segmentation.
+        scores: probability of each class (n × classes); empty in segmentation.
+        dice: Dice of each foreground class (n × (classes − 1)), NaN where truth and prediction are both empty.
+        surface: average symmetric surface distance in mm (n × (classes − 1)), NaN where it does not exist.
+    """
+
+    patients: tuple[str, ...]
+    labels: NDArray[np.int64]
+    scores: Floats
+    dice: Floats
+    surface: Floats
+
+    def take(self, rows: NDArray[np.intp]) -> Outcomes:
+        """The outcomes of some cases, repeats allowed."""
+        classified = len(self.labels) > 0
+        return Outcomes(
+            tuple(self.patients[row] for row in rows),
+            self.labels[rows] if classified else self.labels,
+            self.scores[rows] if classified else self.scores,
+            self.dice if classified else self.dice[rows],
+            self.surface if classified else self.surface[rows],
+        )
+
+
+def join(parts: Sequence[Outcomes]) -> Outcomes:
+    """The outcomes of several sites, one after the other."""
+    return Outcomes(
+        tuple(patient for part in parts for patient in part.patients),
+        np.concatenate([part.labels for part in parts]),
+        _stack([part.scores for part in parts]),
+        _stack([part.dice for part in parts]),
+        _stack([part.surface for part in parts]),
+    )
+
+
+def _stack(parts: Sequence[Floats]) -> Floats:
+    """Rows one below the other; parts without rows may have any width."""
+    return np.concatenate([part for part in parts if len(part)] or [np.zeros((0, 0))])
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric; see the module's rules. `better` is +1 where more is better, −1 where less is."""
+
+    name: str
+    sums: Callable[[Outcomes, int], Floats]
+    value: Callable[[Floats, int], Value]
+    exact: Callable[[Outcomes, int], Value]
+    better: int = 1
+    unit: str = ""
+
+
+def _auc_one(positive: Floats, negative: Floats) -> float | None:
+    """Area under the ROC curve as the Mann–Whitney statistic (Hanley & McNeil, Radiology 1982)."""
+    if len(positive) == 0 or len(negative) == 0:
+        return None
+    ordered = np.sort(negative)
+    below = np.searchsorted(ordered, positive, "left") + np.searchsorted(ordered, positive, "right")
+    return float(below.mean() / (2 * len(negative)))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean of values that exist; None when one of them does not."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(values) else None
+
+
+def _auc_classes(classes: int) -> range:
+    return range(1, 2) if classes == 2 else range(classes)
+
+
+def _auc_exact(outcomes: Outcomes, classes: int) -> float | None:
+    areas = [
+        _auc_one(outcomes.scores[outcomes.labels == c, c], outcomes.scores[outcomes.labels != c, c])
+        for c in _auc_classes(classes)
+    ]
+    return _mean(areas)
+
+
+def _auc_sums(outcomes: Outcomes, classes: int) -> Floats:
+    """Histograms of logits: class × (others, class) × bins. Within a bin, scores count as tied."""
+    edges = np.linspace(-_LOGIT_RANGE, _LOGIT_RANGE, _BINS + 1)
+    sums = np.zeros((classes, 2, _BINS))
+    for c in _auc_classes(classes):
+        p = np.clip(outcomes.scores[:, c], 1e-7, 1 - 1e-7)
+        logits = np.clip(np.log(p) - np.log1p(-p), edges[0], edges[-1])
+        for member in (0, 1):
+            sums[c, member] = np.histogram(logits[(outcomes.labels == c) == bool(member)], edges)[0]
+    return sums.ravel()
+
+
+def _auc_value(sums: Floats, classes: int) -> float | None:
+    histograms = sums.reshape(classes, 2, _BINS)
+    return _mean([_auc_of_histograms(*histograms[c]) for c in _auc_classes(classes)])
+
+
+def _auc_of_histograms(negative: Floats, positive: Floats) -> float | None:
+    pairs = negative.sum() * positive.sum()
+    if pairs == 0:
+        return None
+    below = np.cumsum(negative) - negative / 2
+    return float((positive * below).sum() / pairs)
+
+
+def _confusion_sums(outcomes: Outcomes, classes: int) -> Floats:
+    matrix = np.zeros((classes, classes))
+    if len(outcomes.labels):
+        np.add.at(matrix, (outcomes.labels, outcomes.scores.argmax(axis=1)), 1)
+    return matrix.ravel()
+
+
+def _confusion_value(sums: Floats, classes: int) -> Value:
+    """Rows are truth, columns are prediction, in cases."""
+    return [[float(count) for count in row] for row in sums.reshape(classes, classes)]
+
+
+def _accuracy_value(sums: Floats, classes: int) -> float | None:
+    matrix = sums.reshape(classes, classes)
+    return float(np.trace(matrix) / matrix.sum()) if matrix.sum() else None
+
+
+def _by_class_sums(values: Floats, classes: int) -> Floats:
+    """Sum and count per foreground class, (classes − 1) × 2."""
+    if len(values) == 0:
+        return np.zeros((classes - 1) * 2)
+    known = np.isfinite(values)
+    return np.stack([np.where(known, values, 0).sum(axis=0), known.sum(axis=0)], axis=1).ravel().astype(np.float64)
+
+
+def _by_class_value(sums: Floats, classes: int) -> float | None:
+    pairs = sums.reshape(classes - 1, 2)
+    return _mean([float(total / count) for total, count in pairs if count])
+
+
+def _from_sums(
+    sums: Callable[[Outcomes, int], Floats], value: Callable[[Floats, int], Value]
+) -> Callable[[Outcomes, int], Value]:
+    return lambda outcomes, classes: value(sums(outcomes, classes), classes)
+
+
+def _dice_sums(outcomes: Outcomes, classes: int) -> Floats:
+    return _by_class_sums(outcomes.dice, classes)
+
+
+def _surface_sums(outcomes: Outcomes, classes: int) -> Floats:
+    return _by_class_sums(outcomes.surface, classes)
+
+
+auc = Metric("AUC", _auc_sums, _auc_value, _auc_exact)
+accuracy = Metric("accuracy", _confusion_sums, _accuracy_value, _from_sums(_confusion_sums, _accuracy_value))
+confusion = Metric("confusion", _confusion_sums, _confusion_value, _from_sums(_confusion_sums, _confusion_value))
+dice = Metric("Dice", _dice_sums, _by_class_value, _from_sums(_dice_sums, _by_class_value))
+surface_distance = Metric(
+    "surface_distance", _surface_sums, _by_class_value, _from_sums(_surface_sums, _by_class_value), -1, "mm"
+)
+
+METRICS: Mapping[str, Metric] = MappingProxyType(
+    {metric.name: metric for metric in (auc, accuracy, confusion, dice, surface_distance)}
+)
+
+
+def bootstrap(
+    metric: Metric, outcomes: Outcomes, classes: int, *, rng: np.random.Generator, draws: int = 1000
+) -> tuple[float, float] | None:
+    """The 95 % percentile interval of a scalar metric, resampling patients (Efron & Tibshirani 1993, ch. 13).
+
+    Returns:
+        (low, high), or None when the metric does not exist in half of the draws.
+    """
+    order = np.argsort(np.array(outcomes.patients), kind="stable")
+    names = np.array(outcomes.patients)[order]
+    groups = np.split(order, np.flatnonzero(names[1:] != names[:-1]) + 1) if len(order) else []
+    values = []
+    for _ in range(draws if groups else 0):
+        chosen = rng.integers(len(groups), size=len(groups))
+        value = metric.exact(outcomes.take(np.concatenate([groups[c] for c in chosen])), classes)
+        if isinstance(value, float):
+            values.append(value)
+    if len(values) < draws / 2 or not values:
+        return None
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,493 @@
+"""The plan: the YAML that says everything a run will do, identified by the digest of its canonical form.
+
+Rules:
+  * The plan is data. Unknown keys, unknown names, dotted paths and `_target_` are errors.
+  * Every default is written into the canonical form, so that a digest never depends on a later default.
+  * Every error names the file, the line and the key, and says what to do. Errors of form are all shown at once, then
+    those of meaning (names, sections that disagree), then those that show only when the parts are built.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from locum.common import names
+from locum.common.canonical import canonical_json, sha256_hex
+from locum.common.errors import PlanError
+from locum.common.names import suggestion
+from locum.common.units import Millimetres, Seconds
+from locum.common.yaml_source import Location, Source, YamlError, parse_yaml, read_yaml
+
+Fold = Literal["train", "validation", "test"]
+Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.+-]{0,63}$")]
+Slug = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
+Size = Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(min_length=2, max_length=3)]
+
+_DOTTED = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a plan: where, what, and the remedy."""
+
+    location: Location
+    message: str
+    remedy: str
+
+
+class ProblemsError(ValueError):
+    """Several problems found in one look at a plan."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__("; ".join(problem.message for problem in problems))
+        self.problems = problems
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Part(BaseModel):
+    """A named component and its parameters, written flat: `{name: UNet, channels: [16, 32]}`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra={"additionalProperties": True})
+
+    name: str
+    parameters: dict[str, Any] = Field(default_factory=dict, json_schema_extra={"readOnly": True})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or "name" not in value:
+            raise ValueError("a component is written {name: NAME, parameter: value, …}")
+        parameters = {key: item for key, item in value.items() if key != "name"}
+        return {"name": value["name"], "parameters": parameters}
+
+    @model_serializer
+    def _write_flat(self) -> dict[str, Any]:
+        return {"name": self.name, **self.parameters}
+
+
+class Split(_Strict):
+    """Shares of patients for training, validation and test; they sum to one."""
+
+    train: float = Field(0.8, gt=0, lt=1)
+    validation: float = Field(0.1, ge=0, lt=1)
+    test: float = Field(0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> Self:
+        total = self.train + self.validation + self.test
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the shares sum to {total:g}, not to 1")
+        return self
+
+    @property
+    def fractions(self) -> tuple[float, float, float]:
+        """The shares in the order train, validation, test."""
+        return self.train, self.validation, self.test
+
+
+class SpacingRange(_Strict):
+    """The voxel spacing that a case may have, in mm, along every axis."""
+
+    least: Millimetres = 0.0
+    most: Millimetres = 1000.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.least > self.most:
+            raise ValueError("'least' is larger than 'most'")
+        return self
+
+
+class Contract(_Strict):
+    """What the plan needs of a site's data."""
+
+    task: names.Task
+    modality: tuple[Annotated[str, StringConstraints(pattern=r"^[A-Z]{2,16}$")], ...] = ()
+    dimensions: Literal[2, 3] = 3
+    channels: int = Field(1, ge=1, le=64)
+    classes: tuple[Word, ...] = Field(min_length=2, max_length=256)
+    spacing: SpacingRange = SpacingRange()
+    least_patients: int = Field(1, ge=1)
+    single_class: Literal["allow", "exclude"] = "allow"
+    split: Split = Split()
+
+
+class Transforms(_Strict):
+    """MONAI dictionary transforms: `prepare` is deterministic and cached, `augment` is random."""
+
+    prepare: tuple[Part, ...] = ()
+    augment: tuple[Part, ...] = ()
+
+
+class Tensors(_Strict):
+    """What happens to each tensor of the network, by glob over its name.
+
+    `shared` travels, `local` stays at each site (and is kept from round to round), `frozen` never changes. What no
+    glob names is shared, except running statistics (they are statistics of the data), which are local, and integer
+    buffers, which never travel. A glob given here wins over that; `frozen` over `local` over `shared`.
+    """
+
+    shared: tuple[str, ...] = ()
+    local: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+
+
+class Training(_Strict):
+    """What one site does in one round."""
+
+    input_size: Size
+    batch_size: int = Field(4, ge=1, le=4096)
+    local_steps: int | None = Field(None, ge=1)
+    local_epochs: int | None = Field(None, ge=1)
+    precision: Literal["float32", "mixed"] = "float32"
+    gradient_clip: float | None = Field(None, gt=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    sampling: Literal["uniform", "balanced"] = "uniform"
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> Self:
+        if (self.local_steps is None) == (self.local_epochs is None):
+            raise ValueError("give either local_steps or local_epochs, not both and not neither")
+        return self
+
+
+class Participation(_Strict):
+    """How many sites make a round, how long it waits for them, and how much each counts in the mean."""
+
+    quorum: int = Field(2, ge=1)
+    deadline: Seconds = 1800.0
+    weighting: Literal["cases", "equal"] = "cases"
+    attempts: int = Field(3, ge=1, le=100)
+
+
+class Admission(_Strict):
+    """The bounds that an update must keep to be folded in."""
+
+    norm_bound: float = Field(1000.0, gt=0)
+    weight_cap: float = Field(100_000.0, gt=0)
+
+
+class DifferentialPrivacy(_Strict):
+    """Patient-level differential privacy: budget (epsilon, delta) and the clipping norm of one patient."""
+
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+    clip: float = Field(gt=0)
+
+
+class Protection(_Strict):
+    """How an update is protected on its way and in the sum."""
+
+    secure_aggregation: Literal["off", "required"] = "off"
+    differential_privacy: DifferentialPrivacy | None = None
+
+
+class Evaluation(_Strict):
+    """What is measured on the validation fold during the run and on the test fold at its end."""
+
+    metrics: tuple[str, ...] = Field(min_length=1)
+    every_rounds: int = Field(1, ge=1)
+    select: Literal["last", "best"] = "last"
+    sliding_window: bool = False
+    batch_size: int = Field(8, ge=1, le=4096)
+
+
+class Release(_Strict):
+    """What may leave a site besides the update itself; `metrics: null` means every metric of `evaluation`."""
+
+    metrics: tuple[str, ...] | None = None
+    training_loss: bool = True
+    case_counts: bool = True
+
+
+class Plan(_Strict):
+    """A whole plan. Build it with :func:`load_plan`, which reports errors by line."""
+
+    locum: Literal[1] = 1
+    name: Slug
+    purpose: str = Field(min_length=8, max_length=2000)
+    contract: Contract
+    transforms: Transforms = Transforms()
+    network: Part
+    tensors: Tensors = Tensors()
+    loss: Part
+    optimiser: Part
+    training: Training
+    strategy: Part = Part.model_validate({"name": "FedAvg"})
+    rounds: int = Field(ge=1, le=100_000)
+    participation: Participation = Participation()
+    admission: Admission = Admission()
+    protection: Protection = Protection()
+    evaluation: Evaluation
+    release: Release = Release()
+    seed: int = Field(0, ge=0, lt=2**32)
+    deterministic: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        found = problems_of(self)
+        if found:
+            raise ProblemsError(found)
+        return self
+
+    @property
+    def released_metrics(self) -> tuple[str, ...]:
+        """The metrics whose sums may leave a site."""
+        return self.evaluation.metrics if self.release.metrics is None else self.release.metrics
+
+    def canonical(self) -> bytes:
+        """The RFC 8785 canonical JSON of the plan, every default written out."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of the canonical form: the plan's identity."""
+        return sha256_hex(self.canonical())
+
+    def to_yaml(self) -> str:
+        """The plan as YAML, every default written out; it loads to the same digest."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def load_plan(path: Path) -> Plan:
+    """Reads and validates a plan file; raises :class:`PlanError`."""
+    try:
+        source = read_yaml(path)
+    except YamlError as error:
+        raise PlanError(str(error), "mend the YAML at that line") from error
+    except FileNotFoundError as error:
+        raise PlanError(f"there is no plan at {path}", "give the path of a plan.yaml") from error
+    except OSError as error:
+        raise PlanError(f"{path} cannot be read: {error.strerror}", "give the path of a plan.yaml") from error
+    return _validated(source)
+
+
+def parse_plan(content: bytes, name: str = "plan.yaml") -> Plan:
+    """Validates a plan given as YAML bytes; raises :class:`PlanError`."""
+    try:
+        return _validated(parse_yaml(content, name))
+    except YamlError as error:
+        raise PlanError(str(error), "mend the YAML at that line") from error
+
+
+def changed(plan: Plan, **fields: Any) -> Plan:
+    """A copy of `plan` with top-level fields replaced, validated again; raises :class:`PlanError`."""
+    return _validated(Source({**plan.model_dump(mode="json"), **fields}, name=plan.name))
+
+
+def plan_error(source: Source, problems: list[Problem]) -> PlanError:
+    """One error that tells every problem with its line and remedy."""
+    lines = [
+        f"{source.name} line {source.line(problem.location)}: {_dotted(problem.location)}: {problem.message}"
+        f" — {problem.remedy}"
+        for problem in problems
+    ]
+    return PlanError("\n".join(lines), "mend these and run `locum plan check` again")
+
+
+def _validated(source: Source) -> Plan:
+    if not isinstance(source.data, Mapping):
+        raise PlanError(f"{source.name}: a plan is a mapping of sections", "start from a file in configs/plans")
+    try:
+        return Plan.model_validate(source.data)
+    except ValidationError as error:
+        raise plan_error(source, _from_pydantic(error)) from error
+
+
+def _from_pydantic(error: ValidationError) -> list[Problem]:
+    found: list[Problem] = []
+    for item in error.errors():
+        inner = item.get("ctx", {}).get("error")
+        if isinstance(inner, ProblemsError):
+            found.extend(inner.problems)
+        else:
+            found.append(_problem(tuple(item["loc"]), item["type"], item["msg"], item.get("input")))
+    return found
+
+
+def _problem(location: Location, kind: str, message: str, given: Any) -> Problem:
+    if kind == "extra_forbidden":
+        keys = _fields_at(location[:-1])
+        return Problem(location, f"unknown key '{location[-1]}'", suggestion(str(location[-1]), keys))
+    if kind == "missing":
+        return Problem(location, "this key is missing", f"add '{location[-1]}'")
+    text = message.removeprefix("Value error, ")
+    shown = "" if isinstance(given, Mapping | list) or repr(given) in text else f" (got {given!r})"
+    return Problem(location, text + shown, f"see `locum plan schema` for '{_dotted(location)}'")
+
+
+def _fields_at(location: Location) -> tuple[str, ...]:
+    model: Any = Plan
+    for step in location:
+        if isinstance(step, int):
+            continue
+        annotation = model.model_fields[step].annotation if step in model.model_fields else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
+    return tuple(model.model_fields)
+
+
+def _dotted(location: Location) -> str:
+    return ".".join(str(step) for step in location) or "plan"
+
+
+# --- what pydantic cannot see: names, and sections that must agree
+
+
+def problems_of(plan: Plan) -> list[Problem]:
+    """Everything wrong with a plan that shows without building anything."""
+    return [
+        *_name_problems(plan),
+        *_parameter_problems(plan),
+        *_metric_problems(plan),
+        *_transform_problems(plan),
+        *_size_problems(plan),
+        *_class_problems(plan),
+        *_protection_problems(plan),
+    ]
+
+
+def parts_of(plan: Plan) -> list[tuple[Location, Part, str]]:
+    """Every component of the plan: where it stands, the component, and its entry-point group."""
+    listed = [
+        (("transforms", stage, index), part, "locum.transforms")
+        for stage, parts in (("prepare", plan.transforms.prepare), ("augment", plan.transforms.augment))
+        for index, part in enumerate(parts)
+    ]
+    return [
+        *listed,
+        (("network",), plan.network, "locum.networks"),
+        (("loss",), plan.loss, "locum.losses"),
+        (("strategy",), plan.strategy, "locum.strategies"),
+    ]
+
+
+def _name_problems(plan: Plan) -> list[Problem]:
+    found = [
+        _unknown((*location, "name"), part.name, names.known(group))
+        for location, part, group in parts_of(plan)
+        if part.name not in names.known(group)
+    ]
+    if plan.optimiser.name not in names.OPTIMISERS:
+        found.append(_unknown(("optimiser", "name"), plan.optimiser.name, tuple(names.OPTIMISERS)))
+    for section, part, table in (
+        ("network", plan.network, names.NETWORKS),
+        ("loss", plan.loss, names.LOSSES),
+    ):
+        entry = table.get(part.name)
+        if entry is not None and plan.contract.task not in entry.tasks:
+            fit = [name for name, other in table.items() if plan.contract.task in other.tasks]
+            message = f"{part.name} does not serve {plan.contract.task}"
+            found.append(Problem((section, "name"), message, "use one of: " + ", ".join(fit)))
+    return found
+
+
+def _unknown(location: Location, name: str, options: tuple[str, ...]) -> Problem:
+    if "." in name or "/" in name or ":" in name:
+        return Problem(location, f"'{name}' is a path, and a plan names only what is on the allow-list",
+                       suggestion(name.replace(":", ".").rsplit(".", 1)[-1], options))  # fmt: skip
+    return Problem(location, f"'{name}' is not on the allow-list", suggestion(name, options))
+
+
+def _parameter_problems(plan: Plan) -> list[Problem]:
+    found: list[Problem] = []
+    everything = [*parts_of(plan), (("optimiser",), plan.optimiser, "")]
+    for location, part, _ in everything:
+        for key, value in part.parameters.items():
+            found.extend(_value_problems((*location, key), key, value))
+    for location, part, group in parts_of(plan):
+        entry = names.GROUPS[group].get(part.name)
+        fills = getattr(entry, "fills", {})
+        fixed = getattr(entry, "fixed", {})
+        found.extend(
+            Problem((*location, key), f"Locum sets '{key}' of {part.name} itself", "leave it out")
+            for key in part.parameters
+            if key in fills or key in fixed or (group == "locum.transforms" and key in {"keys", "allow_missing_keys"})
+        )
+    return found
+
+
+def _value_problems(location: Location, key: str, value: Any) -> list[Problem]:
+    if key.startswith("_"):
+        return [Problem(location, f"'{key}' is not a parameter: a plan cannot name code", "remove it")]
+    if isinstance(value, Mapping):
+        return [p for name, item in value.items() for p in _value_problems((*location, name), str(name), item)]
+    if isinstance(value, list | tuple):
+        return [p for i, item in enumerate(value) for p in _value_problems((*location, i), "item", item)]
+    if isinstance(value, str) and (_DOTTED.match(value) or "/" in value or "\\" in value):
+        return [Problem(location, f"'{value}' is a path, and a plan cannot name files or code", "use a plain word")]
+    return []
+
+
+def _metric_problems(plan: Plan) -> list[Problem]:
+    found: list[Problem] = []
+    for index, name in enumerate(plan.evaluation.metrics):
+        entry = names.METRICS.get(name)
+        if name not in names.known("locum.metrics"):
+            found.append(_unknown(("evaluation", "metrics", index), name, names.known("locum.metrics")))
+        elif entry is not None and plan.contract.task not in entry.tasks:
+            fit = [other for other, e in names.METRICS.items() if plan.contract.task in e.tasks]
+            message = f"{name} does not measure {plan.contract.task}"
+            found.append(Problem(("evaluation", "metrics", index), message, "use one of: " + ", ".join(fit)))
+    for index, name in enumerate(plan.release.metrics or ()):
+        if name not in plan.evaluation.metrics:
+            message = f"'{name}' is released but never measured"
+            found.append(Problem(("release", "metrics", index), message, "add it to evaluation.metrics"))
+    return found
+
+
+def _transform_problems(plan: Plan) -> list[Problem]:
+    found: list[Problem] = []
+    for stage, parts in (("prepare", plan.transforms.prepare), ("augment", plan.transforms.augment)):
+        for index, part in enumerate(parts):
+            entry = names.TRANSFORMS.get(part.name)
+            if entry is not None and entry.random != (stage == "augment"):
+                kind, where = ("random", "augment") if entry.random else ("deterministic", "prepare")
+                location = ("transforms", stage, index, "name")
+                found.append(Problem(location, f"{part.name} is {kind}", f"move it to transforms.{where}"))
+    return found
+
+
+def _size_problems(plan: Plan) -> list[Problem]:
+    size, dimensions = plan.training.input_size, plan.contract.dimensions
+    if len(size) == dimensions:
+        return []
+    message = f"{len(size)} numbers for images of {dimensions} dimensions"
+    return [Problem(("training", "input_size"), message, f"give {dimensions} numbers")]
+
+
+def _class_problems(plan: Plan) -> list[Problem]:
+    classes = plan.contract.classes
+    if len(set(classes)) == len(classes):
+        return []
+    return [Problem(("contract", "classes"), "a class stands twice", "name every class once")]
+
+
+def _protection_problems(plan: Plan) -> list[Problem]:
+    found: list[Problem] = []
+    if plan.protection.secure_aggregation == "required":
+        message = "this version cannot aggregate securely yet, and will not pretend to"
+        found.append(Problem(("protection", "secure_aggregation"), message, "set it to 'off'"))
+    if plan.protection.differential_privacy is not None:
+        message = "this version has no differential privacy yet, and will not pretend to"
+        found.append(Problem(("protection", "differential_privacy"), message, "remove it"))
+    return found

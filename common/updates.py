@@ -1,0 +1,53 @@
+"""What an update must be before anybody folds it in. Site and coordinator check it with the same function.
+
+An update is the change to the shared tensors of the network: exact names, shapes and dtypes, all finite, and an L2 norm
+over all tensors of at most the plan's bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def l2_norm(tensors: Arrays) -> float:
+    """The L2 norm over all tensors together, in float64; infinite or NaN if an element is."""
+    total = 0.0
+    for array in tensors.values():
+        flat = np.asarray(array, dtype=np.float64).ravel()
+        total += float(flat @ flat)
+    return math.sqrt(total) if total >= 0 else total
+
+
+def update_problem(update: Arrays, model: Arrays, norm_bound: float) -> str | None:
+    """Why `update` cannot be folded into `model`, in words without any value of the data; None if it can."""
+    return _form_problem(update, model) or _value_problem(update, norm_bound)
+
+
+def _form_problem(update: Arrays, model: Arrays) -> str | None:
+    missing, extra = sorted(set(model) - set(update)), sorted(set(update) - set(model))
+    if missing:
+        return f"{len(missing)} tensors are missing, the first is {missing[0]!r}"
+    if extra:
+        return f"{len(extra)} tensors do not belong to the network, the first is {extra[0]!r}"
+    for name, reference in model.items():
+        if update[name].shape != reference.shape:
+            return f"tensor {name!r} has shape {list(update[name].shape)}, the network has {list(reference.shape)}"
+        if update[name].dtype != reference.dtype:
+            return f"tensor {name!r} has dtype {update[name].dtype}, the network has {reference.dtype}"
+    return None
+
+
+def _value_problem(update: Arrays, norm_bound: float) -> str | None:
+    norm = l2_norm(update)
+    if not math.isfinite(norm):
+        return "a value is not finite"
+    if norm > norm_bound:
+        return f"its norm {norm:.4g} is above the bound {norm_bound:g}"
+    return None

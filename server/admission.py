@@ -1,0 +1,72 @@
+"""Admission: the checks a site's update passes before it is folded in. Refusal is per site, with a reason."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from flwr.app import Message
+
+from locum.common.build import Model
+from locum.common.errors import MEANING, Code
+from locum.common.messages import H, Header, MessageError, Tensors, TrainResult, unpack
+from locum.common.plan import Plan
+from locum.common.updates import update_problem
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why a site's reply does not count, in words that hold nothing of the site's data."""
+
+    reason: str
+    code: Code | None = None
+
+
+@dataclass(frozen=True)
+class Update:
+    """An admitted update: the change to the shared tensors, and its weight in the mean."""
+
+    header: TrainResult
+    tensors: Tensors
+
+
+def read(reply: Message, kind: type[H], plan: Plan) -> tuple[H, Tensors] | Refused:
+    """A reply's header and tensors, or why it cannot be used."""
+    if reply.has_error():
+        return _failure(reply.error.code, reply.error.reason)
+    try:
+        header, tensors = unpack(reply.content, kind)
+    except MessageError as error:
+        return Refused(f"unreadable reply: {error}", Code.MESSAGE_UNREADABLE)
+    return _belongs(header, plan) or (header, tensors)
+
+
+def _belongs(header: Header, plan: Plan) -> Refused | None:
+    if header.plan_digest == plan.digest:
+        return None
+    return Refused("the reply belongs to another plan", Code.PLAN_MISMATCH)
+
+
+def _failure(number: int, reason: str | None) -> Refused:
+    """An error reply in words. Its text is used only as far as it is one of our own names."""
+    try:
+        code = Code(number)
+    except ValueError:
+        return Refused(f"the site failed with code {number}")
+    clause = (reason or "").removeprefix(code.name).strip()
+    shown = f" ({clause})" if code is Code.POLICY_REFUSED and clause.isidentifier() and len(clause) < 40 else ""
+    return Refused(MEANING[code][0] + shown, code)
+
+
+def admit(reply: Message, plan: Plan, *, round_number: int, model: Model) -> Update | Refused:
+    """An update that may be folded into `model`, or why not: form, round, finite, norm bound, weight cap."""
+    answer = read(reply, TrainResult, plan)
+    if isinstance(answer, Refused):
+        return answer
+    header, tensors = answer
+    if header.round != round_number:
+        return Refused(f"an update of round {header.round}")
+    if not 0 < header.weight <= plan.admission.weight_cap or not math.isfinite(header.weight):
+        return Refused(f"its weight {header.weight:g} is not between 0 and {plan.admission.weight_cap:g}")
+    problem = update_problem(tensors, model, plan.admission.norm_bound)
+    return Refused(problem) if problem else Update(header, tensors)

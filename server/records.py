@@ -1,0 +1,84 @@
+"""What is remembered of a run: a record per committed round, and the events a person follows.
+
+`events.jsonl` in the run's folder is what a live view reads; it is not the audit log.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+Number = float | list[list[float]] | None
+
+
+class Evaluated(BaseModel):
+    """Metric values of a model on one fold: over all sites by their sums, and of each site that released its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    round: int
+    fold: str
+    overall: dict[str, Number]
+    per_site: dict[str, dict[str, Number]]
+    cases: dict[str, int | None]
+    excluded: dict[str, str] = {}
+
+
+class RoundRecord(BaseModel):
+    """A committed round: who took part with which weight and loss, who did not and why, and what it cost."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    round: int
+    attempt: int
+    weights: dict[str, float]
+    losses: dict[str, float | None]
+    train_seconds: dict[str, float]
+    excluded: dict[str, str]
+    update_norm: float
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+    model_sha256: str
+    evaluation: Evaluated | None = None
+
+    @property
+    def loss(self) -> float | None:
+        """The mean training loss over the sites that released theirs, by weight."""
+        known = [(self.weights[site], loss) for site, loss in self.losses.items() if loss is not None]
+        total = sum(weight for weight, _ in known)
+        return sum(weight * loss for weight, loss in known) / total if total else None
+
+
+class RunSummary(BaseModel):
+    """The end of a run, `run.json`: whose model it is, how it does on the test folds, who was lost."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    status: str
+    round: int
+    sites: tuple[str, ...]
+    excluded: dict[str, str]
+    lost: dict[str, list[int]]
+    test: Evaluated
+    history: tuple[RoundRecord, ...]
+
+
+class Events:
+    """Appends events to a file, one JSON line each, for a live view."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        """Writes one event with the time (seconds since 1970)."""
+        self._file.write(json.dumps({"at": time.time(), "event": kind, **fields}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()

@@ -1,0 +1,365 @@
+"""A run, round by round. Read this file from `run` down and you have followed one round.
+
+    open the roster → agree on the configuration → for each round:
+        send the model → admit and fold each reply as it arrives → quorum and deadline
+        → strategy step → commit → evaluate
+
+Rules:
+  * A site that fails, refuses or is late costs one contribution, and its reason is recorded; never the run.
+  * A round below quorum is void: nothing of it is committed, and it is tried again.
+  * A round counts only once it is on disk. Whatever dies, the run goes on from the last committed round.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from locum.common import build
+from locum.common.build import Model
+from locum.common.canonical import sha256_hex
+from locum.common.errors import MEANING, Code, RunError
+from locum.common.messages import (
+    DESCRIBE,
+    EVALUATE,
+    TRAIN,
+    DescribeTask,
+    Description,
+    EvaluateResult,
+    EvaluateTask,
+    TrainTask,
+    pack,
+)
+from locum.common.plan import Fold as DataFold
+from locum.common.plan import Plan
+from locum.common.updates import l2_norm
+from locum.server.admission import Refused, Update, admit, read
+from locum.server.checkpoints import Checkpoints, Committed
+from locum.server.fold import Fold
+from locum.server.records import Evaluated, Events, RoundRecord
+from locum.server.strategies import Strategy, strategy_of
+
+_FIRST_WAIT, _LONGEST_WAIT = 0.001, 0.2
+
+
+@dataclass(frozen=True)
+class Roster:
+    """The sites of a run: node id by name, in the fixed order in which their updates are summed.
+
+    `excluded` names sites that answered but cannot take part, with the reason.
+    """
+
+    nodes: Mapping[str, int]
+    excluded: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a run works with."""
+
+    plan: Plan
+    grid: Grid
+    strategy: Strategy
+    checkpoints: Checkpoints
+    events: Events
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that reached its last round: the chosen model, its round, the final test, and what was lost."""
+
+    model: Model
+    round: int
+    history: tuple[RoundRecord, ...]
+    test: Evaluated
+    roster: Roster
+
+    @property
+    def losses(self) -> dict[str, list[int]]:
+        """The rounds that each site of the roster did not contribute to."""
+        lost = {site: [r.round for r in self.history if site not in r.weights] for site in self.roster.nodes}
+        return {site: rounds for site, rounds in lost.items() if rounds}
+
+    @property
+    def status(self) -> str:
+        """`completed`, or `completed with losses` if a site missed a round or could not take part."""
+        return "completed with losses" if self.losses or self.roster.excluded else "completed"
+
+
+def run(engine: Engine) -> Finished:
+    """Runs a plan from its last committed round to its end; raises RunError and keeps what is committed."""
+    plan, events = engine.plan, engine.events
+    built, roles = build.initial_state(plan)
+    initial = build.shared_tensors(built, roles)
+    committed = engine.checkpoints.latest() or Committed(0, initial, engine.strategy.start(initial), (), ())
+    events.emit("started", plan=plan.name, digest=plan.digest, rounds=plan.rounds, round=committed.round)
+    roster = open_roster(engine, build.configuration(plan, initial))
+    _same_roster(committed, roster)
+    committed = replace(committed, roster=tuple(roster.nodes))
+    committed = _measured(engine, roster, committed)
+    while committed.round < plan.rounds:
+        committed = _next_round(engine, roster, committed)
+        committed = _measured(engine, roster, committed)
+    chosen = _chosen(engine, committed)
+    test = evaluate(engine, roster, chosen.model, round_number=chosen.round, fold="test")
+    finished = Finished(chosen.model, chosen.round, committed.history, test, roster)
+    events.emit("finished", status=finished.status, round=chosen.round, test=test.overall, lost=finished.losses)
+    return finished
+
+
+# --- before round 1
+
+
+def open_roster(engine: Engine, expected: Mapping[str, str]) -> Roster:
+    """Asks every node for its description; those that agree and are able form the roster, by name.
+
+    Raises:
+        RunError: a site's configuration differs, two nodes have one name, or too few sites are left for the quorum.
+    """
+    plan = engine.plan
+    nodes = sorted(engine.grid.get_node_ids())
+    outgoing = {str(node): (node, pack(DescribeTask(plan_digest=plan.digest))) for node in nodes}
+    described: dict[str, tuple[int, Description]] = {}
+    excluded: dict[str, str] = {}
+    for node, reply in exchange(engine, DESCRIBE, outgoing, group="0"):
+        answer = read(reply, Description, plan)
+        if isinstance(answer, Refused):
+            excluded[f"node {node}"] = answer.reason
+            continue
+        found = answer[0]
+        if found.site in described:
+            raise RunError(f"two agents call themselves '{found.site}'", "give every site its own name")
+        described[found.site] = (int(node), found)
+    _agree(expected, {site: found for site, (_, found) in described.items()})
+    excluded |= {site: found.reason for site, (_, found) in described.items() if not found.able}
+    able = {site: node for site, (node, found) in sorted(described.items()) if found.able}
+    _announce(engine, described, excluded)
+    if len(able) < plan.participation.quorum:
+        raise RunError(_too_few(able, plan, excluded), "mend these sites, or lower participation.quorum in the plan")
+    return Roster(able, excluded)
+
+
+def _too_few(able: Mapping[str, int], plan: Plan, excluded: Mapping[str, str]) -> str:
+    reasons = "".join(f"\n  {site}: {reason}" for site, reason in sorted(excluded.items()))
+    return f"{len(able)} sites can take part, the plan's quorum is {plan.participation.quorum}{reasons}"
+
+
+def _agree(expected: Mapping[str, str], described: Mapping[str, Description]) -> None:
+    """Every site must resolve the plan to the same things as the coordinator."""
+    differences = [
+        f"{site}: {topic} is '{found.configuration.get(topic, 'missing')}', here it is '{value}'"
+        for site, found in sorted(described.items())
+        for topic, value in expected.items()
+        if found.configuration.get(topic) != value
+    ]
+    if differences:
+        raise RunError(
+            "the sites do not agree on the configuration:\n  " + "\n  ".join(differences),
+            "install the same versions everywhere, or leave these sites out",
+        )
+
+
+def _announce(engine: Engine, described: Mapping[str, tuple[int, Description]], excluded: Mapping[str, str]) -> None:
+    cases = {site: found.cases for site, (_, found) in sorted(described.items())}
+    notices = {
+        site: f"has no training case of {', '.join(found.missing_classes)}; set contract.single_class: exclude "
+        "to leave such sites out"
+        for site, (_, found) in sorted(described.items())
+        if found.missing_classes and found.able
+    }
+    engine.events.emit("roster", cases=cases, excluded=dict(excluded), notices=notices)
+
+
+def _same_roster(committed: Committed, roster: Roster) -> None:
+    lost = sorted(set(committed.roster) - set(roster.nodes))
+    if lost:
+        raise RunError(f"the run was started with sites that are missing now: {', '.join(lost)}", "bring them back")
+
+
+# --- one round
+
+
+def _next_round(engine: Engine, roster: Roster, committed: Committed) -> Committed:
+    """Tries the next round until it has a quorum; raises RunError when the plan's attempts are used up."""
+    attempts = engine.plan.participation.attempts
+    missing: dict[str, Refused] = {}
+    for attempt in range(1, attempts + 1):
+        result = one_round(engine, roster, committed, attempt)
+        if isinstance(result, Committed):
+            return result
+        missing = result
+    reasons = "".join(f"\n  {site}: {refused.reason}" for site, refused in sorted(missing.items()))
+    codes = {refused.code for refused in missing.values() if refused.code is not None}
+    remedy = "; ".join(sorted(MEANING[code][1] for code in codes)) or "bring the sites back"
+    raise RunError(
+        f"round {committed.round + 1} stayed below its quorum of {engine.plan.participation.quorum} in {attempts} "
+        f"attempts; {committed.round} committed rounds are kept{reasons}",
+        f"{remedy}; then resume",
+    )
+
+
+def one_round(engine: Engine, roster: Roster, committed: Committed, attempt: int) -> Committed | dict[str, Refused]:
+    """One attempt at a round; returns the committed state, or why each missing site is missing."""
+    began, number, plan = time.monotonic(), committed.round + 1, engine.plan
+    engine.events.emit("round", round=number, attempt=attempt)
+    content = pack(TrainTask(plan_digest=plan.digest, round=number), committed.model)
+    outgoing = {site: (node, content) for site, node in roster.nodes.items()}
+    fold = Fold(committed.model, list(roster.nodes))
+    admitted: dict[str, Update] = {}
+    refused: dict[str, Refused] = {}
+    for site, reply in exchange(engine, TRAIN, outgoing, group=str(number)):
+        verdict = admit(reply, plan, round_number=number, model=committed.model)
+        fold.offer(site, verdict if isinstance(verdict, Update) else None)
+        if isinstance(verdict, Update):
+            admitted[site] = replace(verdict, tensors={})
+            engine.events.emit("update", round=number, site=site, loss=verdict.header.loss)
+        else:
+            refused[site] = verdict
+            engine.events.emit("refused", round=number, site=site, reason=verdict.reason)
+    refused |= {site: Refused("no answer by the deadline") for site in roster.nodes if site not in admitted | refused}
+    totals = fold.close()
+    if fold.count < plan.participation.quorum:
+        engine.events.emit("void", round=number, attempt=attempt, admitted=fold.count)
+        return refused
+    model, strategy = engine.strategy.step(committed.model, totals, fold.weight, committed.strategy)
+    if not np.isfinite(l2_norm(model)):
+        return {site: Refused("the sum is not finite", Code.UPDATE_REFUSED) for site in roster.nodes}
+    record = _record(committed, model, admitted, refused, began=began, attempt=attempt)
+    after = Committed(number, model, strategy, committed.roster, (*committed.history, record))
+    engine.checkpoints.commit(after, keep=_best_round(engine.plan, after.history))
+    engine.events.emit("committed", round=number, loss=record.loss, seconds=record.seconds)
+    return after
+
+
+def exchange(
+    engine: Engine, kind: str, outgoing: Mapping[str, tuple[int, RecordDict]], *, group: str
+) -> Iterator[tuple[str, Message]]:
+    """Sends one message to each site and yields replies as they arrive, until the plan's deadline.
+
+    An error reply names its site only by the message it answers, so replies are matched by message id.
+    """
+    grid = engine.grid
+    deadline = time.monotonic() + engine.plan.participation.deadline
+    names = list(outgoing)
+    messages = [Message(content, node, kind, group_id=group) for node, content in outgoing.values()]
+    waiting = dict(zip(grid.push_messages(messages), names, strict=True))
+    pause = _FIRST_WAIT
+    while waiting and time.monotonic() < deadline:
+        replies = list(grid.pull_messages(list(waiting)))
+        for reply in replies:
+            site = waiting.pop(reply.metadata.reply_to_message_id, None)
+            if site is not None:
+                yield site, reply
+        pause = _FIRST_WAIT if replies else min(pause * 1.5, _LONGEST_WAIT)
+        if waiting:
+            time.sleep(pause)
+
+
+def _record(
+    before: Committed, model: Model, admitted: Mapping[str, Update], refused: Mapping[str, Refused], *,
+    began: float, attempt: int,
+) -> RoundRecord:  # fmt: skip
+    size = sum(tensor.nbytes for tensor in model.values())
+    order = sorted(admitted)
+    moved = {name: model[name].astype(np.float64) - before.model[name] for name in model}
+    return RoundRecord(
+        round=before.round + 1,
+        attempt=attempt,
+        weights={site: admitted[site].header.weight for site in order},
+        losses={site: admitted[site].header.loss for site in order},
+        train_seconds={site: admitted[site].header.seconds for site in order},
+        excluded={site: refused[site].reason for site in sorted(refused)},
+        update_norm=l2_norm(moved),
+        bytes_down=size * (len(admitted) + len(refused)),
+        bytes_up=size * len(admitted),
+        seconds=time.monotonic() - began,
+        model_sha256=_model_digest(model),
+    )
+
+
+def _model_digest(model: Model) -> str:
+    return sha256_hex(b"".join(model[name].tobytes() for name in sorted(model)))
+
+
+# --- evaluation
+
+
+def _measured(engine: Engine, roster: Roster, committed: Committed) -> Committed:
+    """Evaluates a committed round on the validation fold if it is due and not yet done."""
+    every, last = engine.plan.evaluation.every_rounds, engine.plan.rounds
+    due = committed.round > 0 and (committed.round % every == 0 or committed.round in {1, last})
+    if not due or committed.history[-1].evaluation is not None:
+        return committed
+    found = evaluate(engine, roster, committed.model, round_number=committed.round, fold="validation")
+    engine.checkpoints.add_evaluation(found)
+    engine.events.emit("evaluated", round=found.round, overall=found.overall, per_site=found.per_site)
+    record = committed.history[-1].model_copy(update={"evaluation": found})
+    return replace(committed, history=(*committed.history[:-1], record))
+
+
+def evaluate(engine: Engine, roster: Roster, model: Model, *, round_number: int, fold: DataFold) -> Evaluated:
+    """The plan's metrics of a model on one fold, over all sites by adding up their sums, and per site."""
+    plan = engine.plan
+    task = EvaluateTask(plan_digest=plan.digest, round=round_number, fold="test" if fold == "test" else "validation")
+    content = pack(task, model)
+    outgoing = {site: (node, content) for site, node in roster.nodes.items()}
+    sums: dict[str, dict[str, np.ndarray]] = {}
+    cases: dict[str, int | None] = {}
+    excluded: dict[str, str] = {}
+    for site, reply in exchange(engine, EVALUATE, outgoing, group=str(round_number)):
+        answer = read(reply, EvaluateResult, plan)
+        problem = answer if isinstance(answer, Refused) else _sums_problem(plan, answer[1])
+        if isinstance(answer, Refused) or problem is not None:
+            excluded[site] = problem.reason if problem else ""
+        else:
+            sums[site], cases[site] = dict(answer[1]), answer[0].cases
+    excluded |= {
+        site: "no answer by the deadline" for site in roster.nodes if site not in sums and site not in excluded
+    }
+    classes = len(plan.contract.classes)
+    order = sorted(sums)
+    metrics = {name: build.metric_of(name) for name in plan.released_metrics}
+    overall = {
+        name: metric.value(np.sum([sums[s][name] for s in order], axis=0), classes) if order else None
+        for name, metric in metrics.items()
+    }
+    per_site = {s: {name: metric.value(sums[s][name], classes) for name, metric in metrics.items()} for s in order}
+    return Evaluated(round=round_number, fold=fold, overall=overall, per_site=per_site, cases=cases, excluded=excluded)
+
+
+def _sums_problem(plan: Plan, sums: Mapping[str, np.ndarray]) -> Refused | None:
+    """Metric sums must be of the released metrics, float64 vectors of equal form, and finite."""
+    if set(sums) != set(plan.released_metrics):
+        return Refused("the metrics are not those that the plan releases")
+    if any(array.dtype != np.float64 or array.ndim != 1 or not np.isfinite(array).all() for array in sums.values()):
+        return Refused("a metric's sums are not finite float64 vectors")
+    return None
+
+
+def _best_round(plan: Plan, history: tuple[RoundRecord, ...]) -> int | None:
+    """The round whose first metric was best on validation; None if none was measured."""
+    metric = build.metric_of(plan.evaluation.metrics[0])
+    scored = [
+        (metric.better * value, -record.round)
+        for record in history
+        if record.evaluation is not None and isinstance(value := record.evaluation.overall.get(metric.name), float)
+    ]
+    return -max(scored)[1] if scored else None
+
+
+def _chosen(engine: Engine, committed: Committed) -> Committed:
+    """The round whose model is the result: the last, or the best on validation if the plan says so."""
+    best = _best_round(engine.plan, committed.history)
+    if engine.plan.evaluation.select == "last" or best is None or best == committed.round:
+        return committed
+    return engine.checkpoints.load(best)
+
+
+def open_engine(plan: Plan, grid: Grid, checkpoints: Checkpoints, events: Events) -> Engine:
+    """Everything a run of `plan` needs."""
+    return Engine(plan, grid, strategy_of(plan), checkpoints, events)

@@ -1,0 +1,182 @@
+"""A simulation from plan and sites to results: prepare every site, run the rounds, test, compare, report.
+
+The run's folder holds everything: `plan.yaml`, `simulation.json` (what was asked), `sites/`, `checkpoints/`,
+`events.jsonl`, `run.json`, and at the end `model.safetensors`, `metrics.json`, `report.html`, `model_card.md`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from locum.common.durable import replace_file
+from locum.common.errors import RunError
+from locum.common.fab import build_bundle
+from locum.common.plan import Plan
+from locum.simulations.institutions import Prepared, cores, open_agent, prepare, site_log
+from locum.simulations.live import Watch, step
+from locum.simulations.sites import Site
+from locum.site_client.agent import Agent
+from locum.site_client.gate import Policy
+from locum.site_client.session import Settings
+from locum.site_client.worker import Worker
+
+_CACHE_BYTES = 6 << 30
+_ASKED = "simulation.json"
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What to simulate.
+
+    Attributes:
+        plan: the plan; its seed is the simulation's seed.
+        sites: the hospitals.
+        folder: the run's folder.
+        baselines: whether each site alone and pooled data are trained too.
+        policy: the policy of every site.
+    """
+
+    plan: Plan
+    sites: Sequence[Site]
+    folder: Path
+    baselines: bool = False
+    policy: Policy = field(default_factory=Policy)
+
+
+def open_folder(folder: Path, plan: Plan, asked: Mapping[str, Any], *, force: bool) -> None:
+    """Makes the folder of a new run; raises RunError if it already holds one."""
+    if (folder / "plan.yaml").exists() and not force:
+        raise RunError(f"{folder} already holds a run", f"go on with --resume {folder}, or choose another --out")
+    for name in ("checkpoints", "sites"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for path in [*folder.glob("*.json*"), *folder.glob("*.html"), *folder.glob("*.safetensors"), *folder.glob("*.md")]:
+        path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / "plan.yaml", plan.to_yaml().encode())
+    replace_file(folder / _ASKED, json.dumps(asked, indent=1).encode())
+
+
+def asked_of(folder: Path) -> dict[str, Any]:
+    """What a run's folder was asked for; raises RunError if it holds no run."""
+    try:
+        asked: dict[str, Any] = json.loads((folder / _ASKED).read_bytes())
+    except (OSError, json.JSONDecodeError) as error:
+        raise RunError(f"{folder} holds no run to resume", "give the --out of an earlier run") from error
+    return asked
+
+
+def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
+    """Runs a simulation to its end, going on from what its folder holds; returns the content of `metrics.json`.
+
+    Raises:
+        LocumError: with the remedy; committed rounds stay in the folder.
+    """
+    tell = step(console)
+    began = time.monotonic()
+    plan, folder = simulation.plan, simulation.folder
+    loading = _load_libraries()
+    prepared = prepare(simulation.sites, folder, seed=plan.seed, done=lambda site: tell(_told(site)))
+    loading.join()
+    with _agents(simulation, prepared) as agents:
+        _run(simulation, agents, console)
+        return _finish(simulation, prepared, agents, tell=tell, began=began)
+
+
+def _told(site: Prepared) -> str:
+    quarantined = f", {sum(site.counts.quarantined.values())} quarantined" if site.counts.quarantined else ""
+    return f"{site.name}: {site.counts.cases} cases of {site.counts.found} files{quarantined}"
+
+
+def _load_libraries() -> threading.Thread:
+    """Imports what the coordinator needs (torch, MONAI, Flower) while the sites prepare their data."""
+
+    def load() -> None:
+        import monai.networks.nets
+
+        import locum.simulations.engines.local  # noqa: F401
+
+        del monai
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    return thread
+
+
+@contextmanager
+def _agents(simulation: Simulation, prepared: Sequence[Prepared]) -> Iterator[dict[str, Agent]]:
+    share = _CACHE_BYTES // len(prepared)
+    agents = {site.name: open_agent(site, simulation.policy, cache_bytes=share) for site in prepared}
+    try:
+        yield agents
+    finally:
+        for agent in agents.values():
+            agent.worker.stop()
+
+
+def _run(simulation: Simulation, agents: Mapping[str, Agent], console: Console) -> None:
+    from locum.simulations.engines.local import run_local
+
+    nodes = {number: agents[name] for number, name in enumerate(sorted(agents), start=2)}
+    bundle = build_bundle(simulation.plan)
+    with Watch(simulation.folder / "events.jsonl", console):
+        run_local(nodes, bundle, simulation.folder, min(cores(), len(nodes)))
+
+
+def _finish(
+    simulation: Simulation,
+    prepared: Sequence[Prepared],
+    agents: Mapping[str, Agent],
+    *,
+    tell: Callable[[str], None],
+    began: float,
+) -> dict[str, Any]:
+    from safetensors.numpy import load_file
+
+    from locum.server.records import RunSummary
+    from locum.simulations import report, results
+
+    plan, folder = simulation.plan, simulation.folder
+    summary = RunSummary.model_validate_json((folder / "run.json").read_bytes())
+    model = load_file(folder / "model.safetensors")
+    workers = {name: agents[name].worker for name in summary.sites}
+    federated = results.tested(plan, results.outcomes_of(plan, workers, model, round_number=summary.round))
+    found = None
+    if simulation.baselines:
+        with _pooled(simulation, prepared) as worker:
+            found = results.baselines(plan, agents, worker, parallel=cores(), told=lambda n: tell(f"trained {n}"))
+    metrics = results.as_metrics(
+        plan,
+        federated,
+        found,
+        seconds=time.monotonic() - began,
+        round_seconds=[record.seconds for record in summary.history],
+    )
+    replace_file(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
+    pictures = report.pictures_of(plan, workers, model, round_number=summary.round)
+    report.write(folder, plan, summary=summary, metrics=metrics, counts={s.name: s.counts for s in prepared},
+                 pictures=pictures)  # fmt: skip
+    return metrics
+
+
+@contextmanager
+def _pooled(simulation: Simulation, prepared: Sequence[Prepared]) -> Iterator[Worker]:
+    """A worker over the stores of all sites: what a hospital would have if images could move."""
+    folder = simulation.folder / "sites" / "_pooled"
+    folder.mkdir(parents=True, exist_ok=True)
+    stores = tuple(site.store for site in prepared)
+    settings = Settings("pooled", stores, folder / "run", cache_bytes=_CACHE_BYTES)
+    worker = Worker(settings, site_log(folder / "site.log", "pooled"))
+    try:
+        yield worker
+    finally:
+        worker.stop()

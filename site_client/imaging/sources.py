@@ -1,0 +1,300 @@
+"""A site file: where the images are, and what is known of them.
+
+Rules:
+  * Unknown keys are fatal; a duplicated key is fatal; every folder, file and column named must exist.
+  * In a YAML file every scalar is read as text, so that a label code stays as written: 007, NO and 1e3 too.
+  * Relative paths start at `root`; a relative `root` starts at the folder of the file.
+  * A row of an .npz carries its own label and fold; `labels` and `masks` are for images in files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from locum.common.errors import DataError
+from locum.site_client.imaging.split import FOLDS
+from locum.site_client.imaging.tables import Row, read_sheet
+
+_STRICT = ConfigDict(extra="forbid", frozen=True)
+_Part = TypeVar("_Part", bound=BaseModel)
+
+#: By what a row of a table names an image.
+Key = Literal["accession", "patient", "study", "series", "file"]
+
+
+def _as_text(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError(f"YAML reads this word as {value}: write it in quotation marks")  # noqa: TRY004 (pydantic)
+    return str(value) if isinstance(value, int | float) else value
+
+
+def _texts(value: object) -> object:
+    if not isinstance(value, Mapping):
+        return value
+    return {_as_text(key): _as_text(cell) for key, cell in value.items()}
+
+
+#: A mapping of text to text that also takes whole numbers, as YAML gives them.
+Texts = Annotated[dict[str, str], BeforeValidator(_texts)]
+
+
+class DicomSource(BaseModel):
+    """A folder of DICOM files, with any names and in any order, with all its sub-folders."""
+
+    model_config = _STRICT
+    kind: Literal["dicom"]
+    path: Path
+
+
+class NiftiSource(BaseModel):
+    """A folder of .nii or .nii.gz images, and optionally a folder of masks under the same file names."""
+
+    model_config = _STRICT
+    kind: Literal["nifti"]
+    images: Path
+    masks: Path | None = None
+
+
+class NpzSource(BaseModel):
+    """A MedMNIST-style file with arrays {train,val,test}_images and {train,val,test}_labels.
+
+    Attributes:
+        part: (k, n): of the official validation and test rows this site takes those with row % n == k.
+        classes: label in the file to class of the plan; without it the label itself is the class.
+    """
+
+    model_config = _STRICT
+    kind: Literal["npz"]
+    path: Path
+    part: tuple[int, int] | None = None
+    classes: Texts | None = None
+
+    @model_validator(mode="after")
+    def _part_is_one_of_n(self) -> Self:
+        if self.part is not None and not 0 <= self.part[0] < self.part[1]:
+            raise ValueError(f"part [k, n] needs 0 <= k < n, not {list(self.part)}")
+        return self
+
+
+Source = Annotated[DicomSource | NiftiSource | NpzSource, Field(discriminator="kind")]
+
+
+class Masks(BaseModel):
+    """Masks of DICOM images: <key>.nii.gz or <key>.nii in one folder, on the grid of their image."""
+
+    model_config = _STRICT
+    path: Path
+    key: Literal["accession", "series", "patient"]
+
+
+class Labels(BaseModel):
+    """A table of labels.
+
+    Attributes:
+        key: by what the column `key_column` names an image; a patient's label holds for all its images.
+        label_column: the column with the site's own code.
+        classes: local code to class of the plan; without it the code itself is the class.
+    """
+
+    model_config = _STRICT
+    file: Path
+    key: Key
+    key_column: str
+    label_column: str
+    classes: Texts | None = None
+
+
+class Table(BaseModel):
+    """A table that says which images are this site's, and optionally their folds and patients.
+
+    Attributes:
+        key: as for labels; `index` is the row of the official training part of an .npz.
+        where: column to value: the rows of this site.
+        fold_column: the column with train, validation or test.
+        patient_column: the column with the patient, for images that carry none (NIfTI).
+    """
+
+    model_config = _STRICT
+    file: Path
+    key: Literal["accession", "patient", "study", "series", "file", "index"]
+    key_column: str
+    where: Texts = Field(default_factory=dict)
+    fold_column: str | None = None
+    patient_column: str | None = None
+
+
+class SiteData(BaseModel):
+    """The images of one site and what is known of them; all paths are absolute once loaded."""
+
+    model_config = _STRICT
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
+    root: Path = Path()
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    masks: Masks | None = None
+    labels: Labels | None = None
+    table: Table | None = None
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        kinds = {source.kind for source in self.sources}
+        if self.masks is not None and "dicom" not in kinds:
+            raise ValueError("masks is for dicom sources; name a nifti source's masks within it")
+        if self.labels is not None and kinds == {"npz"}:
+            raise ValueError("an npz source carries its own labels: remove labels, or use the source's classes")
+        if self.table is not None and (self.table.key == "index") != (kinds == {"npz"}):
+            raise ValueError("table key 'index' is for npz sources, and the only one for them")
+        return self
+
+
+def load_site(source: Path | str | Mapping[str, Any], *, base: Path | None = None) -> SiteData:
+    """Read and check a site file, or the same content as a mapping.
+
+    Args:
+        source: path of a YAML file, or a mapping.
+        base: the folder at which a mapping's relative `root` starts; the working folder unless told.
+
+    Raises:
+        DataError: the content is not as described, or a folder, file, column, row or code that it names is absent.
+    """
+    if isinstance(source, Mapping):
+        where, folder, content = "the site's mapping", base or Path.cwd(), dict(source)
+    else:
+        path = Path(source)
+        where, folder, content = str(path), path.parent, _read_yaml(path)
+    site = _resolve(_validate(where, content), folder.absolute())
+    _check_folders(site)
+    _check_tables(site)
+    return site
+
+
+def table_rows(table: Table) -> tuple[Row, ...]:
+    """The rows of a table that are this site's.
+
+    Raises:
+        DataError: as :func:`read_sheet`; a column is absent; no row is this site's; a fold is none of the three.
+    """
+    sheet = read_sheet(table.file)
+    sheet.require([table.key_column, *table.where, *filter(None, [table.fold_column, table.patient_column])])
+    rows = tuple(row for row in sheet.rows if all(row.cells[name] == text for name, text in table.where.items()))
+    if not rows:
+        seen = "; ".join(f"{name}: {_some({row.cells[name] for row in sheet.rows})}" for name in table.where)
+        wanted = " and ".join(f"{name} = {text}" for name, text in table.where.items())
+        raise DataError(f"{table.file} has no row with {wanted or 'content'}", f"the file has {seen or 'no rows'}")
+    _check_folds(table, rows)
+    return rows
+
+
+def label_rows(labels: Labels) -> tuple[Row, ...]:
+    """The rows of a label file that hold a label.
+
+    Raises:
+        DataError: as :func:`read_sheet`; a column is absent; not one code is named in `classes`.
+    """
+    sheet = read_sheet(labels.file)
+    sheet.require([labels.key_column, labels.label_column])
+    rows = tuple(row for row in sheet.rows if row.cells[labels.label_column])
+    codes = {row.cells[labels.label_column] for row in rows}
+    if labels.classes is not None and codes and codes.isdisjoint(labels.classes):
+        raise DataError(
+            f"{labels.file}, column '{labels.label_column}': none of its codes ({_some(codes)}) is in labels.classes",
+            f"labels.classes names {_some(labels.classes)}; map the codes of the file to the plan's classes",
+        )
+    return rows
+
+
+class _TextLoader(yaml.BaseLoader):
+    """YAML in which every scalar is text and no key comes twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for (key, _), earlier in zip(node.value, range(len(keys)), strict=True):
+            if key.value in keys[:earlier]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key.value}' comes twice", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_TextLoader)  # noqa: S506 (it builds text only)
+    except OSError as error:
+        raise DataError(f"the site file {path} cannot be read: {error.strerror}", "check its path") from None
+    except UnicodeDecodeError:
+        raise DataError(f"the site file {path} is not UTF-8", "save it again as UTF-8") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise DataError(f"{path}, line {line}: {error.problem}", "mend the YAML of the site file") from None
+    except yaml.YAMLError as error:
+        raise DataError(f"{path}: {error}", "mend the YAML of the site file") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is not a site file", "it needs at least: name, sources")
+    return content
+
+
+def _validate(where: str, content: dict[str, Any]) -> SiteData:
+    try:
+        return SiteData.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "site"
+        remedy = "mend it in the site file; docs: name, root, sources, masks, labels, table"
+        raise DataError(f"{where}, {key}: {first['msg'].removeprefix('Value error, ')}", remedy) from None
+
+
+def _resolve(site: SiteData, folder: Path) -> SiteData:
+    root = folder / site.root.expanduser()
+    parts: dict[str, Any] = {"root": root, "sources": tuple(_rooted(source, root) for source in site.sources)}
+    for name in ("masks", "labels", "table"):
+        part = getattr(site, name)
+        parts[name] = None if part is None else _rooted(part, root)
+    return site.model_copy(update=parts)
+
+
+def _rooted(part: _Part, root: Path) -> _Part:
+    paths = {name: root / value for name, value in part if isinstance(value, Path)}
+    return part.model_copy(update=paths)
+
+
+def _check_folders(site: SiteData) -> None:
+    for source in site.sources:
+        if isinstance(source, NpzSource):
+            _check_present(source.path, source.path.is_file(), "file")
+        else:
+            folders = [source.path] if isinstance(source, DicomSource) else [source.images, source.masks]
+            for folder in filter(None, folders):
+                _check_present(folder, folder.is_dir(), "folder")
+    if site.masks is not None:
+        _check_present(site.masks.path, site.masks.path.is_dir(), "folder")
+
+
+def _check_present(path: Path, present: bool, what: str) -> None:
+    if not present:
+        raise DataError(f"the {what} {path} does not exist", "check the path in the site file, and its root")
+
+
+def _check_tables(site: SiteData) -> None:
+    if site.labels is not None:
+        label_rows(site.labels)
+    if site.table is not None:
+        table_rows(site.table)
+
+
+def _check_folds(table: Table, rows: Iterable[Row]) -> None:
+    for row in rows:
+        fold = row.cells[table.fold_column] if table.fold_column else ""
+        if fold and fold not in FOLDS:
+            raise DataError(
+                f"{table.file}, line {row.line}, column '{table.fold_column}': '{fold}' is no fold",
+                "write train, validation or test, or leave the cell empty",
+            )
+
+
+def _some(texts: Iterable[str]) -> str:
+    shown = sorted(set(texts))
+    return ", ".join(shown[:8]) + (", …" if len(shown) > 8 else "")

@@ -1,0 +1,103 @@
+"""The files of a store, written so that a name never stands for half a file.
+
+Rules:
+  * A file is written under another name, flushed to the disk and renamed: a batch of them before each commit
+    of the catalog, so that the catalog never names a file that a power cut can take away.
+  * One ingest at a time writes to a store.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from locum.common.errors import DataError, RunError
+
+VOLUMES = "volumes"
+MASKS = "masks"
+_PART = ".part"
+
+
+class Draft:
+    """Files of a store that are written but not yet under their names."""
+
+    def __init__(self, store: Path) -> None:
+        self._store = store
+        self._names: list[str] = []
+
+    def write(self, name: str, content: bytes) -> str:
+        """Write the content of the file `name` (relative to the store) and return the name."""
+        (self._store / f"{name}{_PART}").write_bytes(content)
+        self._names.append(name)
+        return name
+
+    def publish(self) -> None:
+        """Flush all to the disk and give each its name."""
+        for name in self._names:
+            _flush(self._store / f"{name}{_PART}")
+        for name in self._names:
+            (self._store / f"{name}{_PART}").replace(self._store / name)
+        for folder in {name.partition("/")[0] for name in self._names}:
+            _flush(self._store / folder)
+        self._names.clear()
+
+
+def present(store: Path) -> frozenset[str]:
+    """The names of all volumes and masks, relative to the store."""
+    return frozenset(f"{folder}/{path.name}" for folder in (VOLUMES, MASKS) for path in (store / folder).iterdir())
+
+
+def sweep(store: Path, keep: Iterable[str]) -> None:
+    """Remove the volumes and masks that are not to be kept, and what an interrupted ingest left."""
+    for name in present(store) - frozenset(keep):
+        (store / name).unlink()
+
+
+@contextmanager
+def exclusive(store: Path) -> Iterator[None]:
+    """Make the folders of a store and hold it for one writer.
+
+    Raises:
+        DataError: another process is writing to it.
+        RunError: the store cannot be written, a full disk for one; what was committed stays.
+    """
+    with _write_errors_are_told(store):
+        for folder in (VOLUMES, MASKS):
+            (store / folder).mkdir(parents=True, exist_ok=True)
+        with (store / ".lock").open("w") as lock:
+            _lock(lock.fileno(), store)
+            yield
+
+
+def _lock(descriptor: int, store: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(f"another ingest is writing to {store}", "wait for it to end") from None
+
+
+@contextmanager
+def _write_errors_are_told(store: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        what = error.strerror or type(error).__name__
+        raise RunError(f"the store {store} cannot be written: {what}", _remedy()) from error
+    except sqlite3.OperationalError as error:
+        raise RunError(f"the catalog in {store} cannot be written: {error}", _remedy()) from error
+
+
+def _remedy() -> str:
+    return "free space or mend the access rights, and ingest again: it continues where it stopped"
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,89 @@
+"""What a worker can be asked to do with its session.
+
+`describe`, `train` and `evaluate` answer the coordinator through the agent. `outcomes`, `pictures` and `fit_alone` are
+for a simulation, which owns the data it made; no message type leads to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from locum.common.build import metric_of
+from locum.common.errors import Code, SiteFailure
+from locum.common.messages import Tensors
+from locum.common.plan import parse_plan
+from locum.site_client.session import (
+    Session,
+    Settings,
+    at_model,
+    at_whole_model,
+    describe,
+    fit_alone,
+    measure,
+    open_session,
+    train_round,
+)
+from locum.site_client.training.pictures import sample_pictures
+
+
+def session_for(session: Session | None, settings: Settings, request: Mapping[str, Any]) -> Session:
+    """The session of the request's plan: the warm one, or a new one if the plan is another."""
+    plan = parse_plan(request["plan"].encode()) if "plan" in request else None
+    if plan is not None and (session is None or session.plan.digest != plan.digest):
+        return open_session(settings, plan)
+    if session is None:
+        raise SiteFailure(Code.INTERNAL, "the worker was asked before it was given a plan")
+    return session
+
+
+def _describe(session: Session, _request: Mapping[str, Any], _tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    return describe(session), {}
+
+
+def _train(session: Session, request: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    update, done, cases = train_round(session, tensors, request["round"])
+    return {"steps": done.steps, "loss": done.loss, "cases": cases}, update
+
+
+def _evaluate(session: Session, request: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    at_model(session, tensors, request["round"])
+    found = measure(session, request["fold"])
+    classes = len(session.plan.contract.classes)
+    sums: Tensors = {name: metric_of(name).sums(found, classes) for name in session.plan.evaluation.metrics}
+    return {"cases": len(found.patients)}, sums
+
+
+def _stand_at(session: Session, request: Mapping[str, Any], tensors: Tensors) -> None:
+    """A federation's model after some round, or a whole model trained alone."""
+    if request["round"] is None:
+        at_whole_model(session, tensors)
+    else:
+        at_model(session, tensors, request["round"])
+
+
+def _outcomes(session: Session, request: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    _stand_at(session, request, tensors)
+    found = measure(session, request["fold"])
+    arrays: Tensors = {"labels": found.labels, "scores": found.scores, "dice": found.dice, "surface": found.surface}
+    return {"patients": list(found.patients)}, arrays
+
+
+def _pictures(session: Session, request: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    _stand_at(session, request, tensors)
+    return sample_pictures(session, request["count"])
+
+
+def _fit_alone(session: Session, request: Mapping[str, Any], _tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    return {}, fit_alone(session, request["rounds"])
+
+
+_Operation = Callable[[Session, Mapping[str, Any], Tensors], tuple[dict[str, Any], Tensors]]
+OPERATIONS: dict[str, _Operation] = {
+    "describe": _describe,
+    "train": _train,
+    "evaluate": _evaluate,
+    "outcomes": _outcomes,
+    "pictures": _pictures,
+    "fit_alone": _fit_alone,
+}

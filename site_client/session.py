@@ -1,0 +1,227 @@
+"""What the worker keeps warm for one plan: the network, the prepared cases, and the site's local tensors.
+
+Rules:
+  * Weights arrive as raw arrays and are checked against the network before use.
+  * Tensors with the role `local` never leave; they are written to disk after every round, so that a restarted worker
+    and a resumed run go on exactly where they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.data import CacheDataset
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save
+from torch import nn
+
+from locum.common import build
+from locum.common.build import Model, Role
+from locum.common.durable import replace_file
+from locum.common.errors import Code, SiteFailure
+from locum.common.metrics import Outcomes
+from locum.common.plan import Fold, Plan
+from locum.site_client.imaging.catalog import Case, Catalog
+from locum.site_client.training import data, evaluate, train
+
+_KEPT_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a worker runs.
+
+    Attributes:
+        site: the site's name, part of every seed.
+        stores: folders of catalogs, usually one.
+        run_dir: where local tensors are kept between rounds.
+        threads: CPU threads of torch.
+        cache_bytes: memory for prepared cases.
+        device: `cpu`, `cuda`, or `auto` for the GPU where there is one.
+    """
+
+    site: str
+    stores: tuple[Path, ...]
+    run_dir: Path
+    threads: int = 1
+    cache_bytes: int = 2 << 30
+    device: str = "auto"
+
+
+@dataclass
+class Session:
+    """One plan at one site, built once and used for every round."""
+
+    settings: Settings
+    plan: Plan
+    network: nn.Module
+    roles: Mapping[str, Role]
+    device: torch.device
+    cases: Mapping[Fold, tuple[Case, ...]]
+    _datasets: dict[tuple[Fold, bool], CacheDataset] = field(default_factory=dict)
+
+    def dataset(self, fold: Fold, *, augment: bool) -> CacheDataset:
+        """The prepared cases of a fold; raises SiteFailure (NO_DATA, DATA_UNREADABLE)."""
+        key = (fold, augment)
+        if key not in self._datasets:
+            budget = self.settings.cache_bytes
+            self._datasets[key] = data.dataset(self.plan, self.cases[fold], augment=augment, budget_bytes=budget)
+        return self._datasets[key]
+
+
+def open_session(settings: Settings, plan: Plan) -> Session:
+    """Builds the plan's network and finds its cases; raises SiteFailure (PLAN_UNBUILDABLE)."""
+    torch.set_num_threads(settings.threads)
+    torch.use_deterministic_algorithms(plan.deterministic, warn_only=True)
+    try:
+        network, roles = build.initial_state(plan)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise SiteFailure(Code.PLAN_UNBUILDABLE, f"{type(error).__name__}: {error}") from error
+    device = torch.device(_device_name(settings.device))
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(roles[name] != "frozen")
+    return Session(settings, plan, network.to(device), roles, device, _cases(settings, plan))
+
+
+def _device_name(asked: str) -> str:
+    if asked != "auto":
+        return asked
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _cases(settings: Settings, plan: Plan) -> dict[Fold, tuple[Case, ...]]:
+    found = [case for store in settings.stores for case in _fitting(Catalog.open(store), plan)]
+    return {fold: tuple(case for case in found if case.fold == fold) for fold in ("train", "validation", "test")}
+
+
+def _fitting(catalog: Catalog, plan: Plan) -> list[Case]:
+    """The cases that the contract asks for: its modality, and a spacing within its range on every axis."""
+    contract = plan.contract
+    fits = {
+        fact.id
+        for fact in catalog.facts()
+        if (not contract.modality or fact.modality in contract.modality)
+        and all(contract.spacing.least <= size <= contract.spacing.most for size in fact.spacing)
+    }
+    return [case for case in catalog.cases(contract.split.fractions) if case.id in fits]
+
+
+def describe(session: Session) -> dict[str, object]:
+    """What a site can say about itself before round 1: configuration, counts, ability and why not."""
+    plan, cases = session.plan, session.cases
+    shared = build.shared_tensors(session.network, session.roles)
+    patients = len({case.patient for case in cases["train"]})
+    missing = _missing_classes(plan, cases["train"])
+    reason = ""
+    if patients < plan.contract.least_patients:
+        reason = f"{patients} training patients fit the contract, which asks for {plan.contract.least_patients}"
+    elif missing and plan.contract.single_class == "exclude" and plan.contract.task == "classification":
+        reason = "no training case of " + ", ".join(missing)
+    return {
+        "configuration": build.configuration(plan, shared),
+        "cases": {fold: len(found) for fold, found in cases.items()},
+        "missing_classes": missing,
+        "able": not reason,
+        "reason": reason,
+    }
+
+
+def _missing_classes(plan: Plan, cases: Sequence[Case]) -> list[str]:
+    if plan.contract.task == "segmentation":
+        return []
+    present = {case.label for case in cases}
+    return [name for name in plan.contract.classes if name not in present]
+
+
+def train_round(session: Session, model: Model, round_number: int) -> tuple[Model, train.Trained, int]:
+    """Trains one round from `model`; returns the update (local − global), what was done, and the number of cases."""
+    at_model(session, model, round_number - 1)
+    done = _train_steps(session, round_number)
+    _save_local(session, round_number)
+    after = build.shared_tensors(session.network, session.roles)
+    return {name: after[name] - model[name] for name in after}, done, len(session.cases["train"])
+
+
+def _train_steps(session: Session, round_number: int) -> train.Trained:
+    """Trains the network as it stands for one round's steps."""
+    prepared = session.dataset("train", augment=True)
+    site = session.settings.site
+    torch.manual_seed(data.draw_seed(session.plan.seed, site, round_number, "network"))
+    batches = data.training_loader(session.plan, prepared, site=site, round_number=round_number)
+    return train.train(session.plan, session.network, batches, round_number=round_number, device=session.device)
+
+
+def at_model(session: Session, model: Model, round_number: int) -> None:
+    """Puts the network where it is after a round: the shared tensors of `model`, the site's own local ones."""
+    load_model(session, model)
+    _load_local(session, round_number)
+
+
+def measure(session: Session, fold: Fold) -> Outcomes:
+    """The outcomes of the network as it stands on a fold."""
+    prepared = session.dataset(fold, augment=False)
+    batches = data.evaluation_loader(session.plan, prepared)
+    return evaluate.outcomes(session.plan, session.network, batches, session.cases[fold], session.device)
+
+
+def fit_alone(session: Session, rounds: int) -> Model:
+    """Trains from the plan's start without a federation, `rounds` rounds of its steps; returns every tensor."""
+    state = session.network.state_dict()
+    _assign(state, {name: tensor.numpy() for name, tensor in build.initial_state(session.plan)[0].state_dict().items()})
+    for round_number in range(1, rounds + 1):
+        _train_steps(session, round_number)
+    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in state.items()}
+
+
+def at_whole_model(session: Session, model: Model) -> None:
+    """Puts every tensor of a model trained alone into the network, local ones too."""
+    _assign(session.network.state_dict(), model)
+
+
+def load_model(session: Session, model: Mapping[str, NDArray[np.generic]]) -> None:
+    """Puts the shared tensors into the network; raises SiteFailure (MESSAGE_UNREADABLE) if they do not fit."""
+    state = session.network.state_dict()
+    shared = {name for name, role in session.roles.items() if role == "shared"}
+    if set(model) != shared or any(tuple(state[name].shape) != model[name].shape for name in shared):
+        raise SiteFailure(Code.MESSAGE_UNREADABLE, "the model's tensors are not those of the plan's network")
+    _assign(state, model)
+
+
+def _assign(state: Mapping[str, torch.Tensor], arrays: Mapping[str, NDArray[np.generic]]) -> None:
+    with torch.no_grad():
+        for name, array in arrays.items():
+            state[name].copy_(torch.from_numpy(np.array(array)))
+
+
+def _local_files(session: Session) -> list[tuple[int, Path]]:
+    files = session.settings.run_dir.glob("local-*.safetensors")
+    return sorted((int(path.stem.split("-")[1]), path) for path in files)
+
+
+def _load_local(session: Session, after_round: int) -> None:
+    """Loads the local tensors as they were after `after_round`; as the seed made them before the first."""
+    if "local" not in session.roles.values():
+        return
+    state = session.network.state_dict()
+    older = [path for number, path in _local_files(session) if number <= after_round]
+    if older:
+        _assign(state, load_file(older[-1]))
+    elif after_round == 0:
+        initial = build.initial_state(session.plan)[0].state_dict()
+        _assign(state, {n: initial[n].numpy() for n, role in session.roles.items() if role == "local"})
+
+
+def _save_local(session: Session, round_number: int) -> None:
+    state = session.network.state_dict()
+    local = {n: state[n].detach().cpu().numpy() for n, role in session.roles.items() if role == "local"}
+    if not local:
+        return
+    session.settings.run_dir.mkdir(parents=True, exist_ok=True)
+    replace_file(session.settings.run_dir / f"local-{round_number:06d}.safetensors", save(local))
+    for number, path in _local_files(session):
+        if number <= round_number - _KEPT_ROUNDS or number > round_number:
+            path.unlink()

@@ -1,0 +1,165 @@
+"""Cases of a catalog as batches for a network.
+
+Rules:
+  * Training reads the NIfTI store, never DICOM. The deterministic transforms run once per case and are kept in memory
+    as far as the budget allows; what does not fit is prepared again each time.
+  * Every draw comes from a generator seeded by (seed, site, round): MONAI's loader would otherwise rewind torch's
+    default generator and repeat the same augmentation every round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import CacheDataset, DataLoader, list_data_collate
+from monai.data.meta_tensor import MetaTensor
+from monai.transforms import Compose, EnsureTyped, LoadImaged, MapTransform, SqueezeDimd
+from torch.utils.data import Sampler
+
+from locum.common import build
+from locum.common.errors import Code, SiteFailure
+from locum.common.plan import Plan
+from locum.site_client.imaging.catalog import Case
+
+Batch = Mapping[str, Any]
+
+
+def draw_seed(seed: int, site: str, round_number: int, purpose: str = "train") -> int:
+    """A 32-bit seed from (seed, site, round, purpose): equal on every machine, different for every use."""
+    text = f"{seed}\x00{site}\x00{round_number}\x00{purpose}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
+
+
+class RecordSpacing(MapTransform):
+    """Keeps the voxel spacing (mm) of the prepared image, before its metadata is dropped."""
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Adds `spacing` (one float per spatial axis) to an item."""
+        image = data["image"]
+        dimensions = image.ndim - 1
+        pixdim = image.pixdim if isinstance(image, MetaTensor) else torch.ones(dimensions)
+        return {**data, "spacing": pixdim[:dimensions].to(torch.float32)}
+
+
+def _pipeline(plan: Plan, *, augment: bool) -> Compose:
+    keys = ["image", "mask"] if plan.contract.task == "segmentation" else ["image"]
+    flatten = [SqueezeDimd(keys=keys, dim=3)] if plan.contract.dimensions == 2 else []
+    return Compose(
+        [
+            LoadImaged(keys=keys, reader="NibabelReader", image_only=True, ensure_channel_first=True),
+            *flatten,
+            *build.transforms(plan, "prepare"),
+            RecordSpacing(keys=["image"]),
+            EnsureTyped(keys=keys, dtype=torch.float32, track_meta=False),
+            *(build.transforms(plan, "augment") if augment else []),
+        ]
+    )
+
+
+def _item(plan: Plan, index: int, case: Case) -> dict[str, Any]:
+    item: dict[str, Any] = {"index": index, "image": str(case.image)}
+    if plan.contract.task == "segmentation":
+        if case.mask is None:
+            raise SiteFailure(Code.DATA_UNREADABLE, f"case {case.id} has no mask")
+        return {**item, "mask": str(case.mask)}
+    if case.label not in plan.contract.classes:
+        raise SiteFailure(Code.DATA_UNREADABLE, f"case {case.id} has the label {case.label!r}, not in the plan")
+    return {**item, "label": plan.contract.classes.index(case.label)}
+
+
+def dataset(plan: Plan, cases: Sequence[Case], *, augment: bool, budget_bytes: int) -> CacheDataset:
+    """The cases as a dataset whose deterministic part is cached.
+
+    Raises:
+        SiteFailure: NO_DATA if there is no case, DATA_UNREADABLE if one cannot be loaded or transformed.
+    """
+    if not cases:
+        raise SiteFailure(Code.NO_DATA, "no case in this fold")
+    items = [_item(plan, index, case) for index, case in enumerate(cases)]
+    pipeline = _pipeline(plan, augment=augment)
+    try:
+        count = _cached_count(pipeline, items, budget_bytes)
+        made = CacheDataset(items, pipeline, cache_num=count, num_workers=0, progress=False, copy_cache=False)
+        _check_first(plan, made[0], augment=augment)
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError, IndexError) as error:
+        raise SiteFailure(Code.DATA_UNREADABLE, f"{type(error).__name__}: {error}") from error
+    return made
+
+
+def _cached_count(pipeline: Compose, items: Sequence[Mapping[str, Any]], budget_bytes: int) -> int:
+    """How many prepared cases fit the budget, judged by the first one."""
+    first = pipeline(items[0])
+    one = first[0] if isinstance(first, list) else first
+    size = sum(value.element_size() * value.nelement() for value in one.values() if isinstance(value, torch.Tensor))
+    return min(len(items), max(0, budget_bytes // max(1, size)))
+
+
+def _check_first(plan: Plan, item: Any, *, augment: bool) -> None:
+    first = item[0] if isinstance(item, list) else item
+    channels, size = first["image"].shape[0], tuple(first["image"].shape[1:])
+    whole = plan.contract.task == "classification" or augment
+    if channels != plan.contract.channels or (whole and size != plan.training.input_size):
+        raise ValueError(
+            f"the transforms give {channels} channels of {list(size)}, the plan says "
+            f"{plan.contract.channels} of {list(plan.training.input_size)}"
+        )
+
+
+class Draws(Sampler[int]):
+    """Indices for a number of steps: shuffled passes over all cases, or draws with equal chance for every class."""
+
+    def __init__(self, labels: Sequence[int] | None, count: int, total: int, generator: torch.Generator) -> None:
+        """Args: labels of the cases for balanced draws or None, number of cases, draws in all, generator."""
+        self._labels, self._count, self._total, self._generator = labels, count, total, generator
+
+    def __len__(self) -> int:
+        return self._total
+
+    def __iter__(self) -> Iterator[int]:
+        if self._labels is None:
+            yield from self._passes()
+            return
+        frequency = np.bincount(self._labels)
+        weights = torch.tensor([1.0 / frequency[label] for label in self._labels], dtype=torch.float64)
+        yield from torch.multinomial(weights, self._total, replacement=True, generator=self._generator).tolist()
+
+    def _passes(self) -> Iterator[int]:
+        left = self._total
+        while left > 0:
+            order = torch.randperm(self._count, generator=self._generator).tolist()
+            yield from order[:left]
+            left -= len(order)
+
+
+def steps_of(plan: Plan, cases: int) -> int:
+    """Optimiser steps of one round at a site with `cases` training cases."""
+    training = plan.training
+    if training.local_steps is not None:
+        return training.local_steps
+    return (training.local_epochs or 1) * -(-cases // training.batch_size)
+
+
+def training_loader(plan: Plan, data: CacheDataset, *, site: str, round_number: int) -> DataLoader:
+    """The batches of one round; the same (plan, data, site, round) gives the same batches.
+
+    Each of the round's steps has a full batch, or all cases where a site has fewer.
+    """
+    seed = draw_seed(plan.seed, site, round_number)
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(data.transform, Compose):
+        data.transform.set_random_state(seed=seed)
+    size = min(plan.training.batch_size, len(data))
+    balanced = plan.training.sampling == "balanced" and plan.contract.task == "classification"
+    labels = [int(item["label"]) for item in data.data] if balanced else None
+    draws = Draws(labels, len(data), steps_of(plan, len(data)) * size, generator)
+    return DataLoader(data, batch_size=size, sampler=draws, generator=generator, collate_fn=list_data_collate)
+
+
+def evaluation_loader(plan: Plan, data: CacheDataset) -> DataLoader:
+    """The cases in their order; one at a time where sizes may differ."""
+    size = 1 if plan.contract.task == "segmentation" else plan.evaluation.batch_size
+    return DataLoader(data, batch_size=size, shuffle=False, generator=torch.Generator(), collate_fn=list_data_collate)

@@ -1,0 +1,152 @@
+"""The worker process: images, torch and the GPU live here; keys and the connection do not.
+
+The agent and its worker speak over a pipe in two frames a message: JSON, then tensors in safetensors form. Nothing is
+pickled. A worker stays warm across rounds; if it dies, its agent gets `WORKER_DIED` and the next call starts another.
+Workers are forked from a server process that has loaded torch and MONAI once.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import signal
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+from safetensors.numpy import load, save
+
+from locum.common.errors import Code, SiteFailure
+from locum.common.messages import Tensors
+from locum.common.plan import Plan
+
+if TYPE_CHECKING:
+    from locum.site_client.session import Session, Settings
+
+_context = get_context("forkserver")
+_context.set_forkserver_preload(["locum.site_client.operations"])
+
+
+def process_context() -> ForkServerContext:
+    """The context of worker processes: forked from one server process that has loaded torch and MONAI."""
+    return _context
+
+
+# --- inside the worker
+
+
+def serve(connection: Connection, settings: Settings) -> None:
+    """The worker's loop: answers requests until the pipe closes."""
+    from locum.site_client import operations  # torch is loaded in the worker, never in the agent
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    session: Session | None = None
+    while True:
+        try:
+            request, tensors = _receive(connection)
+        except (EOFError, OSError):
+            return
+        try:
+            session = operations.session_for(session, settings, request)
+            reply, arrays = operations.OPERATIONS[request["operation"]](session, request, tensors)
+        except SiteFailure as failure:
+            reply, arrays = {"failure": int(failure.code), "detail": failure.detail}, {}
+        except MemoryError as error:
+            reply, arrays = {"failure": int(Code.OUT_OF_MEMORY), "detail": str(error)}, {}
+        except Exception as error:  # noqa: BLE001 - the loop must answer; the agent logs the text, only the code leaves
+            reply, arrays = {"failure": int(_code_of(error)), "detail": traceback.format_exc()}, {}
+        _send(connection, reply, arrays)
+
+
+def _code_of(error: Exception) -> Code:
+    return Code.DISK_FULL if isinstance(error, OSError) and error.errno == errno.ENOSPC else Code.INTERNAL
+
+
+def _send(connection: Connection, header: Mapping[str, Any], tensors: Tensors) -> None:
+    connection.send_bytes(json.dumps(header, default=float).encode())
+    connection.send_bytes(save(tensors) if tensors else b"")
+
+
+def _receive(connection: Connection) -> tuple[dict[str, Any], Tensors]:
+    header = json.loads(connection.recv_bytes())
+    content = connection.recv_bytes()
+    return header, load(content) if content else {}
+
+
+# --- at the agent
+
+
+@dataclass
+class Worker:
+    """An agent's handle on its worker process; start it by the first call.
+
+    Attributes:
+        settings: how the worker runs.
+        log: the site's own log, which gets the text of every failure.
+    """
+
+    settings: Settings
+    log: logging.Logger
+    _process: BaseProcess | None = None
+    _connection: Connection | None = None
+    _plan: Plan | None = field(default=None)
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of the worker, if it runs."""
+        return self._process.pid if self._process is not None else None
+
+    def start(self) -> None:
+        """Starts the process if it is not running."""
+        if self._process is not None and self._process.is_alive():
+            return
+        ours, theirs = _context.Pipe()
+        self._process = _context.Process(target=serve, args=(theirs, self.settings), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._connection, self._plan = ours, None
+
+    def call(
+        self, operation: str, plan: Plan, tensors: Tensors | None = None, **request: Any
+    ) -> tuple[dict[str, Any], Tensors]:
+        """Asks the worker and waits; raises SiteFailure with the worker's code, or WORKER_DIED."""
+        self.start()
+        header = {"operation": operation, **request}
+        if self._plan is not plan:
+            header["plan"] = plan.canonical().decode()
+        try:
+            reply, arrays = self._exchange(header, tensors or {})
+        except (EOFError, OSError, json.JSONDecodeError, safetensors.SafetensorError) as error:
+            self.stop()
+            self.log.exception("the worker died during %s", operation)
+            raise SiteFailure(Code.WORKER_DIED, operation) from error
+        if "failure" in reply:
+            self.log.error("%s failed: %s", operation, reply["detail"])
+            raise SiteFailure(Code(reply["failure"]), reply["detail"])
+        self._plan = plan
+        return reply, arrays
+
+    def _exchange(self, header: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+        if self._connection is None:
+            raise EOFError
+        _send(self._connection, header, tensors)
+        return _receive(self._connection)
+
+    def stop(self) -> None:
+        """Ends the process; safe to call twice."""
+        if self._connection is not None:
+            self._connection.close()
+        if self._process is not None:
+            self._process.terminate()
+            self._process.join(timeout=5)
+            if self._process.is_alive() and self._process.pid is not None:
+                os.kill(self._process.pid, signal.SIGKILL)
+        self._process = self._connection = None
