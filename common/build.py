@@ -110,7 +110,8 @@ def loss(plan: Plan) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     function = _construct(plan, "locum.losses", plan.loss)
     if plan.loss.name == "CrossEntropyLoss":
         return lambda scores, truth: function(scores, truth[:, 0].long())
-    return lambda scores, truth: function(scores, truth)
+    plain: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = function
+    return plain
 
 
 def optimiser(plan: Plan, parameters: Iterable[nn.Parameter], rate: float = 1.0) -> torch.optim.Optimizer:

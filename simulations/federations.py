@@ -2,13 +2,13 @@
 
 Rules:
   * One seed, one federation, whatever the machine.
-  * Scanners differ by places on a few physical scales (kernel, noise, calibration, contrast phase, voxel
-    size). The places are evenly apart, so a federation differs by its `scanner_shift` whatever the seed.
+  * Hospitals differ by their places on a few physical scales (kernel, noise, contrast medium, case mix, voxel
+    size). Four archetypes span the scales, so a federation differs by its `scanner_shift` whatever the seed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ from locum.simulations.phantoms import TISSUES, Scanner, Vector
 from locum.simulations.scans import VENDORS, Storage
 
 # First words of the seeds, as in hospitals.py.
-_SITES, _SEEDS = 100, 101
+_LABELS, _SEEDS, _PLACES = 100, 101, 102
 
 _NAMES = (
     "north", "riverside", "st-anne", "lakeview", "hillcrest", "old-harbour", "eastgate", "marienhof",
@@ -80,9 +80,7 @@ class FederationSpec:
                 "give at least one site and one patient",
             )
         if self.size_skew < 0 or (self.label_skew is not None and self.label_skew <= 0):
-            raise DataError(
-                "size_skew or label_skew is out of range", "give size_skew >= 0 and label_skew > 0"
-            )
+            raise DataError("size_skew or label_skew is out of range", "give size_skew >= 0 and label_skew > 0")
         if (self.dims == 3) != (self.modality in {"CT", "MR"}):
             raise DataError(
                 f"{self.modality} does not come in {self.dims} dimensions",
@@ -99,14 +97,11 @@ def demo_federation(seed: int, sites: int = 4) -> FederationSpec:
 
 def federation(spec: FederationSpec) -> tuple[HospitalSpec, ...]:
     """The hospitals of a federation; one seed, one answer."""
-    rng = np.random.default_rng((spec.seed, _SITES))
+    rng = np.random.default_rng((spec.seed, _LABELS))
     sizes = _sizes(spec)
     shares = _prevalences(spec, rng)
-    spread = _Spread(spec, rng)
     return tuple(
-        replace(
-            _hospital(spec, site, spread), patients=size, prevalence=share, broken=round(spec.broken * size)
-        )
+        replace(_hospital(spec, site), patients=size, prevalence=share, broken=round(spec.broken * size))
         for site, (size, share) in enumerate(zip(sizes, shares, strict=True))
     )
 
@@ -130,24 +125,57 @@ def _prevalences(spec: FederationSpec, rng: np.random.Generator) -> list[float]:
     return [round(float(share), 4) for share in rng.dirichlet(alpha, spec.sites)[:, 0]]
 
 
-class _Spread:
-    """Places of the sites on each scale on which scanners differ: evenly apart, in an order drawn per scale.
+@dataclass(frozen=True)
+class _Places:
+    """Where one hospital stands on the scales on which hospitals differ, each from -1 to 1.
 
-    Drawn independently, four sites would often be alike.
+    Attributes:
+        kernel: sharp to smooth.
+        noise: low to high dose noise.
+        level: calibration and enhancement of the tissue.
+        vessels: how much contrast medium the vessels hold.
+        lesions: how much the lesions take up.
+        size: of the lesions that it sees.
+        plane: pixel spacing.
+        between: slice spacing.
     """
 
-    def __init__(self, spec: FederationSpec, rng: np.random.Generator) -> None:
-        scales = ("kernel", "noise", "offset", "phase", "lesion", "size", "plane", "slice")
-        places = np.linspace(-1, 1, spec.sites) if spec.sites > 1 else np.zeros(1)
-        self._places = {scale: rng.permutation(places) * spec.scanner_shift for scale in scales}
+    kernel: float
+    noise: float
+    level: float
+    vessels: float
+    lesions: float
+    size: float
+    plane: float
+    between: float
 
-    def __call__(self, scale: str, site: int) -> float:
-        return float(self._places[scale][site])
+
+#: Four hospitals of which none stands in the middle; further sites vary around them.
+_ARCHETYPES = (
+    _Places(kernel=-1, noise=-0.3, level=-0.3, vessels=1, lesions=0.3, size=1, plane=1, between=-1),
+    _Places(kernel=1, noise=1, level=-1, vessels=-1, lesions=1, size=-0.3, plane=-1, between=0.3),
+    _Places(kernel=0.3, noise=0.3, level=1, vessels=0.3, lesions=-0.3, size=-1, plane=-0.3, between=1),
+    _Places(kernel=-0.3, noise=-1, level=0.3, vessels=-0.3, lesions=-1, size=0.3, plane=0.3, between=-0.3),
+)
+_VARIATION = 0.15
 
 
-def _hospital(spec: FederationSpec, site: int, spread: _Spread) -> HospitalSpec:
+def _places(spec: FederationSpec, site: int) -> _Places:
+    """The site's archetype, varied by the seed and scaled by the shift that was asked for."""
+    rng = np.random.default_rng((spec.seed, _PLACES, site))
+    archetype = asdict(_ARCHETYPES[site % len(_ARCHETYPES)])
+    return _Places(
+        **{
+            scale: float(np.clip(place + rng.uniform(-_VARIATION, _VARIATION), -1, 1)) * spec.scanner_shift
+            for scale, place in archetype.items()
+        }
+    )
+
+
+def _hospital(spec: FederationSpec, site: int) -> HospitalSpec:
     """One hospital with its own scanner, files and habits, and as yet nobody in it."""
     lap, name = divmod(site, len(_NAMES))
+    places = _places(spec, site)
     vendors = tuple(VENDORS)
     return HospitalSpec(
         name=_NAMES[name] + (f"-{lap + 1}" if lap else ""),
@@ -156,14 +184,14 @@ def _hospital(spec: FederationSpec, site: int, spread: _Spread) -> HospitalSpec:
         prevalence=spec.prevalence,
         modality=spec.modality,
         vendor=vendors[site % len(vendors)],
-        scanner=_scanner(spec, site, spread),
+        scanner=_scanner(spec, places),
         storage=_storage(spec, site),
         orientation="oblique" if spec.dims == 3 and spec.scanner_shift > 0 and site % 4 == 2 else "axial",
         feet_first=spec.dims == 3 and site % 2 == 1,
         follow_ups=spec.follow_ups,
         habits=site,
         task=spec.task,
-        **_imaging(spec, site, spread),
+        **_imaging(spec, places),
     )
 
 
@@ -172,30 +200,30 @@ def _seed(spec: FederationSpec, site: int) -> int:
     return int(np.random.SeedSequence((spec.seed, _SEEDS, site)).generate_state(1, np.uint32)[0])
 
 
-def _imaging(spec: FederationSpec, site: int, spread: _Spread) -> dict[str, Any]:
+def _imaging(spec: FederationSpec, places: _Places) -> dict[str, Any]:
     """Voxel size, contrast medium and case mix."""
-    plane, between = 1 + 0.12 * spread("plane", site), 1 + 0.15 * spread("slice", site)
-    smallest = spec.spacing[1] * spec.shape[1] * (0.14 + 0.02 * spread("size", site))
+    plane, between = 1 + 0.12 * places.plane, 1 + 0.15 * places.between
+    smallest = spec.spacing[1] * spec.shape[1] * (0.14 + 0.02 * places.size)
     return {
         "shape": spec.shape,
         "spacing": tuple(
             round(mm * factor, 3) for mm, factor in zip(spec.spacing, (between, plane, plane), strict=True)
         ),
-        "vessel_contrast": round(1 + 0.6 * spread("phase", site), 3),
-        "lesion_contrast": round(1 + 0.25 * spread("lesion", site), 3),
+        "vessel_contrast": round(1 + 0.6 * places.vessels, 3),
+        "lesion_contrast": round(1 + 0.25 * places.lesions, 3),
         "diameters": (round(smallest, 2), round(1.8 * smallest, 2)),
     }
 
 
-def _scanner(spec: FederationSpec, site: int, spread: _Spread) -> Scanner:
+def _scanner(spec: FederationSpec, places: _Places) -> Scanner:
     """Kernel, noise and calibration; units follow the modality's tissue table."""
     unit = TISSUES[spec.modality].lesion
     magnetic = spec.modality == "MR"
     return Scanner(
-        kernel=round(0.4 + 0.8 * spread("kernel", site), 3),
-        noise=round(0.16 * unit * 2 ** spread("noise", site), 3),
-        gain=1.0 if spec.modality == "CT" else round(2 ** spread("offset", site), 3),
-        offset=round(0.55 * unit * spread("offset", site), 3) if spec.modality == "CT" else 0.0,
+        kernel=round(0.4 + 0.8 * places.kernel, 3),
+        noise=round(0.16 * unit * 2**places.noise, 3),
+        gain=1.0 if spec.modality == "CT" else round(2**places.level, 3),
+        offset=round(0.25 * unit * places.level, 3) if spec.modality == "CT" else 0.0,
         bias=0.15 * spec.scanner_shift if magnetic else 0.0,
         rician=magnetic,
     )

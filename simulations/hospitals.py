@@ -185,13 +185,9 @@ class HospitalSpec:
         check_share("prevalence", self.prevalence)
         check_share("follow_ups", self.follow_ups)
         if self.patients < 0 or self.broken < 0 or self.lesions < 1:
-            raise DataError(
-                f"hospital {self.name} has a negative number of things", "give counts of at least 0"
-            )
+            raise DataError(f"hospital {self.name} has a negative number of things", "give counts of at least 0")
         if self.vendor not in VENDORS:
-            raise DataError(
-                f"hospital {self.name} names no known vendor: {self.vendor}", f"use {sorted(VENDORS)}"
-            )
+            raise DataError(f"hospital {self.name} names no known vendor: {self.vendor}", f"use {sorted(VENDORS)}")
         if (self.shape[0] == 1) != (self.modality in {"CR", "DX"}):
             raise DataError(
                 f"hospital {self.name} has {self.shape[0]} slices of {self.modality}",
@@ -217,9 +213,7 @@ class HospitalSpec:
     def tissue(self) -> Tissue:
         """What its contrast medium makes of the average scanner's picture."""
         table = TISSUES[self.modality]
-        return table._replace(
-            vessel=table.vessel * self.vessel_contrast, lesion=table.lesion * self.lesion_contrast
-        )
+        return table._replace(vessel=table.vessel * self.vessel_contrast, lesion=table.lesion * self.lesion_contrast)
 
     @cached_property
     def digest(self) -> str:
@@ -303,9 +297,7 @@ def _examinations(spec: HospitalSpec) -> list[_Examination]:
     lesions[: round(spec.prevalence * spec.patients)] = True
     rng.shuffle(lesions)
     returns = rng.permutation(spec.patients)[: round(spec.follow_ups * spec.patients)]
-    visits = [(person, 0) for person in range(spec.patients)] + [
-        (int(person), 1) for person in sorted(returns)
-    ]
+    visits = [(person, 0) for person in range(spec.patients)] + [(int(person), 1) for person in sorted(returns)]
     first, start = (
         int(rng.integers(1000, 90000)),
         date(2019, 1, 7) + timedelta(days=int(rng.integers(0, 900))),
@@ -364,7 +356,7 @@ def _write_examination(
         note = f"{made.study.patient.id}: images sent to the ward\n"
         (directory / "dicom" / f"note {made.number}.txt").write_text(note, encoding="utf-8")
     if spec.task == "segmentation":
-        _write_mask(directory / "masks" / f"{made.study.accession}.nii.gz", phantom.mask, grid)
+        _write_mask(directory / "masks" / f"{made.study.accession}.nii.gz", phantom.mask, _mask_affine(spec, grid))
     return _truth(made, phantom, damage)
 
 
@@ -448,10 +440,18 @@ def _write_files(folder: Path, paths: Iterable[str], instances: list[Instance]) 
         path.write_bytes(instance.data)
 
 
-def _write_mask(path: Path, mask: NDArray[np.uint8], grid: Grid) -> None:
-    """NIfTI with axes (column, row, slice) and an RAS affine, as segmentation tools save it."""
+def _mask_affine(spec: HospitalSpec, grid: Grid) -> NDArray[np.float64]:
+    """Index (column, row, slice) to RAS mm; a projection lies nowhere in the patient, so it starts at 0."""
+    if spec.modality in {"CR", "DX"}:
+        _, row, column = spec.spacing
+        return np.diag([-column, -row, 1.0, 1.0])
+    affine: NDArray[np.float64] = np.diag([-1.0, -1.0, 1.0, 1.0]) @ grid.affine[:, [2, 1, 0, 3]]
+    return affine
+
+
+def _write_mask(path: Path, mask: NDArray[np.uint8], affine: NDArray[np.float64]) -> None:
+    """NIfTI with axes (column, row, slice), as segmentation tools save it."""
     path.parent.mkdir(exist_ok=True)
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ grid.affine[:, [2, 1, 0, 3]]
     image = nib.Nifti1Image(mask.transpose(2, 1, 0), affine)
     # A time of 0, for the same mask must be the same bytes.
     path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))

@@ -131,7 +131,7 @@ class Watch:
         self._offset += whole
         for line in content[:whole].splitlines():
             for text in self._state.apply(json.loads(line)):
-                self._console.print(Text.from_markup(text))
+                self._console.print(Text.from_markup(text), soft_wrap=True)
         self._progress.update(self._task, total=self._state.rounds or None, completed=self._state.done)
 
     def _render(self) -> RenderableType:

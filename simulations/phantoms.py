@@ -51,12 +51,14 @@ class Grid:
     @cached_property
     def normal(self) -> NDArray[np.float64]:
         """Unit vector from one slice to the next: row × column (PS3.3 C.7.6.2.1.1)."""
-        return np.cross(self.row, self.column)
+        normal: NDArray[np.float64] = np.cross(self.row, self.column)
+        return normal
 
     @cached_property
     def steps(self) -> NDArray[np.float64]:
         """Columns are the mm of one step along slice, row index and column index; shape (3, 3)."""
-        return np.stack([self.normal, self.column, self.row], axis=1) * np.asarray(self.spacing)
+        steps: NDArray[np.float64] = np.stack([self.normal, self.column, self.row], axis=1) * self.spacing
+        return steps
 
     @cached_property
     def origin(self) -> NDArray[np.float64]:
@@ -116,7 +118,7 @@ class Tissue(NamedTuple):
 
 #: Tissue as seen by the average scanner, by DICOM Modality.
 TISSUES = {
-    "CT": Tissue(air=-1000, fat=-100, bone=420, soft=40, texture=8, vessel=90, lesion=110),
+    "CT": Tissue(air=-1000, fat=-100, bone=420, soft=40, texture=8, vessel=120, lesion=110),
     "MR": Tissue(air=0, fat=820, bone=60, soft=380, texture=35, vessel=330, lesion=280),
     "CR": Tissue(air=120, fat=900, bone=2900, soft=1500, texture=90, vessel=560, lesion=480),
     "DX": Tissue(air=120, fat=900, bone=2900, soft=1500, texture=90, vessel=560, lesion=480),
@@ -140,7 +142,7 @@ class Lesion:
     @property
     def diameter(self) -> float:
         """Diameter in mm of the sphere of the same volume."""
-        return float(np.prod(self.diameters)) ** (1 / 3)
+        return math.prod(self.diameters) ** (1 / 3)
 
     def grown(self, factor: float) -> Lesion:
         """The same lesion at a follow-up, every diameter times `factor`."""
@@ -188,14 +190,10 @@ def draw_anatomy(rng: np.random.Generator, grid: Grid, vessels: int = 5) -> Anat
     return Anatomy(axes, _vector(shift), _draw_tubes(rng, grid, axes, vessels), _draw_waves(rng, axes))
 
 
-def _draw_tubes(
-    rng: np.random.Generator, grid: Grid, axes: tuple[float, float], count: int
-) -> NDArray[np.float64]:
+def _draw_tubes(rng: np.random.Generator, grid: Grid, axes: tuple[float, float], count: int) -> NDArray[np.float64]:
     """Straight vessels through the body; where there is one slice only, they run within it."""
     angle, radius = rng.uniform(0, 2 * math.pi, count), np.sqrt(rng.uniform(0.02, 0.42, count))
-    point = np.stack(
-        [axes[0] * radius * np.cos(angle), axes[1] * radius * np.sin(angle), np.zeros(count)], axis=1
-    )
+    point = np.stack([axes[0] * radius * np.cos(angle), axes[1] * radius * np.sin(angle), np.zeros(count)], axis=1)
     direction = rng.normal(0, (0.45, 0.45, 1.0), (count, 3))
     if grid.shape[0] == 1:
         direction -= np.outer(direction @ grid.normal, grid.normal) + 1e-6
@@ -208,9 +206,7 @@ def _draw_waves(rng: np.random.Generator, axes: tuple[float, float]) -> NDArray[
     lengths = rng.uniform(0.35, 1.6, (_WAVES, 1)) * max(axes)
     direction = rng.normal(size=(_WAVES, 3))
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-    return np.concatenate(
-        [2 * math.pi / lengths * direction, rng.uniform(0, 2 * math.pi, (_WAVES, 1))], axis=1
-    )
+    return np.concatenate([2 * math.pi / lengths * direction, rng.uniform(0, 2 * math.pi, (_WAVES, 1))], axis=1)
 
 
 def draw_lesions(
@@ -220,17 +216,13 @@ def draw_lesions(
     return tuple(_draw_lesion(rng, anatomy, grid, diameters) for _ in range(count))
 
 
-def _draw_lesion(
-    rng: np.random.Generator, anatomy: Anatomy, grid: Grid, diameters: tuple[float, float]
-) -> Lesion:
+def _draw_lesion(rng: np.random.Generator, anatomy: Anatomy, grid: Grid, diameters: tuple[float, float]) -> Lesion:
     diameter = rng.uniform(*diameters)
     along = diameter * rng.uniform(0.85, 1.15, 3)
     angle, share = rng.uniform(0, 2 * math.pi), math.sqrt(rng.uniform())
     room = [max(LESION_RADIUS * axis - diameter / 2, 0.0) for axis in anatomy.axes]
     z = rng.uniform(-0.5, 0.5) * grid.extent()[2]
-    offset = (
-        np.array([share * room[0] * math.cos(angle), share * room[1] * math.sin(angle), z]) + anatomy.shift
-    )
+    offset = np.array([share * room[0] * math.cos(angle), share * room[1] * math.sin(angle), z]) + anatomy.shift
     centre = _within(grid, offset, diameter / 2) + grid.centre
     return Lesion(_vector(centre), _vector(along), float(rng.uniform(0.8, 1.2)))
 
@@ -267,8 +259,7 @@ def _layers(body: Array, waves: Array, tissue: Tissue, radius: np.float32) -> Ar
     rim = np.where(waves > 0, np.float32(tissue.bone), soft)
     layers = np.where(body < SOFT_RADIUS, soft, np.where(body < BONE_RADIUS, rim, np.float32(tissue.fat)))
     skin = np.clip((1 - body) * radius / 2 + np.float32(0.5), 0, 1)
-    shown: Array = skin * layers + (1 - skin) * np.float32(tissue.air)
-    return shown
+    return np.asarray(skin * layers + (1 - skin) * np.float32(tissue.air), dtype=np.float32)
 
 
 def _waves(waves: NDArray[np.float64], grid: Grid) -> Array:
@@ -277,14 +268,17 @@ def _waves(waves: NDArray[np.float64], grid: Grid) -> Array:
     On a grid a plane wave is a product of three one-dimensional ones, so the sum is one matrix product.
     """
     turn = waves[:, :3] @ grid.steps
-    s, r, c = (
-        np.exp(1j * turn[:, axis, None] * (np.arange(n) - (n - 1) / 2)).astype(np.complex64)
-        for axis, n in enumerate(grid.shape)
-    )
-    s *= np.exp(1j * waves[:, 3, None]).astype(np.complex64)
-    plane = (s[:, :, None] * r[:, None, :]).reshape(len(waves), -1)
+    phase = np.exp(1j * waves[:, 3, None]).astype(np.complex64)
+    s, r, c = (_turns(turn[:, axis], size) for axis, size in enumerate(grid.shape))
+    plane = ((phase * s)[:, :, None] * r[:, None, :]).reshape(len(waves), -1)
     total: Array = (plane.real.T @ c.real - plane.imag.T @ c.imag) * np.float32(math.sqrt(2 / len(waves)))
     return total.ravel()
+
+
+def _turns(step: NDArray[np.float64], size: int) -> NDArray[np.complex64]:
+    """Waves along one axis, `step` radians a voxel and 0 in the middle; shape (waves, size)."""
+    turns: NDArray[np.complex64] = np.exp(1j * step[:, None] * (np.arange(size) - (size - 1) / 2)).astype(np.complex64)
+    return turns
 
 
 def _tubes(tubes: NDArray[np.float64], points: Array) -> Array:
@@ -292,17 +286,21 @@ def _tubes(tubes: NDArray[np.float64], points: Array) -> Array:
     if not len(tubes):
         return np.zeros(points.shape[1], dtype=np.float32)
     start, direction, radius = tubes[:, :3], tubes[:, 3:6], tubes[:, 6:]
-    along = (
-        direction.astype(np.float32) @ points - np.sum(start * direction, axis=1, dtype=np.float32)[:, None]
-    )
-    square = np.einsum("ij,ij->j", points, points) - 2 * (start.astype(np.float32) @ points)
-    square += np.sum(start * start, axis=1, dtype=np.float32)[:, None]
+    along = _dot(direction, points) - np.einsum("ij,ij->i", start, direction).astype(np.float32)[:, None]
+    square = np.einsum("ij,ij->j", points, points) - 2 * _dot(start, points)
+    square += np.einsum("ij,ij->i", start, start).astype(np.float32)[:, None]
     along *= along
     square -= along
     np.sqrt(np.maximum(square, 0, out=square), out=square)
     depth = np.max(radius.astype(np.float32) - square, axis=0)
     filled: Array = np.clip(depth / 2 + np.float32(0.5), 0, 1)
     return filled
+
+
+def _dot(vectors: NDArray[np.float64], points: Array) -> Array:
+    """Scalar products, shape (vectors, voxels); a library's matrix product would start threads for three terms."""
+    products: Array = np.einsum("ij,jk->ik", vectors.astype(np.float32), points)
+    return products
 
 
 def _depth(lesion: Lesion, grid: Grid) -> Array:
@@ -366,9 +364,7 @@ def _bias_field(shape: tuple[int, ...], amplitude: float, rng: np.random.Generat
     axes = [np.linspace(-1, 1, n, dtype=np.float32) if n > 1 else np.zeros(1, np.float32) for n in shape]
     slope = rng.normal(0, amplitude, 3).astype(np.float32)
     s, r, c = np.ix_(*axes)
-    field: Array = np.exp(
-        slope[0] * s + slope[1] * r + slope[2] * c - np.float32(amplitude / 2) * (r * r + c * c)
-    )
+    field: Array = np.exp(slope[0] * s + slope[1] * r + slope[2] * c - np.float32(amplitude / 2) * (r * r + c * c))
     return field
 
 

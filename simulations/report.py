@@ -1,20 +1,36 @@
-"""The report of a simulation (first form)."""
+"""The report and the model card of a simulation: `report.html`, which needs no other file, and `model_card.md`.
+
+Rules:
+  * Every site is shown, the worst one first; a mean never stands alone.
+  * Everything that a run did without is listed with its reason.
+  * All text is escaped by the templates; only charts and pictures of our own making are markup.
+"""
 
 from __future__ import annotations
 
-import html
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, StrictUndefined
 
 from locum.common.durable import replace_file
 from locum.common.plan import Plan
 from locum.server.records import RunSummary
-from locum.simulations.report_pictures import Picture, pictures_of
+from locum.simulations import report_charts as charts
+from locum.simulations import report_words as words
+from locum.simulations.model_card import MODEL_FILE, model_card, model_file
+from locum.simulations.report_charts import Chart
+from locum.simulations.report_data import asked_words, data_of, quarantined
+from locum.simulations.report_pictures import Picture, pictures_of, shown
+from locum.simulations.report_results import Results, label, number, results_of, scalar_metrics, undefined
 from locum.site_client.imaging.catalog import Counts
 
 __all__ = ["Picture", "pictures_of", "write"]
+
+_MARKS = "●■▲◆▼✚✖★"
 
 
 def write(
@@ -24,9 +40,104 @@ def write(
     summary: RunSummary,
     metrics: Mapping[str, Any],
     counts: Mapping[str, Counts],
-    pictures: list[Picture],
+    pictures: Sequence[Picture],
 ) -> None:
-    """Writes `report.html` and `model_card.md` into the run's folder; raises OSError."""
-    text = f"<!doctype html><title>{plan.name}</title><pre>{html.escape(json.dumps(metrics, indent=1))}</pre>"
-    replace_file(folder / "report.html", text.encode())
-    replace_file(folder / "model_card.md", f"# {plan.name}\n".encode())
+    """Writes `report.html` and `model_card.md` into a run's folder that holds `model.safetensors`.
+
+    Args:
+        folder: the run's folder; `simulation.json`, `events.jsonl` and `sites/` are used where they are.
+        plan: the run's plan.
+        summary: the end of the run.
+        metrics: the content of `metrics.json`.
+        counts: what became of each site's files, also of sites that were left out of the roster.
+        pictures: sample pictures, in the order in which they are shown.
+
+    Raises:
+        OSError: the model cannot be read, or a file cannot be written.
+        DataError: a site's catalog is damaged.
+    """
+    context = _context(folder, plan, summary, metrics, counts)
+    page = _page({**context, "pictures": [shown(picture) for picture in pictures]})
+    replace_file(folder / "report.html", page)
+    replace_file(folder / "model_card.md", model_card(context))
+
+
+def _page(context: dict[str, Any]) -> bytes:
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    source = (files("locum.simulations") / "report.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(source).render(**context, **_charts(context)).encode()
+
+
+def _context(
+    folder: Path, plan: Plan, summary: RunSummary, metrics: Mapping[str, Any], counts: Mapping[str, Counts]
+) -> dict[str, Any]:
+    """What both templates show."""
+    results = results_of(plan, metrics, summary.sites)
+    data = data_of(folder, plan, counts)
+    return {
+        "plan": plan,
+        "plan_words": words.plan_words(plan),
+        "plan_yaml": plan.to_yaml(),
+        "summary": summary,
+        "status": words.status_of(summary),
+        "headline": words.headline(results),
+        "comparison": words.comparison(results),
+        "results": results,
+        "released": _released(plan, summary),
+        "losses": words.losses_of(summary),
+        "repeated": words.repeated(summary),
+        "data": data,
+        "quarantined": quarantined(data),
+        "asked": asked_words(folder),
+        "protection": words.protection_words(plan),
+        "versions": words.versions(),
+        "model": model_file(folder / MODEL_FILE, plan),
+        "seconds_total": metrics["seconds_total"],
+        "written": datetime.now(UTC),
+        "say": words,
+        "label": label,
+    }
+
+
+def _released(plan: Plan, summary: RunSummary) -> list[tuple[str, str]]:
+    """The test metrics as a coordinator knows them: from the sums that sites release."""
+    found = []
+    for metric in scalar_metrics(plan):
+        if metric.name in plan.released_metrics:
+            value = summary.test.overall.get(metric.name)
+            text = number(metric, value) if isinstance(value, float) else undefined(metric)
+            found.append((label(metric), text))
+    return found
+
+
+# --- charts
+
+
+def _charts(context: Mapping[str, Any]) -> dict[str, Any]:
+    summary, results = context["summary"], context["results"]
+    return {
+        "models_charts": _models_charts(results),
+        "sites_charts": _sites_charts(results),
+        "curves": _curves(summary, results),
+        "costs": [charts.time_chart(summary.history), charts.bytes_chart(summary.history)] if summary.history else [],
+        "legend": list(zip(_MARKS, summary.sites, strict=False)) if len(summary.sites) <= len(_MARKS) else [],
+    }
+
+
+def _models_charts(results: Results) -> list[Chart]:
+    if len(results.models) < 2:
+        return []
+    return [charts.models_chart(results.models, index) for index in range(len(results.metrics))]
+
+
+def _sites_charts(results: Results) -> list[Chart]:
+    overall = results.federated.scores
+    return [charts.sites_chart(results.sites, index, overall[index]) for index in range(len(results.metrics))]
+
+
+def _curves(summary: RunSummary, results: Results) -> list[Chart]:
+    found = [charts.curves_chart(charts.loss_curves(summary.history, summary.sites), "loss")]
+    for index, metric in enumerate(results.metrics):
+        curves = charts.validation_curves(summary.history, summary.sites, metric)
+        found.append(charts.curves_chart(curves, f"validation{index}"))
+    return [chart for chart in found if chart is not None]

@@ -24,6 +24,8 @@ from locum.simulations.phantoms import Array, Grid
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+Pixels = NDArray[np.int16] | NDArray[np.uint16]
+
 _SOP_CLASSES = {
     "CT": "1.2.840.10008.5.1.4.1.1.2",
     "MR": "1.2.840.10008.5.1.4.1.1.4",
@@ -66,7 +68,7 @@ class Vendor:
     kernels: tuple[str, str, str]
     creator: str
     group: int
-    elements: tuple[tuple[int, str, str], ...]
+    elements: tuple[tuple[int, str, str | int | float | bytes], ...]
 
 
 VENDORS = {
@@ -86,7 +88,7 @@ VENDORS = {
         ("SOFT", "STANDARD", "BONE"),
         "GEMS_PARM_01",
         0x0043,
-        ((0x10, "US", "400"), (0x1F, "SL", "0"), (0x25, "SS", "12")),
+        ((0x10, "US", 400), (0x1F, "SL", 0), (0x25, "SS", 12)),
     ),
     "philips": Vendor(
         "Philips",
@@ -95,7 +97,7 @@ VENDORS = {
         ("A", "B", "YC"),
         "Philips Imaging DD 001",
         0x2001,
-        ((0x01, "FL", "0.0"), (0x03, "FL", "1.25"), (0x0B, "CS", "TRANSVERSAL")),
+        ((0x01, "FL", 0.0), (0x03, "FL", 1.25), (0x0B, "CS", "TRANSVERSAL")),
     ),
     "canon": Vendor(
         "CANON_MEC",
@@ -104,7 +106,7 @@ VENDORS = {
         ("FC08", "FC18", "FC52"),
         "TOSHIBA_MEC_CT3",
         0x7005,
-        ((0x00, "OB", "simulated "), (0x0B, "SH", "AIDR 3D")),
+        ((0x00, "OB", b"simulated "), (0x0B, "SH", "AIDR 3D")),
     ),
 }
 
@@ -132,13 +134,14 @@ class Storage:
         half = 1 << (self.bits - 1)
         return (-half, half - 1) if self.signed else (0, 2 * half - 1)
 
-    def stored(self, volume: Array) -> NDArray[np.int16] | NDArray[np.uint16]:
+    def stored(self, volume: Array) -> Pixels:
         """The pixels of a volume, clipped to what the bits can hold."""
         low, high = self.limits()
         pixels = np.clip(np.rint((volume - self.intercept) / self.slope), low, high)
         if self.inverted:
             pixels = low + high - pixels
-        return pixels.astype("<i2" if self.signed else "<u2")
+        stored: Pixels = pixels.astype("<i2") if self.signed else pixels.astype("<u2")
+        return stored
 
 
 class Patient(NamedTuple):
@@ -258,12 +261,10 @@ class _Place(NamedTuple):
 
 def _place(key: str, number: int, grid: Grid, index: int) -> _Place:
     position = grid.origin + grid.steps[:, 0] * index
-    return _Place(
-        uid(f"instance {key} {number}"), number, tuple(position.tolist()), float(position @ grid.normal)
-    )
+    return _Place(uid(f"instance {key} {number}"), number, tuple(position.tolist()), float(position @ grid.normal))
 
 
-def _encode(header: Dataset, places: list[_Place], pixels: NDArray[np.generic]) -> Iterator[Instance]:
+def _encode(header: Dataset, places: list[_Place], pixels: Pixels) -> Iterator[Instance]:
     """One file a slice, in the order of `pixels`, from one encoded header."""
     template = _template(header, pixels[0].nbytes)
     for place, picture in zip(places, pixels, strict=True):
@@ -330,9 +331,8 @@ def _add_equipment(header: Dataset, protocol: Protocol) -> None:
     header.SoftwareVersions, header.InstitutionName = vendor.software, protocol.institution
     header.StationName = "SIMULATED"
     block = header.private_block(vendor.group, vendor.creator, create=True)
-    numbers = {"US": int, "SL": int, "SS": int, "FL": float, "OB": str.encode}
     for offset, vr, value in vendor.elements:
-        block.add_new(offset, vr, numbers.get(vr, str)(value))
+        block.add_new(offset, vr, value)
 
 
 def _add_acquisition(header: Dataset, protocol: Protocol) -> None:

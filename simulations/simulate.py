@@ -128,8 +128,12 @@ def _run(simulation: Simulation, agents: Mapping[str, Agent], console: Console) 
 
     nodes = {number: agents[name] for number, name in enumerate(sorted(agents), start=2)}
     bundle = build_bundle(simulation.plan)
-    with Watch(simulation.folder / "events.jsonl", console):
-        run_local(nodes, bundle, simulation.folder, min(cores(), len(nodes)))
+    try:
+        with Watch(simulation.folder / "events.jsonl", console):
+            run_local(nodes, bundle, simulation.folder, min(cores(), len(nodes)))
+    except RunError as error:
+        where = simulation.folder / "sites" / "NAME" / "site.log"
+        raise RunError(error.message, f"{error.remedy} (what each site saw is in {where})") from error
 
 
 def _finish(

@@ -239,10 +239,7 @@ class Catalog:
         rows = self._db.execute(
             "SELECT id, modality, manufacturer, model, shape, spacing, dtype FROM cases ORDER BY id"
         )
-        return tuple(
-            Facts(*row[:4], shape=tuple(json.loads(row[4])), spacing=tuple(json.loads(row[5])), dtype=row[6])
-            for row in rows
-        )
+        return tuple(_facts(*row) for row in rows)
 
     def counts(self) -> Counts:
         """What became of everything found at the last complete ingest.
@@ -289,7 +286,7 @@ class Catalog:
         """All series, images and rows known, by key."""
         columns = ", ".join(UnitRow.__dataclass_fields__)
         rows = self._db.execute(f"SELECT {columns} FROM units")  # noqa: S608 (column names of our own)
-        return {row[0]: UnitRow(*row[:11], elsewhere=bool(row[11]), inputs=row[12]) for row in rows}
+        return {row[0]: UnitRow(*row) for row in rows}
 
     def files(self) -> frozenset[str]:
         """The files of all cases, relative to the store."""
@@ -373,3 +370,8 @@ class Catalog:
                 self._write_meta(name, value)
         elif known != value:
             raise DataError(f"the store {self._store} was made with another {name}", remedy)
+
+
+def _facts(name: str, modality: str, manufacturer: str, model: str, *grid: str) -> Facts:
+    shape, spacing, dtype = grid
+    return Facts(name, modality, manufacturer, model, tuple(json.loads(shape)), tuple(json.loads(spacing)), dtype)

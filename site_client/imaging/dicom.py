@@ -14,8 +14,6 @@ import gzip
 import io
 import struct
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +39,7 @@ from pydicom.uid import (
     PositronEmissionTomographyImageStorage,
 )
 
+from locum.site_client.imaging.damage import damage_is
 from locum.site_client.imaging.items import Item
 from locum.site_client.imaging.reasons import Reason, RefusedError
 
@@ -109,34 +108,6 @@ _DEFER = 64 << 10
 _TAGS = {name: Tag(name) for name in _ATTRIBUTES}
 _PIXEL_DATA = Tag("PixelData")
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
-
-#: What pydicom, its decoders and highdicom raise on damaged input, besides RefusedError: seen on the malformed
-#: files of pydicom-data and pylibjpeg-data and by fuzzing. RecursionError and NotImplementedError are RuntimeErrors.
-DAMAGE = (
-    ArithmeticError,
-    AttributeError,
-    BufferError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    InvalidDicomError,
-    struct.error,
-    zlib.error,
-)
-
-
-@contextmanager
-def damage_is(reason: Reason, what: str = "") -> Iterator[None]:
-    """Turn what a damaged file makes the libraries raise into a refusal."""
-    try:
-        yield
-    except DAMAGE as error:
-        # The text of such an error may quote the file's content: the type says enough.
-        raise RefusedError(reason, f"{what}: {type(error).__name__}" if what else type(error).__name__) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import highdicom
 import numpy as np
@@ -22,10 +23,11 @@ from pydicom.dataset import Dataset
 from pydicom.pixels import apply_modality_lut
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from locum.site_client.imaging.dicom import MAX_VOXELS, count, damage_is, numbers, text, voxels
+from locum.site_client.imaging.damage import damage_is
+from locum.site_client.imaging.dicom import MAX_VOXELS, count, numbers, text, voxels
 from locum.site_client.imaging.reasons import Reason, RefusedError
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 
 #: Largest difference of direction cosines, and relative difference of spacings, that is rounding: 0.05 mm in 500.
@@ -318,7 +320,7 @@ def _plain_pixels(dataset: Dataset, shape: tuple[int, int]) -> Array | None:
         return None
     pixels = np.frombuffer(content, f"<{'i' if signed else 'u'}{bits // 8}", shape[0] * shape[1]).reshape(shape)
     unused = bits - stored
-    # PS3.5 8.1.1: the bits above the highest stored one may hold anything; shifting there and back also extends the sign.
+    # PS3.5 8.1.1: bits above the stored ones may hold anything; shifting there and back also extends the sign.
     return (pixels << unused) >> unused if unused else pixels
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from pydicom.dataset import Dataset
 
 from locum.site_client.imaging import dicom
-from locum.site_client.imaging.dicom import Sighting, damage_is
+from locum.site_client.imaging.damage import damage_is
+from locum.site_client.imaging.dicom import Sighting
 from locum.site_client.imaging.items import Item, Unit, stem
 from locum.site_client.imaging.keys import pseudonym
 from locum.site_client.imaging.reasons import Reason, RefusedError
@@ -101,8 +102,8 @@ def group(sightings: Sequence[Sighting], reader: Reader, key: bytes) -> Grouped:
         else:
             members.setdefault(sighting.unit, []).append(sighting)
     units = []
-    for group_of_one in members.values():
-        unit, copies = _unit(group_of_one, reader, key)
+    for series in members.values():
+        unit, copies = _unit(series, reader, key)
         units.append(unit)
         apart += copies
     return Grouped(tuple(units), tuple(apart))

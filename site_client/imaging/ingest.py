@@ -23,7 +23,8 @@ from typing import Literal
 
 from locum.site_client.imaging import dicom, geometry, nifti, npz
 from locum.site_client.imaging.catalog import CaseRow, Catalog, Counts, ItemRow, UnitRow
-from locum.site_client.imaging.dicom import Sighting, damage_is
+from locum.site_client.imaging.damage import damage_is
+from locum.site_client.imaging.dicom import Sighting
 from locum.site_client.imaging.geometry import Volume
 from locum.site_client.imaging.grouping import Grouped, Reader, group, look
 from locum.site_client.imaging.items import Item, Unit, find_items
@@ -194,7 +195,7 @@ def _kept_units(
         row = known[item.name]
         if row.unit is not None and row.reason is None and row.unit not in touched:
             members.setdefault(row.unit, []).append(item)
-    return [_kept_unit(units[key], group_of_one) for key, group_of_one in members.items()]
+    return [_kept_unit(units[key], some) for key, some in members.items()]
 
 
 def _kept_unit(row: UnitRow, items: Sequence[Item]) -> Unit:

@@ -14,7 +14,8 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from locum.site_client.imaging.dicom import MAX_FILE, MAX_VOXELS, damage_is
+from locum.site_client.imaging.damage import damage_is
+from locum.site_client.imaging.dicom import MAX_FILE, MAX_VOXELS
 from locum.site_client.imaging.geometry import Array, Floats, Volume, narrow, squeeze
 from locum.site_client.imaging.reasons import Reason, RefusedError
 
@@ -60,10 +61,7 @@ def read_image(path: Path, size: int) -> Volume:
 
 
 def _read(path: Path) -> Volume:
-    try:
-        image = nibabel.load(path)
-    except nibabel.filebasedimages.ImageFileError:
-        raise RefusedError(Reason.UNREADABLE, "no NIfTI header") from None
+    image = nibabel.load(path)
     _check_header(image)
     affine = np.asarray(image.affine, dtype=np.float64)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:

@@ -2,7 +2,7 @@
 
 Rules:
   * Unknown keys are fatal; a duplicated key is fatal; every folder, file and column named must exist.
-  * In a YAML file every scalar is read as text, so that a label code stays as written: 007, NO and 1e3 too.
+  * Codes are text. YAML reads an unquoted 007 as a number: quote such values; keys stay as written.
   * Relative paths start at `root`; a relative `root` starts at the folder of the file.
   * A row of an .npz carries its own label and fold; `labels` and `masks` are for images in files.
 """
@@ -10,13 +10,15 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from locum.common.errors import DataError
+from locum.common.yaml_source import Source as Document
+from locum.common.yaml_source import YamlError, read_yaml
 from locum.site_client.imaging.split import FOLDS
 from locum.site_client.imaging.tables import Row, read_sheet
 
@@ -162,11 +164,10 @@ def load_site(source: Path | str | Mapping[str, Any], *, base: Path | None = Non
         DataError: the content is not as described, or a folder, file, column, row or code that it names is absent.
     """
     if isinstance(source, Mapping):
-        where, folder, content = "the site's mapping", base or Path.cwd(), dict(source)
+        document, folder = Document(dict(source), name="the site's entry"), base or Path.cwd()
     else:
-        path = Path(source)
-        where, folder, content = str(path), path.parent, _read_yaml(path)
-    site = _resolve(_validate(where, content), folder.absolute())
+        document, folder = _read(Path(source)), Path(source).parent
+    site = _resolve(_validate(document), folder.absolute())
     _check_folders(site)
     _check_tables(site)
     return site
@@ -207,44 +208,30 @@ def label_rows(labels: Labels) -> tuple[Row, ...]:
     return rows
 
 
-class _TextLoader(yaml.BaseLoader):
-    """YAML in which every scalar is text and no key comes twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for (key, _), earlier in zip(node.value, range(len(keys)), strict=True):
-            if key.value in keys[:earlier]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key.value}' comes twice", key.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Document:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_TextLoader)  # noqa: S506 (it builds text only)
+        document = read_yaml(path)
     except OSError as error:
         raise DataError(f"the site file {path} cannot be read: {error.strerror}", "check its path") from None
-    except UnicodeDecodeError:
-        raise DataError(f"the site file {path} is not UTF-8", "save it again as UTF-8") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise DataError(f"{path}, line {line}: {error.problem}", "mend the YAML of the site file") from None
-    except yaml.YAMLError as error:
-        raise DataError(f"{path}: {error}", "mend the YAML of the site file") from None
-    if not isinstance(content, dict):
+    except YamlError as error:
+        raise DataError(f"the site file {path} is no YAML: {error}", "mend that line") from None
+    if not isinstance(document.data, dict):
         raise DataError(f"{path} is not a site file", "it needs at least: name, sources")
-    return content
+    return replace(document, name=str(path))
 
 
-def _validate(where: str, content: dict[str, Any]) -> SiteData:
+def _validate(document: Document) -> SiteData:
     try:
-        return SiteData.model_validate(content)
+        return SiteData.model_validate(document.data)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "site"
-        remedy = "mend it in the site file; docs: name, root, sources, masks, labels, table"
-        raise DataError(f"{where}, {key}: {first['msg'].removeprefix('Value error, ')}", remedy) from None
+        # A misspelt key is two errors, unknown and missing: the first of them helps.
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+        # A union adds the kind of its member to the place; the file has no such key.
+        place = tuple(part for part in first["loc"] if part not in ("dicom", "nifti", "npz"))
+        line = f", line {document.line(place)}" if document.lines else ""
+        key = ".".join(str(part) for part in place) or "the file as a whole"
+        message = f"{document.name}{line}, {key}: {first['msg'].removeprefix('Value error, ')}"
+        raise DataError(message, "a site file has: name, root, sources, masks, labels, table") from None
 
 
 def _resolve(site: SiteData, folder: Path) -> SiteData:
@@ -264,16 +251,16 @@ def _rooted(part: _Part, root: Path) -> _Part:
 def _check_folders(site: SiteData) -> None:
     for source in site.sources:
         if isinstance(source, NpzSource):
-            _check_present(source.path, source.path.is_file(), "file")
+            _check_present(source.path, "file", present=source.path.is_file())
         else:
             folders = [source.path] if isinstance(source, DicomSource) else [source.images, source.masks]
             for folder in filter(None, folders):
-                _check_present(folder, folder.is_dir(), "folder")
+                _check_present(folder, "folder", present=folder.is_dir())
     if site.masks is not None:
-        _check_present(site.masks.path, site.masks.path.is_dir(), "folder")
+        _check_present(site.masks.path, "folder", present=site.masks.path.is_dir())
 
 
-def _check_present(path: Path, present: bool, what: str) -> None:
+def _check_present(path: Path, what: str, *, present: bool) -> None:
     if not present:
         raise DataError(f"the {what} {path} does not exist", "check the path in the site file, and its root")
 

@@ -13,11 +13,12 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import nibabel
 import numpy as np
 import torch
 from monai.data import CacheDataset, DataLoader, list_data_collate
 from monai.data.meta_tensor import MetaTensor
-from monai.transforms import Compose, EnsureTyped, LoadImaged, MapTransform, SqueezeDimd
+from monai.transforms import Compose, EnsureTyped, MapTransform
 from torch.utils.data import Sampler
 
 from locum.common import build
@@ -34,7 +35,30 @@ def draw_seed(seed: int, site: str, round_number: int, purpose: str = "train") -
     return int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
 
 
-class RecordSpacing(MapTransform):
+class LoadVolumed(MapTransform):  # type: ignore[misc]  # MONAI is untyped
+    """Reads NIfTI files of the store as channel-first images with their affine (RAS, mm).
+
+    MONAI's own `LoadImaged` starts every reader it knows, whatever is asked for, and warns about the absent ones.
+    """
+
+    def __init__(self, keys: Sequence[str], dimensions: int) -> None:
+        super().__init__(keys)
+        self._dimensions = dimensions
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Replaces each path by a MetaTensor: channel × space."""
+        return {**data, **{key: self._load(data[key]) for key in self.keys}}
+
+    def _load(self, path: str) -> MetaTensor:
+        image = nibabel.load(path)
+        array = np.asanyarray(image.dataobj)
+        volume = array.reshape(array.shape + (1,) * (4 - array.ndim))
+        space = volume[:, :, 0] if self._dimensions == 2 else volume
+        first = np.ascontiguousarray(np.moveaxis(space, -1, 0), dtype=np.float32)
+        return MetaTensor(torch.from_numpy(first), affine=torch.from_numpy(np.array(image.affine)))
+
+
+class RecordSpacing(MapTransform):  # type: ignore[misc]  # MONAI is untyped
     """Keeps the voxel spacing (mm) of the prepared image, before its metadata is dropped."""
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,11 +71,9 @@ class RecordSpacing(MapTransform):
 
 def _pipeline(plan: Plan, *, augment: bool) -> Compose:
     keys = ["image", "mask"] if plan.contract.task == "segmentation" else ["image"]
-    flatten = [SqueezeDimd(keys=keys, dim=3)] if plan.contract.dimensions == 2 else []
     return Compose(
         [
-            LoadImaged(keys=keys, reader="NibabelReader", image_only=True, ensure_channel_first=True),
-            *flatten,
+            LoadVolumed(keys, plan.contract.dimensions),
             *build.transforms(plan, "prepare"),
             RecordSpacing(keys=["image"]),
             EnsureTyped(keys=keys, dtype=torch.float32, track_meta=False),

@@ -1,0 +1,103 @@
+"""The model card: what the model is, what it was trained on, how it did, and what nobody should assume of it.
+
+After Mitchell et al., Model Cards for Model Reporting (FAT* 2019).
+
+Rules:
+  * What the plan does not state is listed as not stated; nothing is filled in.
+  * Emulated data is called emulated.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from safetensors import safe_open
+
+from locum.common import build
+from locum.common.canonical import sha256_hex
+from locum.common.plan import Plan
+
+MODEL_FILE = "model.safetensors"
+
+#: What a plan has no place for, and a person must add before anybody uses the model.
+NOT_STATED = (
+    "who is responsible for the model, and how to reach them",
+    "the licence of the model, and of the data it was trained on",
+    "ethical approval or the legal basis of using the images",
+    "the patients: age, sex, ethnicity, indication, period of acquisition",
+    "how the labels or masks were made, by whom, and how well readers agree",
+    "uses that the model was not made for",
+    "tests on patients of hospitals that took no part in training",
+)
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """What the model's file holds.
+
+    Attributes:
+        digest: SHA-256 of the file.
+        tensors: number of tensors.
+        parameters: numbers in all tensors.
+        absent: tensors of the network that are not in the file, because they are local to a site or frozen.
+    """
+
+    digest: str
+    size: int
+    tensors: int
+    parameters: int
+    absent: tuple[str, ...]
+
+
+def model_file(path: Path, plan: Plan) -> ModelFile:
+    """Reads the header of a model's file and compares it with the plan's network; raises OSError."""
+    content = path.read_bytes()
+    with safe_open(path, "numpy") as opened:
+        shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+    return ModelFile(
+        digest=sha256_hex(content),
+        size=len(content),
+        tensors=len(shapes),
+        parameters=sum(_product(shape) for shape in shapes.values()),
+        absent=tuple(name for name in _tensor_names(plan) if name not in shapes),
+    )
+
+
+def _product(shape: list[int]) -> int:
+    product = 1
+    for length in shape:
+        product *= length
+    return product
+
+
+def _tensor_names(plan: Plan) -> list[str]:
+    """Every floating-point tensor of the plan's network; built without memory for its weights."""
+    import torch
+
+    with torch.device("meta"):
+        state = build.network(plan).state_dict()
+    return [name for name, tensor in state.items() if tensor.is_floating_point()]
+
+
+def markdown(value: object) -> str:
+    """A value as Markdown text: nothing of it is read as markup, and it stays on its line."""
+    if isinstance(value, Markup):
+        return str(value)
+    text = re.sub(r"\s+", " ", str(value))
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", text)
+
+
+def model_card(context: dict[str, Any]) -> bytes:
+    """The card from the report's context (see :mod:`locum.simulations.report`)."""
+    environment = Environment(  # noqa: S701 (Markdown: `finalize` escapes every value)
+        finalize=markdown, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
+    )
+    source = (files("locum.simulations") / "model_card.md.j2").read_text(encoding="utf-8")
+    return environment.from_string(source).render(**context, not_stated=NOT_STATED).encode()

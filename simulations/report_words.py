@@ -1,0 +1,264 @@
+"""A run in words: its status, its plan, what was lost and why, what protected it and what did not.
+
+Rules:
+  * What is not in force is said as plainly as what is.
+  * Nothing here judges; a sentence states what was measured or configured.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from locum.common.plan import Part, Plan
+from locum.server.records import RunSummary
+from locum.simulations.report_results import Results, Score
+
+_STEPS = {"training": "training", "validation": "validation", "test": "final test"}
+
+
+def many(count: int, noun: str) -> str:
+    """`1 case`, `2 cases`, `1,000 cases`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def listed(words: Iterable[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    items = list(words)
+    return " and ".join([", ".join(items[:-1]), items[-1]]) if len(items) > 1 else "".join(items)
+
+
+def seconds(value: float) -> str:
+    """A duration for a person."""
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = {"h": hours, "min": minutes, "s": 0 if hours else rest}
+    return " ".join(f"{count} {unit}" for unit, count in parts.items() if count)
+
+
+def size(value: float) -> str:
+    """A number of bytes for a person, in powers of 1000."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1000
+    raise AssertionError
+
+
+def ranges(rounds: Iterable[int]) -> str:
+    """Round numbers with runs joined: `3–5, 8`."""
+    spans: list[list[int]] = []
+    for number in sorted(rounds):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(low) if low == high else f"{low}–{high}" for low, high in spans)
+
+
+# --- what was lost
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Contributions of one site that a run did without.
+
+    Attributes:
+        step: `training`, `validation` or `final test`; `the whole run` for a site left out.
+        rounds: in words.
+    """
+
+    site: str
+    step: str
+    rounds: str
+    reason: str
+
+
+def losses_of(summary: RunSummary) -> list[Loss]:
+    """Everything that a site did not contribute, with the reason: first sites left out, then rounds, then tests."""
+    out = [Loss(site, "the whole run", "all", reason) for site, reason in sorted(summary.excluded.items())]
+    missed: dict[tuple[str, str, str], list[int]] = {}
+    for record in summary.history:
+        for site, reason in record.excluded.items():
+            missed.setdefault((site, "training", reason), []).append(record.round)
+        for site, reason in (record.evaluation.excluded if record.evaluation else {}).items():
+            missed.setdefault((site, "validation", reason), []).append(record.round)
+    for site, reason in summary.test.excluded.items():
+        missed.setdefault((site, "test", reason), []).append(summary.test.round)
+    rows = [Loss(site, _STEPS[step], ranges(rounds), reason) for (site, step, reason), rounds in missed.items()]
+    return out + sorted(rows, key=lambda row: (row.step != "training", row.site))
+
+
+def repeated(summary: RunSummary) -> str:
+    """Rounds that needed several attempts, in words; empty if none did."""
+    again = [f"round {record.round} ({record.attempt} attempts)" for record in summary.history if record.attempt > 1]
+    return f"Below quorum and tried again: {listed(again)}." if again else ""
+
+
+def status_of(summary: RunSummary) -> str:
+    """The status with who was lost when, in words."""
+    rounds = many(len(summary.history), "round")
+    if not summary.lost and not summary.excluded:
+        return f"Completed: all {len(summary.sites)} sites contributed to all of {rounds}."
+    parts = [
+        f"{site} missed {'round' if len(missed) == 1 else 'rounds'} {ranges(missed)} of {len(summary.history)}"
+        for site, missed in sorted(summary.lost.items())
+    ]
+    parts += [f"{site} could not take part" for site in sorted(summary.excluded)]
+    return f"Completed with losses: {'; '.join(parts)}."
+
+
+# --- what came out
+
+
+def headline(results: Results) -> str:
+    """The first metric of the federated model, overall and at the worst site, and against the baselines."""
+    if not results.metrics:
+        return ""
+    score = results.federated.scores[0]
+    name = results.metrics[0].name.replace("_", " ")
+    text = f"{name} {score.full_text} on {many(results.cases, 'test case')} of {many(len(results.sites), 'site')}."
+    if results.worst is not None:
+        worst = results.worst
+        text += f" The worst site is {worst.site} with {worst.scores[0].full_text}, {many(worst.cases, 'case')}."
+    return text
+
+
+def comparison(results: Results) -> str:
+    """How the federated model stands to pooled data and to each site alone, in words; empty without baselines."""
+    alone = [row.scores[0] for row in results.alone if row.scores[0].value is not None] if results.metrics else []
+    score = results.federated.scores[0] if results.metrics else None
+    if score is None or score.value is None or not alone:
+        return ""
+    beaten = sum(score.rank > other.rank for other in alone)
+    text = f"The federated model is better than {beaten} of {many(len(alone), 'model')} that sites trained alone"
+    pooled = results.pooled.scores[0] if results.pooled else None
+    return f"{text}{_against(score, pooled)}."
+
+
+def _against(score: Score, pooled: Score | None) -> str:
+    if pooled is None or pooled.value is None or score.value is None:
+        return ""
+    gain = score.metric.better * (score.value - pooled.value)
+    return f", and {abs(gain):.3f} {'better' if gain > 0 else 'worse'} than one trained on all data in one place"
+
+
+# --- the plan
+
+
+def _part(part: Part) -> str:
+    parameters = ", ".join(f"{name} {_value(value)}" for name, value in part.parameters.items())
+    return f"{part.name} ({parameters})" if parameters else part.name
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _parts(parts: Iterable[Part]) -> str:
+    return "; ".join(map(_part, parts)) or "none"
+
+
+def _data_words(plan: Plan) -> dict[str, str]:
+    contract, split = plan.contract, plan.contract.split
+    modality = " or ".join(contract.modality) or "any modality"
+    return {
+        "Task": f"{contract.task} of {contract.dimensions}D images ({modality}, {many(contract.channels, 'channel')})",
+        "Classes": ", ".join(contract.classes),
+        "Needed of a site": f"at least {many(contract.least_patients, 'training patient')}; "
+        f"voxel spacing {contract.spacing.least:g} to {contract.spacing.most:g} mm",
+        "Folds": f"by patient: {split.train:.0%} training, {split.validation:.0%} validation, {split.test:.0%} test "
+        "where no table says otherwise",
+        "Preparation": _parts(plan.transforms.prepare),
+        "Augmentation": _parts(plan.transforms.augment),
+    }
+
+
+def _training_words(plan: Plan) -> dict[str, str]:
+    training = plan.training
+    amount = many(training.local_steps, "step") if training.local_steps else many(training.local_epochs or 0, "epoch")
+    weighting = "its number of training cases" if plan.participation.weighting == "cases" else "an equal weight"
+    clip = f", gradients clipped at norm {training.gradient_clip:g}" if training.gradient_clip else ""
+    return {
+        "Network": f"{_part(plan.network)}, input {' × '.join(map(str, training.input_size))}",
+        "Loss": _part(plan.loss),
+        "Optimiser": f"{_part(plan.optimiser)}, {training.schedule} rate",
+        "In one round": f"each site trains {amount} of {many(training.batch_size, 'case')}, {training.sampling} "
+        f"sampling, {training.precision}{clip}",
+        "Strategy": f"{_part(plan.strategy)}; a site counts with {weighting}",
+    }
+
+
+def _run_words(plan: Plan) -> dict[str, str]:
+    participation, evaluation, release = plan.participation, plan.evaluation, plan.release
+    told = [*(["training loss"] if release.training_loss else []), *(["case counts"] if release.case_counts else [])]
+    return {
+        "Rounds": f"{plan.rounds}; quorum {many(participation.quorum, 'site')}, deadline "
+        f"{seconds(participation.deadline)}, up to {many(participation.attempts, 'attempt')}",
+        "Measured": f"{', '.join(evaluation.metrics)}; on validation cases every "
+        f"{'round' if evaluation.every_rounds == 1 else many(evaluation.every_rounds, 'round')}",
+        "Chosen model": "of the last round" if evaluation.select == "last" else "of the best round on validation cases",
+        "Released by a site": ", ".join(["its update", *(f"{m} sums" for m in plan.released_metrics), *told]),
+        "Admission": f"an update's norm at most {plan.admission.norm_bound:g}, weight at most "
+        f"{plan.admission.weight_cap:g}, all values finite",
+        "Seed": f"{plan.seed}; {'deterministic' if plan.deterministic else 'not deterministic'}",
+    }
+
+
+def plan_words(plan: Plan) -> dict[str, str]:
+    """The plan, a topic to a line."""
+    return {**_data_words(plan), **_training_words(plan), **_run_words(plan)}
+
+
+# --- protection
+
+
+def protection_words(plan: Plan) -> list[tuple[str, str]]:
+    """What protects the sites' data in this run, and what does not: a short name and a sentence each."""
+    bound = (
+        f"An update is refused unless it is finite, of the right form, and of norm at most "
+        f"{plan.admission.norm_bound:g}. This bounds one site's influence; it is not differential privacy."
+    )
+    return [
+        ("Images stay at the site", "Only the update, and the numbers that the plan releases, leave a site."),
+        _secure_aggregation(plan),
+        _differential_privacy(plan),
+        ("Admission", bound),
+    ]
+
+
+def _secure_aggregation(plan: Plan) -> tuple[str, str]:
+    if plan.protection.secure_aggregation == "off":
+        sentence = (
+            "Updates are not encrypted against the aggregator: whoever runs the coordinator can read each site's "
+            "update, and an update can reveal something of the images it was made from."
+        )
+        return "No secure aggregation", sentence
+    return "Secure aggregation", "The plan requires it: the aggregator learns the sum of the updates only."
+
+
+def _differential_privacy(plan: Plan) -> tuple[str, str]:
+    privacy = plan.protection.differential_privacy
+    if privacy is None:
+        sentence = (
+            "Nothing bounds what the model, or an update, reveals of a single patient. Whether a patient was in the "
+            "training data may be inferred from the model."
+        )
+        return "No differential privacy", sentence
+    return (
+        "Differential privacy",
+        f"The plan asks for ε = {privacy.epsilon:g}, δ = {privacy.delta:g} per patient, clipping at {privacy.clip:g}.",
+    )
+
+
+def versions() -> Mapping[str, str]:
+    """The software that ran."""
+    packages = ("locum", "torch", "monai", "flwr", "numpy")
+    return {**{name: version(name) for name in packages}, "Python": platform.python_version()}

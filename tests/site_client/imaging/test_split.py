@@ -1,0 +1,103 @@
+"""The split: by patient, stable, and in the stated shares."""
+
+from __future__ import annotations
+
+import stat
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from locum.common.errors import DataError
+from locum.site_client.imaging.geometry import Volume
+from locum.site_client.imaging.keys import KEY_BYTES, load_or_create_key, pseudonym
+from locum.site_client.imaging.nifti import regrid
+from locum.site_client.imaging.reasons import RefusedError
+from locum.site_client.imaging.split import FOLDS, check_shares, fold_of, unit_interval
+
+KEYS = st.binary(min_size=32, max_size=32)
+
+
+@given(KEYS, st.text())
+def test_a_patient_is_always_at_the_same_place_within_the_unit_interval(key, patient):
+    u = unit_interval(key, patient)
+    assert 0 <= u < 1
+    assert u == unit_interval(key, patient)
+
+
+@given(st.floats(0, 1, exclude_max=True), st.lists(st.integers(0, 100), min_size=3, max_size=3).filter(any))
+def test_a_patient_is_in_one_fold_that_has_a_share(u, weights):
+    split = tuple(weight / sum(weights) for weight in weights)
+    fold = fold_of(u, None, split)
+    if abs(u - split[0]) > 1e-9 and abs(u - split[0] - split[1]) > 1e-9:
+        assert split[FOLDS.index(fold)] > 0
+
+
+@given(st.floats(0, 1, exclude_max=True), st.sampled_from(FOLDS))
+def test_a_stated_fold_wins_if_the_table_has_all_three(u, stated):
+    assert fold_of(u, stated, (0.8, 0.1, 0.1), table_folds=FOLDS) == stated
+
+
+def test_folds_have_their_shares():
+    places = [unit_interval(b"k" * 32, f"p{number}") for number in range(20_000)]
+    folds = [fold_of(u, None, (0.7, 0.1, 0.2)) for u in places]
+    shares = np.array([folds.count(fold) / len(folds) for fold in FOLDS])
+    assert np.allclose(shares, (0.7, 0.1, 0.2), atol=0.015)
+
+
+def test_a_larger_test_share_keeps_the_patients_it_had():
+    places = [unit_interval(b"k" * 32, f"p{number}") for number in range(200)]
+    small = {u for u in places if fold_of(u, None, (0.8, 0.1, 0.1)) == "test"}
+    large = {u for u in places if fold_of(u, None, (0.6, 0.1, 0.3)) == "test"}
+    assert small < large
+
+
+@pytest.mark.parametrize("split", [(0.8, 0.1, 0.2), (1.2, -0.1, -0.1)])
+def test_shares_that_do_not_add_up_are_an_error(split):
+    with pytest.raises(DataError, match="add up"):
+        check_shares(split)
+
+
+def test_another_key_gives_another_pseudonym():
+    assert pseudonym(b"a" * 32, "P1") != pseudonym(b"b" * 32, "P1")
+    assert len(pseudonym(b"a" * 32, "P1")) == 16
+
+
+def test_a_key_is_drawn_once_and_only_its_owner_can_read_it(tmp_path):
+    path = tmp_path / "store" / "split.key"
+    key = load_or_create_key(path)
+    assert len(key) == KEY_BYTES
+    assert load_or_create_key(path) == key
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_file_that_is_no_key_is_an_error(tmp_path):
+    (tmp_path / "key").write_bytes(b"short")
+    with pytest.raises(DataError, match="5 bytes"):
+        load_or_create_key(tmp_path / "key")
+
+
+GRID = np.array([[0, -2.0, 0, 5], [1.5, 0, 0, -7], [0, 0, 3, 1], [0, 0, 0, 1]])
+
+
+@given(st.permutations([0, 1, 2]), st.lists(st.booleans(), min_size=3, max_size=3))
+def test_a_mask_in_any_order_of_its_axes_comes_onto_the_grid(axes, flips):
+    labels = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
+    shown = labels.transpose(axes)[tuple(slice(None, None, -1 if flip else 1) for flip in flips)]
+    move = np.zeros((4, 4))
+    move[3, 3] = 1
+    for place, (axis, flip) in enumerate(zip(axes, flips, strict=True)):
+        move[axis, place] = -1 if flip else 1
+        move[axis, 3] = shown.shape[place] - 1 if flip else 0
+    mask, image = Volume(shown, GRID @ move), Volume(np.zeros((3, 4, 5), np.int16), GRID)
+    assert np.array_equal(regrid(mask, image), labels)
+
+
+@pytest.mark.parametrize(
+    "off", [np.diag([1, 1, 2.0, 1]), np.eye(4) + np.eye(4, k=3) * 0.3, np.eye(4) + np.eye(4, k=1) * 0.2]
+)
+def test_a_mask_that_would_need_resampling_is_refused(off):
+    labels = np.zeros((3, 4, 5), np.uint8)
+    with pytest.raises(RefusedError, match="mask_mismatch"):
+        regrid(Volume(labels, GRID @ off), Volume(labels, GRID))
