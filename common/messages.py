@@ -127,7 +127,7 @@ def parse_header(content: bytes, kind: type[H]) -> H:
 
 
 def _array(value: NDArray[np.generic]) -> Array:
-    data = np.ascontiguousarray(value)
+    data = np.asarray(value, order="C")
     return Array(dtype=data.dtype.name, shape=data.shape, stype=_RAW, data=data.tobytes())
 
 

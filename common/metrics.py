@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Value = float | list[list[float]] | None
 
-_BINS = 512
-_LOGIT_RANGE = 16.0
+_BINS = 1024
+_LOGIT_RANGE, _FINENESS = 16.0, 8.0
+#: Bins over the logit of a score, ever finer towards 0: early in training all scores lie close together.
+_EDGES = _LOGIT_RANGE * np.sinh(np.linspace(-_FINENESS, _FINENESS, _BINS + 1)) / np.sinh(_FINENESS)
 
 
 @dataclass(frozen=True)
@@ -110,13 +112,12 @@ def _auc_exact(outcomes: Outcomes, classes: int) -> float | None:
 
 def _auc_sums(outcomes: Outcomes, classes: int) -> Floats:
     """Histograms of logits: class × (others, class) × bins. Within a bin, scores count as tied."""
-    edges = np.linspace(-_LOGIT_RANGE, _LOGIT_RANGE, _BINS + 1)
     sums = np.zeros((classes, 2, _BINS))
     for c in _auc_classes(classes):
         p = np.clip(outcomes.scores[:, c], 1e-7, 1 - 1e-7)
-        logits = np.clip(np.log(p) - np.log1p(-p), edges[0], edges[-1])
+        logits = np.clip(np.log(p) - np.log1p(-p), -_LOGIT_RANGE, _LOGIT_RANGE)
         for member in (0, 1):
-            sums[c, member] = np.histogram(logits[(outcomes.labels == c) == bool(member)], edges)[0]
+            sums[c, member] = np.histogram(logits[(outcomes.labels == c) == bool(member)], _EDGES)[0]
     return sums.ravel()
 
 

@@ -18,6 +18,7 @@ import yaml
 Location = tuple[str | int, ...]
 
 _MAX_BYTES = 1 << 20
+_COLLECTIONS = {"tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"}
 
 
 class YamlError(ValueError):
@@ -101,6 +102,8 @@ def _compose(text: str) -> yaml.Node | None:
 
 def _build(node: yaml.Node, at: Location, lines: dict[Location, int], name: str) -> Any:
     lines.setdefault(at, node.start_mark.line + 1)
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in _COLLECTIONS:
+        raise YamlError(f"{name} line {node.start_mark.line + 1}: the tag {node.tag} is not allowed")
     if isinstance(node, yaml.MappingNode):
         return _mapping(node, at, lines, name)
     if isinstance(node, yaml.SequenceNode):

@@ -55,6 +55,8 @@ class Checkpoints:
         self._folder = folder
         self._plan = plan
         folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in folder.glob(".round-*.tmp"):
+            shutil.rmtree(unfinished)
 
     def _path(self, round_number: int) -> Path:
         return self._folder / f"round-{round_number:06d}"

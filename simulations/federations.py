@@ -209,7 +209,7 @@ def _imaging(spec: FederationSpec, places: _Places) -> dict[str, Any]:
         "spacing": tuple(
             round(mm * factor, 3) for mm, factor in zip(spec.spacing, (between, plane, plane), strict=True)
         ),
-        "vessel_contrast": round(1 + 0.6 * places.vessels, 3),
+        "vessel_contrast": round(1 + 0.4 * places.vessels, 3),
         "lesion_contrast": round(1 + 0.25 * places.lesions, 3),
         "diameters": (round(smallest, 2), round(1.8 * smallest, 2)),
     }
@@ -221,9 +221,9 @@ def _scanner(spec: FederationSpec, places: _Places) -> Scanner:
     magnetic = spec.modality == "MR"
     return Scanner(
         kernel=round(0.4 + 0.8 * places.kernel, 3),
-        noise=round(0.16 * unit * 2**places.noise, 3),
+        noise=round(0.11 * unit * 2**places.noise, 3),
         gain=1.0 if spec.modality == "CT" else round(2**places.level, 3),
-        offset=round(0.25 * unit * places.level, 3) if spec.modality == "CT" else 0.0,
+        offset=round(0.1 * unit * places.level, 3) if spec.modality == "CT" else 0.0,
         bias=0.15 * spec.scanner_shift if magnetic else 0.0,
         rician=magnetic,
     )

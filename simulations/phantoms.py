@@ -118,7 +118,7 @@ class Tissue(NamedTuple):
 
 #: Tissue as seen by the average scanner, by DICOM Modality.
 TISSUES = {
-    "CT": Tissue(air=-1000, fat=-100, bone=420, soft=40, texture=8, vessel=120, lesion=110),
+    "CT": Tissue(air=-1000, fat=-100, bone=420, soft=40, texture=8, vessel=160, lesion=150),
     "MR": Tissue(air=0, fat=820, bone=60, soft=380, texture=35, vessel=330, lesion=280),
     "CR": Tissue(air=120, fat=900, bone=2900, soft=1500, texture=90, vessel=560, lesion=480),
     "DX": Tissue(air=120, fat=900, bone=2900, soft=1500, texture=90, vessel=560, lesion=480),

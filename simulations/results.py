@@ -17,7 +17,6 @@ from locum.common import build
 from locum.common.build import Model
 from locum.common.metrics import Metric, Outcomes, bootstrap, join
 from locum.common.plan import Plan
-from locum.site_client.agent import Agent
 from locum.site_client.worker import Worker
 
 
@@ -90,18 +89,17 @@ class Baselines:
 
 
 def baselines(
-    plan: Plan, agents: Mapping[str, Agent], pooled: Worker, *, parallel: int, told: Callable[[str], None]
+    plan: Plan, sites: Mapping[str, Worker], pooled: Worker, *, parallel: int, told: Callable[[str], None]
 ) -> Baselines:
     """Trains the baselines with the plan's own steps: as many optimiser steps as the federation had rounds × steps.
 
     Args:
         plan: the plan.
-        agents: the sites' agents, by name.
+        sites: the workers of the run's sites, by name.
         pooled: a worker over the stores of all sites.
         parallel: how many train at once.
         told: called with the name of each model when it is trained.
     """
-    workers = {name: agent.worker for name, agent in agents.items()}
 
     def trained(name: str, worker: Worker) -> Model:
         model = worker.call("fit_alone", plan, rounds=plan.rounds)[1]
@@ -109,11 +107,11 @@ def baselines(
         return model
 
     with ThreadPoolExecutor(parallel) as pool:
-        jobs = {name: pool.submit(trained, name, worker) for name, worker in {"pooled": pooled, **workers}.items()}
+        jobs = {name: pool.submit(trained, name, worker) for name, worker in {"pooled": pooled, **sites}.items()}
         models = {name: job.result() for name, job in jobs.items()}
     results = {}
     for name, model in models.items():
-        results[name] = tested(plan, outcomes_of(plan, workers, model, round_number=None))
+        results[name] = tested(plan, outcomes_of(plan, sites, model, round_number=None))
     return Baselines(results.pop("pooled"), results)
 
 

@@ -156,8 +156,9 @@ def _finish(
     federated = results.tested(plan, results.outcomes_of(plan, workers, model, round_number=summary.round))
     found = None
     if simulation.baselines:
-        with _pooled(simulation, prepared) as worker:
-            found = results.baselines(plan, agents, worker, parallel=cores(), told=lambda n: tell(f"trained {n}"))
+        members = [site for site in prepared if site.name in workers]
+        with _pooled(simulation, members) as worker:
+            found = results.baselines(plan, workers, worker, parallel=cores(), told=lambda n: tell(f"trained {n}"))
     metrics = results.as_metrics(
         plan,
         federated,

@@ -68,7 +68,7 @@ def test_all_errors_of_form_are_told_at_once() -> None:
         ({"network___target_": "os.system"}, "cannot name code"),
         ({"network__act": "torch.nn.ReLU"}, "cannot name files or code"),
         ({"network__act": "/etc/passwd"}, "cannot name files or code"),
-        ({"network__spatial_dims": 3}, None),
+        ({"network": {"name": "DenseNet121", "spatial_dims": 3}}, "Locum sets 'spatial_dims'"),
         ({"network": {"name": "DenseNet121", "pretrained": True}}, "Locum sets 'pretrained'"),
         ({"network": {"name": "UNet", "channels": [4, 8], "strides": [2]}}, "does not serve classification"),
         ({"evaluation__metrics": ["Dice"]}, "does not measure classification"),
@@ -95,9 +95,7 @@ def test_all_errors_of_form_are_told_at_once() -> None:
         ({"purpose": None}, "this key is missing"),
     ],
 )
-def test_a_wrong_plan_is_refused_with_what_to_do(changes: dict[str, object], told: str | None) -> None:
-    if told is None:
-        pytest.skip("Classifier takes no spatial_dims; see the build tests")
+def test_a_wrong_plan_is_refused_with_what_to_do(changes: dict[str, object], told: str) -> None:
     assert told in _errors(**changes)
 
 
