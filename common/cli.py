@@ -36,14 +36,13 @@ class _Groups(click.Group):
         found = entry_points(group="locum.commands", name=cmd_name)
         if not found:
             return None
-        if ctx.params.get("_listing") or _asks_for_help_only():
-            return click.Command(cmd_name, short_help=_HELP.get(cmd_name, ""))
         return _load(next(iter(found)))
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _HELP.get(name, "")) for name in self.list_commands(ctx)])
 
-def _asks_for_help_only() -> bool:
-    words = [word for word in sys.argv[1:] if word != "--debug"]
-    return not words or words[0] in {"--help", "-h"}
+
 
 
 def _load(entry: EntryPoint) -> click.Command:
@@ -66,11 +65,12 @@ def locum(*, debug: bool) -> None:
     del debug
 
 
-def main() -> Any:
-    """The console script."""
+def main(arguments: list[str] | None = None) -> Any:
+    """The console script; returns the exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     try:
-        return locum(standalone_mode=False)
+        return locum(words, standalone_mode=False)
     except click.exceptions.Abort:
         return _stopped()
     except KeyboardInterrupt:
@@ -81,7 +81,7 @@ def main() -> Any:
     except click.exceptions.Exit as error:
         return error.exit_code
     except LocumError as error:
-        if "--debug" in sys.argv:
+        if "--debug" in words:
             raise
         return report(error)
 

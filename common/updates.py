@@ -20,8 +20,8 @@ def l2_norm(tensors: Arrays) -> float:
     """The L2 norm over all tensors together, in float64; infinite or NaN if an element is."""
     total = 0.0
     for array in tensors.values():
-        flat = np.asarray(array, dtype=np.float64).ravel()
-        total += float(flat @ flat)
+        # Not a dot product: BLAS would start its own threads, which fight with those of the sites.
+        total += float(np.square(array, dtype=np.float64).sum())
     return math.sqrt(total) if total >= 0 else total
 
 

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 from safetensors.numpy import save
 
 from locum.common.durable import replace_file
+from locum.common.errors import RunError
 from locum.common.plan import load_plan
 from locum.server.checkpoints import Checkpoints
 from locum.server.records import Events, RunSummary
@@ -29,6 +30,9 @@ def main(grid: Grid, context: Context) -> None:
     try:
         engine = open_engine(plan, grid, Checkpoints(folder / "checkpoints", plan), events)
         write_result(folder, run(engine))
+    except OSError as error:
+        reason = f"{folder} cannot be written: {error.strerror}; committed rounds are kept"
+        raise RunError(reason, "free space or mend the disk, then resume") from error
     finally:
         events.close()
 

@@ -72,12 +72,11 @@ class Events:
     """Appends events to a file, one JSON line each, for a live view."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Writes one event with the time (seconds since 1970)."""
-        self._file.write(json.dumps({"at": time.time(), "event": kind, **fields}) + "\n")
-        self._file.flush()
+        self._file.write(json.dumps({"at": time.time(), "event": kind, **fields}).encode() + b"\n")
 
     def close(self) -> None:
         """Closes the file."""

@@ -59,6 +59,9 @@ def simulate(
     except KeyboardInterrupt:
         console.print(f"stopped; committed rounds are kept: go on with `locum simulate --resume {folder}`")
         raise typer.Exit(130) from None
+    except OSError as error:
+        reason = f"{folder} cannot be written: {error.strerror}; committed rounds are kept"
+        raise RunError(reason, f"free space or mend the disk, then `locum simulate --resume {folder}`") from error
     if as_json:
         sys.stdout.write(json.dumps(metrics, indent=1) + "\n")
         return
@@ -96,7 +99,8 @@ def _asked_again(folder: Path, *, given: list[object]) -> tuple[Plan, dict[str, 
 
     if any(item is not None for item in given):
         raise RunError("--resume goes on with what the run was asked for", "leave the other options out")
-    return load_plan(folder / "plan.yaml"), asked_of(folder)
+    asked = asked_of(folder)
+    return load_plan(folder / "plan.yaml"), asked
 
 
 def _hospitals(asked: dict[str, Any], plan: Plan) -> tuple[Site, ...]:

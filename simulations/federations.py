@@ -91,7 +91,7 @@ class FederationSpec:
 def demo_federation(seed: int, sites: int = 4) -> FederationSpec:
     """The demo: patients, label shares and scanners differ enough that each hospital needs the others."""
     return FederationSpec(
-        sites=sites, seed=seed, patients=60, size_skew=0.3, label_skew=4.0, scanner_shift=1.0, broken=0.05
+        sites=sites, seed=seed, patients=60, size_skew=0.3, label_skew=4.0, scanner_shift=0.8, broken=0.05
     )
 
 

@@ -78,8 +78,8 @@ class Damage(StrEnum):
     UNKNOWN_PATIENT = "unknown_patient"
 
 
-#: Damage after which the study itself is still a good case.
-HARMLESS = frozenset({Damage.TEXT_FILE, Damage.UNKNOWN_PATIENT})
+#: Damage after which the study itself is still a good case: ingestion puts a localizer that says so aside.
+HARMLESS = frozenset({Damage.LOCALIZER, Damage.TEXT_FILE, Damage.UNKNOWN_PATIENT})
 _VOLUME_ONLY = frozenset({Damage.MISSING_SLICE, Damage.DUPLICATED_POSITION, Damage.LOCALIZER})
 
 

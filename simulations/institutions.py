@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from locum.common.errors import LocumError
+from locum.common.errors import LocumError, RunError
 from locum.simulations.hospitals import HospitalSpec, write_hospital
 from locum.simulations.sites import Site
 from locum.site_client.agent import Agent
@@ -53,7 +54,11 @@ def prepare(
     Raises:
         LocumError: the first site that cannot be prepared, with its name.
     """
-    with ProcessPoolExecutor(min(cores(), len(sites)), mp_context=process_context()) as pool:
+    ignored = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    pool = ProcessPoolExecutor(
+        min(cores(), len(sites)), mp_context=process_context(), initializer=signal.signal, initargs=ignored
+    )
+    with pool:
         jobs = {site.name: pool.submit(prepare_site, site, folder / "sites" / site.name, seed) for site in sites}
         try:
             return tuple(_finished(name, job, done) for name, job in jobs.items())
@@ -67,6 +72,8 @@ def _finished(name: str, job: Future[Prepared], done: Callable[[Prepared], None]
         prepared = job.result()
     except LocumError as error:
         raise type(error)(f"site {name}: {error.message}", error.remedy) from error
+    except OSError as error:
+        raise RunError(f"site {name}: its data cannot be written: {error.strerror}", "free space, then resume") from error
     done(prepared)
     return prepared
 

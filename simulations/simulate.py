@@ -54,8 +54,8 @@ class Simulation:
 
 
 def open_folder(folder: Path, plan: Plan, asked: Mapping[str, Any], *, force: bool) -> None:
-    """Makes the folder of a new run; raises RunError if it already holds one."""
-    if (folder / "plan.yaml").exists() and not force:
+    """Makes the folder of a new run; raises RunError if it already holds committed rounds."""
+    if any((folder / "checkpoints").glob("round-*")) and not force:
         raise RunError(f"{folder} already holds a run", f"go on with --resume {folder}, or choose another --out")
     for name in ("checkpoints", "sites"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -93,8 +93,10 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
 
 
 def _told(site: Prepared) -> str:
-    quarantined = f", {sum(site.counts.quarantined.values())} quarantined" if site.counts.quarantined else ""
-    return f"{site.name}: {site.counts.cases} cases of {site.counts.found} files{quarantined}"
+    counts = site.counts
+    quarantined = f", {sum(counts.quarantined.values())} quarantined" if counts.quarantined else ""
+    unmatched = f", {counts.labels_without_image} label rows name no image" if counts.labels_without_image else ""
+    return f"{site.name}: {counts.cases} cases of {counts.found} files{quarantined}{unmatched}"
 
 
 def _load_libraries() -> threading.Thread:

@@ -38,7 +38,7 @@ class Policy(BaseModel):
         networks: networks that may be trained.
         metrics: metrics that may be measured and released.
         most_rounds: rounds of one run.
-        release_case_counts: whether the number of cases may be told.
+        release_case_counts: whether the number of cases may be told; if not, a plan that weights by it is refused.
         release_training_loss: whether the mean training loss may be told.
     """
 
@@ -71,6 +71,8 @@ def admit_plan(policy: Policy, plan: Plan) -> None:
         raise PolicyRefusal("metrics", ", ".join(forbidden))
     if policy.most_rounds is not None and plan.rounds > policy.most_rounds:
         raise PolicyRefusal("most_rounds", str(plan.rounds))
+    if not policy.release_case_counts and plan.participation.weighting == "cases":
+        raise PolicyRefusal("release_case_counts", "an update's weight would be the number of cases")
 
 
 def release_description(policy: Policy, plan: Plan, site: str, found: Mapping[str, Any]) -> RecordDict:

@@ -9,6 +9,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,13 +23,14 @@ from torch import nn
 from locum.common import build
 from locum.common.build import Model, Role
 from locum.common.durable import replace_file
-from locum.common.errors import Code, SiteFailure
+from locum.common.errors import Code, DataError, SiteFailure
 from locum.common.metrics import Outcomes
-from locum.common.plan import Fold, Plan
-from locum.site_client.imaging.catalog import Case, Catalog
+from locum.common.plan import Contract, Fold, Plan
+from locum.site_client.imaging.catalog import Case, Catalog, Facts
 from locum.site_client.training import data, evaluate, train
 
 _KEPT_ROUNDS = 3
+_NAMED_CLASSES = 2
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,28 @@ class Session:
 
 
 def open_session(settings: Settings, plan: Plan) -> Session:
-    """Builds the plan's network and finds its cases; raises SiteFailure (PLAN_UNBUILDABLE)."""
+    """Builds the plan's network and finds its cases; raises SiteFailure (PLAN_UNBUILDABLE, DATA_UNREADABLE)."""
     torch.set_num_threads(settings.threads)
     torch.use_deterministic_algorithms(plan.deterministic, warn_only=True)
-    try:
-        network, roles = build.initial_state(plan)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise SiteFailure(Code.PLAN_UNBUILDABLE, f"{type(error).__name__}: {error}") from error
+    network, roles = _built(plan)
     device = torch.device(_device_name(settings.device))
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(roles[name] != "frozen")
     return Session(settings, plan, network.to(device), roles, device, _cases(settings, plan))
+
+
+def _built(plan: Plan) -> tuple[nn.Module, dict[str, Role]]:
+    """The network and its roles; the plan's other parts are built too, to fail before round 1 and not in it."""
+    try:
+        network, roles = build.initial_state(plan)
+        build.transforms(plan, "prepare")
+        build.transforms(plan, "augment")
+        build.loss(plan)
+        build.optimiser(plan, network.parameters())
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, ImportError,
+            RuntimeError) as error:  # fmt: skip
+        raise SiteFailure(Code.PLAN_UNBUILDABLE, f"{type(error).__name__}: {error}") from error
+    return network, roles
 
 
 def _device_name(asked: str) -> str:
@@ -94,33 +107,37 @@ def _device_name(asked: str) -> str:
 
 
 def _cases(settings: Settings, plan: Plan) -> dict[Fold, tuple[Case, ...]]:
-    found = [case for store in settings.stores for case in _fitting(Catalog.open(store), plan)]
+    found = [case for store in settings.stores for case in _fitting(store, plan)]
     return {fold: tuple(case for case in found if case.fold == fold) for fold in ("train", "validation", "test")}
 
 
-def _fitting(catalog: Catalog, plan: Plan) -> list[Case]:
-    """The cases that the contract asks for: its modality, and a spacing within its range on every axis."""
-    contract = plan.contract
-    fits = {
-        fact.id
-        for fact in catalog.facts()
-        if (not contract.modality or fact.modality in contract.modality)
-        and all(contract.spacing.least <= size <= contract.spacing.most for size in fact.spacing)
-    }
-    return [case for case in catalog.cases(contract.split.fractions) if case.id in fits]
+def _fitting(store: Path, plan: Plan) -> list[Case]:
+    """The cases of a store that the contract asks for."""
+    try:
+        with closing(Catalog.open(store)) as catalog:
+            fits = {fact.id for fact in catalog.facts() if _fits(fact, plan.contract)}
+            return [case for case in catalog.cases(plan.contract.split.fractions) if case.id in fits]
+    except DataError as error:
+        raise SiteFailure(Code.DATA_UNREADABLE, str(error)) from error
+
+
+def _fits(fact: Facts, contract: Contract) -> bool:
+    """Whether an image has the contract's modality and dimensions, and a spacing within its range on every axis."""
+    flat = len(fact.shape) == 2 or fact.shape[2] == 1
+    sizes = fact.spacing[: contract.dimensions]
+    return (
+        (not contract.modality or fact.modality in contract.modality)
+        and contract.dimensions == (2 if flat else 3)
+        and all(contract.spacing.least <= size <= contract.spacing.most for size in sizes)
+    )
 
 
 def describe(session: Session) -> dict[str, object]:
     """What a site can say about itself before round 1: configuration, counts, ability and why not."""
     plan, cases = session.plan, session.cases
     shared = build.shared_tensors(session.network, session.roles)
-    patients = len({case.patient for case in cases["train"]})
     missing = _missing_classes(plan, cases["train"])
-    reason = ""
-    if patients < plan.contract.least_patients:
-        reason = f"{patients} training patients fit the contract, which asks for {plan.contract.least_patients}"
-    elif missing and plan.contract.single_class == "exclude" and plan.contract.task == "classification":
-        reason = "no training case of " + ", ".join(missing)
+    reason = _inability(plan, cases, missing)
     return {
         "configuration": build.configuration(plan, shared),
         "cases": {fold: len(found) for fold, found in cases.items()},
@@ -128,6 +145,25 @@ def describe(session: Session) -> dict[str, object]:
         "able": not reason,
         "reason": reason,
     }
+
+
+def _inability(plan: Plan, cases: Mapping[Fold, tuple[Case, ...]], missing: Sequence[str]) -> str:
+    """Why the site cannot take part, in words that name no case and no label of its own; empty if it can."""
+    contract = plan.contract
+    patients = len({case.patient for case in cases["train"]})
+    if patients < contract.least_patients:
+        return f"{patients} training patients fit the contract, which asks for {contract.least_patients}"
+    everything = [case for fold in cases.values() for case in fold]
+    if contract.task == "segmentation":
+        unknown, what = sum(case.mask is None for case in everything), "no mask"
+    else:
+        unknown, what = sum(case.label not in contract.classes for case in everything), "no label of the plan"
+    if unknown:
+        return f"{unknown} cases have {what}"
+    if missing and contract.single_class == "exclude":
+        more = ", …" if len(missing) > _NAMED_CLASSES else ""
+        return "no training case of " + ", ".join(missing[:_NAMED_CLASSES]) + more
+    return ""
 
 
 def _missing_classes(plan: Plan, cases: Sequence[Case]) -> list[str]:
@@ -151,8 +187,15 @@ def _train_steps(session: Session, round_number: int) -> train.Trained:
     prepared = session.dataset("train", augment=True)
     site = session.settings.site
     torch.manual_seed(data.draw_seed(session.plan.seed, site, round_number, "network"))
-    batches = data.training_loader(session.plan, prepared, site=site, round_number=round_number)
-    return train.train(session.plan, session.network, batches, round_number=round_number, device=session.device)
+    batches = data.read(data.training_loader(session.plan, prepared, site=site, round_number=round_number))
+    return train.train(
+        session.plan,
+        session.network,
+        batches,
+        round_number=round_number,
+        device=session.device,
+        frozen={name for name, role in session.roles.items() if role == "frozen"},
+    )
 
 
 def at_model(session: Session, model: Model, round_number: int) -> None:
@@ -164,7 +207,7 @@ def at_model(session: Session, model: Model, round_number: int) -> None:
 def measure(session: Session, fold: Fold) -> Outcomes:
     """The outcomes of the network as it stands on a fold."""
     prepared = session.dataset(fold, augment=False)
-    batches = data.evaluation_loader(session.plan, prepared)
+    batches = data.read(data.evaluation_loader(session.plan, prepared))
     return evaluate.outcomes(session.plan, session.network, batches, session.cases[fold], session.device)
 
 
@@ -197,20 +240,25 @@ def _assign(state: Mapping[str, torch.Tensor], arrays: Mapping[str, NDArray[np.g
             state[name].copy_(torch.from_numpy(np.array(array)))
 
 
+def _local_folder(session: Session) -> Path:
+    """The plan's own folder: a site may serve several plans."""
+    return session.settings.run_dir / session.plan.digest[:16]
+
+
 def _local_files(session: Session) -> list[tuple[int, Path]]:
-    files = session.settings.run_dir.glob("local-*.safetensors")
+    files = _local_folder(session).glob("local-*.safetensors")
     return sorted((int(path.stem.split("-")[1]), path) for path in files)
 
 
 def _load_local(session: Session, after_round: int) -> None:
-    """Loads the local tensors as they were after `after_round`; as the seed made them before the first."""
+    """Loads the local tensors as they were after `after_round`; as the seed made them before the site's first."""
     if "local" not in session.roles.values():
         return
     state = session.network.state_dict()
     older = [path for number, path in _local_files(session) if number <= after_round]
     if older:
         _assign(state, load_file(older[-1]))
-    elif after_round == 0:
+    else:
         initial = build.initial_state(session.plan)[0].state_dict()
         _assign(state, {n: initial[n].numpy() for n, role in session.roles.items() if role == "local"})
 
@@ -220,8 +268,10 @@ def _save_local(session: Session, round_number: int) -> None:
     local = {n: state[n].detach().cpu().numpy() for n, role in session.roles.items() if role == "local"}
     if not local:
         return
-    session.settings.run_dir.mkdir(parents=True, exist_ok=True)
-    replace_file(session.settings.run_dir / f"local-{round_number:06d}.safetensors", save(local))
+    _local_folder(session).mkdir(parents=True, exist_ok=True)
+    replace_file(_local_folder(session) / f"local-{round_number:06d}.safetensors", save(local))
+    # Any round may turn out the best one, and is then measured with its own local tensors.
+    kept = _KEPT_ROUNDS if session.plan.evaluation.select == "last" else round_number
     for number, path in _local_files(session):
-        if number <= round_number - _KEPT_ROUNDS or number > round_number:
+        if number <= round_number - kept or number > round_number:
             path.unlink()

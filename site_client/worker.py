@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from locum.site_client.session import Session, Settings
 
 _context = get_context("forkserver")
-_context.set_forkserver_preload(["locum.site_client.operations"])
+# An optimiser's first step imports torch._dynamo: a second for every worker, unless the server has done it.
+_context.set_forkserver_preload(["locum.site_client.operations", "torch._dynamo"])
 
 
 def process_context() -> ForkServerContext:
@@ -48,12 +50,13 @@ def serve(connection: Connection, settings: Settings) -> None:
     from locum.site_client import operations  # torch is loaded in the worker, never in the agent
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _keep_output(settings)
     session: Session | None = None
     while True:
         try:
             request, tensors = _receive(connection)
-        except (EOFError, OSError):
-            return
+        except (EOFError, OSError, ValueError, safetensors.SafetensorError):
+            return  # what is no message ends the worker: nothing after it can be trusted to be whole
         try:
             session = operations.session_for(session, settings, request)
             reply, arrays = operations.OPERATIONS[request["operation"]](session, request, tensors)
@@ -66,6 +69,14 @@ def serve(connection: Connection, settings: Settings) -> None:
         _send(connection, reply, arrays)
 
 
+def _keep_output(settings: Settings) -> None:
+    """Sends what libraries print to the site's own file; it may name cases."""
+    settings.run_dir.mkdir(parents=True, exist_ok=True)
+    with (settings.run_dir / "worker.log").open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
 def _code_of(error: Exception) -> Code:
     return Code.DISK_FULL if isinstance(error, OSError) and error.errno == errno.ENOSPC else Code.INTERNAL
 
@@ -76,8 +87,9 @@ def _send(connection: Connection, header: Mapping[str, Any], tensors: Tensors) -
 
 
 def _receive(connection: Connection) -> tuple[dict[str, Any], Tensors]:
-    header = json.loads(connection.recv_bytes())
-    content = connection.recv_bytes()
+    header, content = json.loads(connection.recv_bytes()), connection.recv_bytes()
+    if not isinstance(header, dict):
+        raise ValueError("a header is a JSON object")  # noqa: TRY004 - as every other frame that is no message
     return header, load(content) if content else {}
 
 
@@ -86,7 +98,7 @@ def _receive(connection: Connection) -> tuple[dict[str, Any], Tensors]:
 
 @dataclass
 class Worker:
-    """An agent's handle on its worker process; start it by the first call.
+    """An agent's handle on its worker process; start it by the first call. One call runs at a time, others wait.
 
     Attributes:
         settings: how the worker runs.
@@ -98,6 +110,7 @@ class Worker:
     _process: BaseProcess | None = None
     _connection: Connection | None = None
     _plan: Plan | None = field(default=None)
+    _turn: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def pid(self) -> int | None:
@@ -118,13 +131,18 @@ class Worker:
         self, operation: str, plan: Plan, tensors: Tensors | None = None, **request: Any
     ) -> tuple[dict[str, Any], Tensors]:
         """Asks the worker and waits; raises SiteFailure with the worker's code, or WORKER_DIED."""
+        with self._turn:
+            return self._call(plan, {"operation": operation, **request}, tensors or {})
+
+    def _call(self, plan: Plan, header: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
         self.start()
-        header = {"operation": operation, **request}
+        operation = header["operation"]
         if self._plan is not plan:
             header["plan"] = plan.canonical().decode()
+            self._plan = None  # a failure may leave the worker at either plan
         try:
-            reply, arrays = self._exchange(header, tensors or {})
-        except (EOFError, OSError, json.JSONDecodeError, safetensors.SafetensorError) as error:
+            reply, arrays = self._exchange(header, tensors)
+        except (EOFError, OSError, ValueError, safetensors.SafetensorError) as error:
             self.stop()
             self.log.exception("the worker died during %s", operation)
             raise SiteFailure(Code.WORKER_DIED, operation) from error

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import nibabel
@@ -69,6 +70,22 @@ class RecordSpacing(MapTransform):  # type: ignore[misc]  # MONAI is untyped
         return {**data, "spacing": pixdim[:dimensions].to(torch.float32)}
 
 
+class CheckMask(MapTransform):  # type: ignore[misc]  # MONAI is untyped
+    """Refuses a mask with a value that is no class: on a GPU such a value would end the worker."""
+
+    def __init__(self, keys: Sequence[str], classes: int) -> None:
+        super().__init__(keys)
+        self._classes = classes
+
+    def __call__(self, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Gives the item back as it is; raises ValueError."""
+        for key in self.keys:
+            largest = float(data[key].max())
+            if largest >= self._classes:
+                raise ValueError(f"the {key} has the value {largest:g}, the plan has {self._classes} classes")
+        return data
+
+
 def _pipeline(plan: Plan, *, augment: bool) -> Compose:
     keys = ["image", "mask"] if plan.contract.task == "segmentation" else ["image"]
     return Compose(
@@ -77,6 +94,7 @@ def _pipeline(plan: Plan, *, augment: bool) -> Compose:
             *build.transforms(plan, "prepare"),
             RecordSpacing(keys=["image"]),
             EnsureTyped(keys=keys, dtype=torch.float32, track_meta=False),
+            *(CheckMask([key], len(plan.contract.classes)) for key in keys[1:]),
             *(build.transforms(plan, "augment") if augment else []),
         ]
     )
@@ -103,13 +121,27 @@ def dataset(plan: Plan, cases: Sequence[Case], *, augment: bool, budget_bytes: i
         raise SiteFailure(Code.NO_DATA, "no case in this fold")
     items = [_item(plan, index, case) for index, case in enumerate(cases)]
     pipeline = _pipeline(plan, augment=augment)
-    try:
+    with _unreadable():
         count = _cached_count(pipeline, items, budget_bytes)
-        made = CacheDataset(items, pipeline, cache_num=count, num_workers=0, progress=False, copy_cache=False)
+        # Some of MONAI's augmentations write into their input (RandCoarseDropoutd does): they get a copy.
+        made = CacheDataset(items, pipeline, cache_num=count, num_workers=0, progress=False, copy_cache=augment)
         _check_first(plan, made[0], augment=augment)
-    except (RuntimeError, ValueError, TypeError, KeyError, OSError, IndexError) as error:
-        raise SiteFailure(Code.DATA_UNREADABLE, f"{type(error).__name__}: {error}") from error
     return made
+
+
+@contextmanager
+def _unreadable() -> Iterator[None]:
+    """Raises SiteFailure (DATA_UNREADABLE) for what reading and transforming a case may raise."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError, IndexError) as error:
+        raise SiteFailure(Code.DATA_UNREADABLE, _with_causes(error)) from error
+
+
+def _with_causes(error: BaseException) -> str:
+    """An error and its causes: MONAI's own says only which transform failed."""
+    said = f"{type(error).__name__}: {error}"
+    return said if error.__cause__ is None else f"{said}; from {_with_causes(error.__cause__)}"
 
 
 def _cached_count(pipeline: Compose, items: Sequence[Mapping[str, Any]], budget_bytes: int) -> int:
@@ -179,6 +211,17 @@ def training_loader(plan: Plan, data: CacheDataset, *, site: str, round_number: 
     labels = [int(item["label"]) for item in data.data] if balanced else None
     draws = Draws(labels, len(data), steps_of(plan, len(data)) * size, generator)
     return DataLoader(data, batch_size=size, sampler=draws, generator=generator, collate_fn=list_data_collate)
+
+
+def read(loader: DataLoader) -> Iterator[Batch]:
+    """The batches of a loader; raises SiteFailure (DATA_UNREADABLE) at a case that cannot be read."""
+    batches = iter(loader)
+    while True:
+        with _unreadable():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def evaluation_loader(plan: Plan, data: CacheDataset) -> DataLoader:

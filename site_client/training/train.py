@@ -7,7 +7,7 @@ nothing from round to round but the tensors the plan calls local.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -45,9 +45,15 @@ def truth_of(plan: Plan, batch: Batch, device: torch.device) -> torch.Tensor:
 
 
 def train(
-    plan: Plan, network: nn.Module, batches: Iterable[Batch], *, round_number: int, device: torch.device
+    plan: Plan,
+    network: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    round_number: int,
+    device: torch.device,
+    frozen: Collection[str] = (),
 ) -> Trained:
-    """Trains `network` in place over `batches`.
+    """Trains `network` in place over `batches`; the tensors named in `frozen` stay as they are.
 
     Raises:
         SiteFailure: LOSS_NOT_FINITE if the loss became NaN or infinite, OUT_OF_MEMORY.
@@ -56,7 +62,7 @@ def train(
     optimiser = build.optimiser(plan, trainable, schedule_factor(plan, round_number))
     criterion = build.loss(plan)
     precision, scaler = _precision(plan, device)
-    network.train()
+    _training_mode(network, frozen)
     total, steps = torch.zeros((), dtype=torch.float64, device=device), 0
     try:
         for batch in batches:
@@ -78,6 +84,13 @@ def train(
     if not math.isfinite(mean):
         raise SiteFailure(Code.LOSS_NOT_FINITE, f"mean loss {mean} in round {round_number}")
     return Trained(steps, mean)
+
+
+def _training_mode(network: nn.Module, frozen: Collection[str]) -> None:
+    """Training mode, but layers whose running statistics are frozen normalise with them, as in evaluation."""
+    network.train()
+    for layer in {name.rpartition(".")[0] for name in frozen if name.endswith(("running_mean", "running_var"))}:
+        network.get_submodule(layer).eval()
 
 
 class _Precision:

@@ -19,6 +19,8 @@ from locum.common.errors import DataError
 from locum.simulations.hospitals import HARMLESS, Damage, HospitalSpec, write_hospital
 from locum.simulations.phantoms import Scanner
 from locum.simulations.scans import Storage
+from locum.site_client.imaging.ingest import ingest
+from locum.site_client.imaging.sources import load_site
 
 SMALL = HospitalSpec(
     "north",
@@ -38,6 +40,8 @@ RADIOGRAPHS = replace(
     spacing=(1.0, 3.0, 3.0),
     storage=Storage(bits=14, intercept=0.0, inverted=True),
 )
+
+STORED_MR = Storage(bits=14, intercept=0.0)
 
 
 def _files(folder: Path) -> dict[str, str]:
@@ -203,6 +207,19 @@ def test_every_damage_is_done_and_told(tmp_path: Path) -> None:
     assert studies[Damage.NO_LABEL]["accession"] not in labels
     assert len(labels.keys() - {study["accession"] for study in _truth(tmp_path)}) == 1
     assert len(list((tmp_path / "dicom").rglob("*.txt"))) == 1
+
+
+@pytest.mark.parametrize(
+    "spec", [SMALL, RADIOGRAPHS, replace(SMALL, modality="MR", orientation="oblique", habits=2, storage=STORED_MR)]
+)
+def test_ingestion_takes_every_usable_study_and_sets_the_damage_aside(spec: HospitalSpec, tmp_path: Path) -> None:
+    write_hospital(replace(spec, broken=7, task="segmentation"), tmp_path / "raw")
+    counts = ingest(load_site(tmp_path / "raw" / "site.yaml"), tmp_path / "store", key=bytes(32))
+    counts.check()
+    truth = _truth(tmp_path / "raw")
+    assert counts.cases == sum(study["usable"] for study in truth) < len(truth)
+    assert counts.labels_without_image >= 1
+    assert counts.quarantined
 
 
 def test_an_empty_hospital_has_a_configuration_and_no_images(tmp_path: Path) -> None:

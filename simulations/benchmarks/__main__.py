@@ -1,0 +1,31 @@
+"""`python -m locum.simulations.benchmarks [NAME …]`: runs the benchmarks and prints one table each."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from locum.simulations.benchmarks import engine_overhead, training_throughput
+
+_ALL = {"engine_overhead": engine_overhead.measure, "training_throughput": training_throughput.measure}
+
+
+def main(names: list[str]) -> int:
+    """Runs the benchmarks named, or all; returns the exit code."""
+    console = Console()
+    unknown = sorted(set(names) - set(_ALL))
+    if unknown:
+        console.print(f"no benchmark {', '.join(unknown)}; there are: {', '.join(_ALL)}")
+        return 2
+    for name in names or _ALL:
+        table = Table("what", "measured", "unit", title=name)
+        for row in _ALL[name]():
+            table.add_row(row.what, f"{row.value:.4g}", row.unit)
+        console.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,228 @@
+"""The documents are true: what they tell a person to type exists, and what they list is what the code has."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import click
+import pytest
+from pydantic import BaseModel
+
+from locum.common import names
+from locum.common.build import check_buildable
+from locum.common.cli import locum
+from locum.common.plan import Part, Plan, parse_plan
+from locum.common.yaml_source import parse_yaml
+from locum.site_client.imaging.reasons import Reason
+from locum.site_client.imaging.sources import SiteData
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MAIN = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_SPAN = re.compile(r"`([^`\n]+)`")
+_LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+_COMMAND = re.compile(r"^(?:\$ )?(?:\.venv/bin/)?((?:locum|make)\b[^#>\n]*)", re.MULTILINE)
+
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document taken apart: code blocks as (language, content), and its prose without them."""
+
+    blocks: list[tuple[str, str]]
+    prose: str
+
+    @property
+    def typed(self) -> list[str]:
+        """The commands of its code blocks, as a person would type them."""
+        shown = (content for language, content in self.blocks if language in {"sh", "console"})
+        return [command.strip() for content in shown for command in _COMMAND.findall(content)]
+
+    @property
+    def spans(self) -> list[str]:
+        """What stands between backticks in its prose."""
+        return _SPAN.findall(self.prose)
+
+
+def _read(path: Path) -> Document:
+    text = path.read_text(encoding="utf-8")
+    return Document(_FENCE.findall(text), _FENCE.sub("", text))
+
+
+def _of(name: str) -> Document:
+    return _read(ROOT / "docs" / name)
+
+
+# --- commands
+
+
+def _command(words: Iterable[str]) -> tuple[click.Command, list[str]]:
+    """The command that the words lead to, and the words that are left for it; a word that leads nowhere fails."""
+    command: click.Command = locum
+    left = list(words)
+    while isinstance(command, click.Group) and left:
+        word = left.pop(0)
+        if word in _options(command):
+            continue
+        found = command.get_command(click.Context(command), word)
+        assert found is not None, f"`locum` has no command '{word}'"
+        command = found
+    return command, left
+
+
+def _options(command: click.Command) -> set[str]:
+    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    return known | {"--help", "-h", "--version"}
+
+
+@each_document
+def test_every_locum_command_is_one_that_the_command_line_accepts(path: Path) -> None:
+    for line in _read(path).typed:
+        program, *words = shlex.split(line)
+        if program == "locum":
+            command, left = _command(words)
+            try:
+                command.make_context(line, left)
+            except click.UsageError as error:
+                pytest.fail(f"{path.name}: `{line}`: {error.format_message()}")
+
+
+@each_document
+def test_every_command_and_option_named_in_a_sentence_exists(path: Path) -> None:
+    for span in _read(path).spans:
+        if not re.match(r"locum [a-z-]", span):
+            continue
+        command, left = _command(span.split()[1:])
+        unknown = [word for word in left if word.startswith("-") and word not in _options(command)]
+        assert unknown == [], f"{path.name}: `{span}`"
+
+
+@each_document
+def test_every_make_target_named_exists(path: Path) -> None:
+    document = _read(path)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    used = {line.split()[1] for line in [*document.typed, *document.spans] if re.match(r"make [a-z]", line)}
+    assert used <= targets
+
+
+def test_the_readme_shows_the_two_commands() -> None:
+    assert {"make demo", "make test"} <= set(_read(ROOT / "README.md").typed)
+
+
+def test_the_documents_hold_commands_of_every_group() -> None:
+    typed = {line.split()[1] for path in MAIN for line in _read(path).typed if line.startswith("locum ")}
+    assert typed >= set(
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["locum.commands"]
+    )
+
+
+# --- links
+
+
+def _anchors(path: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", _read(path).prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_document
+def test_links_lead_to_files(path: Path) -> None:
+    for target in _LINK.findall(_read(path).prose):
+        if target.startswith(("https://", "http://")):
+            continue
+        file, _, anchor = target.partition("#")
+        goal = (path.parent / file).resolve() if file else path
+        assert goal.exists(), f"{path.name} links to {target}"
+        assert not anchor or anchor in _anchors(goal), f"{path.name} links to {target}"
+
+
+@each_document
+def test_no_document_names_a_place_on_one_machine(path: Path) -> None:
+    assert not re.search(r"/(work|home|root|tmp|Users)/", path.read_text(encoding="utf-8"))
+
+
+# --- what the pages list
+
+
+def _rooms() -> set[str]:
+    """The modules that the architecture page lists, as paths without suffix."""
+    content = next(content for language, content in _of("architecture.md").blocks if language == "rooms")
+    listed, folder = set(), ""
+    for line in content.splitlines():
+        if not line.startswith(" "):
+            folder, _, line = line.partition(" ")  # noqa: PLW2901 - the rest of the line is read as the others are
+        listed |= {folder + word for word in line.split(" · ") for word in [word.strip()] if word}
+    return listed
+
+
+def test_the_architecture_page_lists_the_files_that_there_are() -> None:
+    folders = ("common", "server", "site_client", "simulations")
+    there = {
+        str(file.relative_to(ROOT).with_suffix(""))
+        for folder in folders
+        for file in (ROOT / folder).rglob("*.py")
+        if file.stem != "__init__"
+    }
+    assert _rooms() == there
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if get_origin(annotation) in {Union, UnionType}:
+        for inner in get_args(annotation):
+            yield from _models(inner)
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation is not Part:
+        yield annotation
+
+
+def _keys(model: type[BaseModel]) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield name
+        for inner in _models(field.annotation):
+            yield from _keys(inner)
+
+
+def test_the_plan_page_has_every_key_and_every_name() -> None:
+    told = {part for span in _of("plan.md").spans for part in (span, *span.split("."))}
+    listed = [*names.NETWORKS, *names.LOSSES, *names.OPTIMISERS, *names.METRICS, *names.STRATEGIES, *names.TRANSFORMS]
+    assert [name for name in [*_keys(Plan), *listed, *names.GROUPS] if name not in told] == []
+
+
+def test_the_site_data_page_has_every_reason_and_every_key() -> None:
+    told = set(_of("site-data.md").spans)
+    assert [reason for reason in [*Reason, *SiteData.model_fields] if reason not in told] == []
+
+
+def test_the_decisions_explain_every_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *(item for extra in project["optional-dependencies"].values() for item in extra)]
+    packages = {re.split(r"[\[>=<]", item)[0] for item in asked} - {"locum", "types-pyyaml"}
+    text = _of("decisions/0007-dependencies.md").prose
+    assert [package for package in sorted(packages) if package not in text] == []
+
+
+# --- examples
+
+
+def _examples(name: str) -> list[str]:
+    return [content for language, content in _of(name).blocks if language == "yaml"]
+
+
+def test_the_whole_plan_of_the_plan_page_is_a_plan() -> None:
+    (whole,) = [content for content in _examples("plan.md") if content.startswith("locum:")]
+    plan = parse_plan(whole.encode())
+    assert f"{plan.name}.yaml is a plan: {plan.digest}" in (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    assert check_buildable(plan) == []
+
+
+def test_the_site_files_of_the_site_data_page_are_site_files() -> None:
+    read = [SiteData.model_validate(parse_yaml(content.encode()).data) for content in _examples("site-data.md")]
+    assert len(read) == 3
