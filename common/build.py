@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import platform
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
@@ -203,6 +204,7 @@ def configuration(plan: Plan, shared: Mapping[str, NDArray[Any]]) -> dict[str, s
 
 def check_buildable(plan: Plan) -> list[Problem]:
     """Builds every part of a plan and probes the network's output shape; returns what is wrong."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="monai")
     found: list[Problem] = []
     for stage in ("prepare", "augment"):
         for index, part in enumerate(getattr(plan.transforms, stage)):
@@ -260,7 +262,7 @@ def _network_problems(plan: Plan) -> list[Problem]:
     found = _attempt(("network",), plan.network, lambda: built.append(network(plan).to("meta")))
     if found:
         return found
-    found = _optimiser_problems(plan, built[0])
+    found = _optimiser_problems(plan, built[0]) + _tensor_problems(plan, built[0])
     shapes: list[tuple[int, ...]] = []
     with torch.no_grad():
         probe = torch.empty((2, plan.contract.channels, *plan.training.input_size), device="meta")
@@ -268,6 +270,19 @@ def _network_problems(plan: Plan) -> list[Problem]:
             ("network",), plan.network, lambda: shapes.append(tuple(logits(built[0].eval(), probe).shape))
         )
     return found + (_shape_problems(plan, shapes[0]) if shapes else [])
+
+
+def _tensor_problems(plan: Plan, built: nn.Module) -> list[Problem]:
+    """A glob that names no tensor is a misspelling, and what it meant to protect would travel."""
+    existing = list(built.state_dict())
+    return [
+        Problem(
+            ("tensors", role, index), f"'{glob}' names no tensor of {plan.network.name}", f"there are {existing[0]}, …"
+        )
+        for role, globs in plan.tensors
+        for index, glob in enumerate(globs)
+        if not any(fnmatchcase(name, glob) for name in existing)
+    ]
 
 
 def _optimiser_problems(plan: Plan, built: nn.Module) -> list[Problem]:

@@ -33,6 +33,7 @@ class _Groups(click.Group):
         return sorted(entry_points(group="locum.commands").names)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        del ctx
         found = entry_points(group="locum.commands", name=cmd_name)
         if not found:
             return None
@@ -41,8 +42,6 @@ class _Groups(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, _HELP.get(name, "")) for name in self.list_commands(ctx)])
-
-
 
 
 def _load(entry: EntryPoint) -> click.Command:

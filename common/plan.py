@@ -362,6 +362,8 @@ def problems_of(plan: Plan) -> list[Problem]:
         *_transform_problems(plan),
         *_size_problems(plan),
         *_class_problems(plan),
+        *_release_problems(plan),
+        *_sampling_problems(plan),
         *_protection_problems(plan),
     ]
 
@@ -480,6 +482,20 @@ def _class_problems(plan: Plan) -> list[Problem]:
     if len(set(classes)) == len(classes):
         return []
     return [Problem(("contract", "classes"), "a class stands twice", "name every class once")]
+
+
+def _release_problems(plan: Plan) -> list[Problem]:
+    if plan.release.case_counts or plan.participation.weighting == "equal":
+        return []
+    message = "weights by cases tell the number of cases, which release.case_counts withholds"
+    return [Problem(("participation", "weighting"), message, "set it to 'equal', or release the counts")]
+
+
+def _sampling_problems(plan: Plan) -> list[Problem]:
+    if plan.training.sampling == "uniform" or plan.contract.task == "classification":
+        return []
+    message = "balanced sampling needs one class a case, and a mask has many"
+    return [Problem(("training", "sampling"), message, "use RandCropByLabelClassesd under transforms.augment")]
 
 
 def _protection_problems(plan: Plan) -> list[Problem]:

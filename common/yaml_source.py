@@ -94,10 +94,14 @@ def _compose(text: str) -> yaml.Node | None:
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                raise YamlError(f"line {event.start_mark.line + 1}: anchors and aliases are not allowed")
+                raise YamlError(f"line {_line_of(event)}: anchors and aliases are not allowed")
         return loader.get_single_node()
     finally:
         loader.dispose()
+
+
+def _line_of(event: yaml.Event) -> int:
+    return event.start_mark.line + 1 if event.start_mark is not None else 1
 
 
 def _build(node: yaml.Node, at: Location, lines: dict[Location, int], name: str) -> Any:

@@ -1,8 +1,8 @@
 """Committed rounds on disk: one folder a round, complete or absent.
 
-`round-000012/` holds `model.safetensors`, `strategy.safetensors`, `state.json` (round, plan digest, SHA-256 of both,
-the history) and, once measured, `evaluation.json`. A folder is written beside, flushed and renamed, so a crash at any byte
-leaves the round before it. The last two rounds and the best one are kept.
+`round-000012/` holds `model.safetensors`, `strategy.safetensors`, `state.json` (round, plan digest, SHA-256 of both and
+the history) and, once measured, `evaluation.json`. Round 0 is the model that the plan's seed gives. A folder is written
+beside, flushed and renamed, so a crash at any byte leaves the round before it. The last two and the best one are kept.
 """
 
 from __future__ import annotations

@@ -94,11 +94,9 @@ class Finished:
 def run(engine: Engine) -> Finished:
     """Runs a plan from its last committed round to its end; raises RunError and keeps what is committed."""
     plan, events = engine.plan, engine.events
-    built, roles = build.initial_state(plan)
-    initial = build.shared_tensors(built, roles)
-    committed = engine.checkpoints.latest() or Committed(0, initial, engine.strategy.start(initial), (), ())
+    committed = engine.checkpoints.latest() or commit_initial(plan, engine.checkpoints)
     events.emit("started", plan=plan.name, digest=plan.digest, rounds=plan.rounds, round=committed.round)
-    roster = open_roster(engine, build.configuration(plan, initial))
+    roster = open_roster(engine, build.configuration(plan, committed.model))
     _same_roster(committed, roster)
     committed = replace(committed, roster=tuple(roster.nodes))
     committed = _measured(engine, roster, committed)
@@ -113,6 +111,14 @@ def run(engine: Engine) -> Finished:
 
 
 # --- before round 1
+
+
+def commit_initial(plan: Plan, checkpoints: Checkpoints) -> Committed:
+    """Commits round 0, the model that the plan's seed gives. Only this step of a run needs torch at the coordinator."""
+    initial = build.shared_tensors(*build.initial_state(plan))
+    committed = Committed(0, initial, strategy_of(plan).start(initial), (), ())
+    checkpoints.commit(committed)
+    return committed
 
 
 def open_roster(engine: Engine, expected: Mapping[str, str]) -> Roster:

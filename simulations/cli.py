@@ -6,7 +6,7 @@ import json
 import sys
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -14,7 +14,10 @@ from rich.table import Table
 
 from locum.common.errors import PlanError, RunError
 from locum.common.plan import Plan, changed, load_plan
-from locum.simulations.sites import Site, read_sites
+from locum.site_client.worker import process_context
+
+if TYPE_CHECKING:
+    from locum.simulations.sites import Site
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -37,13 +40,17 @@ def simulate(
 
     Without PLAN: four emulated hospitals with CT lesions. The result lies in the run's folder; open report.html.
     """
+    _check_engine(engine)
+    process_context()  # first of all: it loads torch meanwhile
     from locum.simulations.simulate import Simulation
     from locum.simulations.simulate import simulate as run
 
-    _check_engine(engine)
     console = Console(stderr=as_json, quiet=as_json)
     if resume is not None:
-        folder, chosen, asked = resume, *_asked_again(resume, given=[plan, sites, sites_file, seed, out])
+        folder, chosen, asked = (
+            resume,
+            *_asked_again(resume, given=[plan, sites, sites_file, data, seed, out, force or None]),
+        )
     else:
         chosen = _plan(plan, seed)
         folder = out or Path("runs") / chosen.name
@@ -104,6 +111,8 @@ def _asked_again(folder: Path, *, given: list[object]) -> tuple[Plan, dict[str, 
 
 
 def _hospitals(asked: dict[str, Any], plan: Plan) -> tuple[Site, ...]:
+    from locum.simulations.sites import read_sites
+
     default = Path(str(files("locum.configs") / "sites" / "demo.yaml"))
     path = Path(asked["sites_file"]) if asked["sites_file"] else default
     root = Path(asked["data"]) if asked["data"] else None

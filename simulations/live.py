@@ -144,4 +144,4 @@ class Watch:
 def step(console: Console) -> Callable[[str], None]:
     """Prints what was just done, with the seconds since the start."""
     began = time.monotonic()
-    return lambda text: console.print(Text(f"{time.monotonic() - began:6.1f} s  {text}"))
+    return lambda text: console.print(Text(f"{time.monotonic() - began:6.1f} s  {text}"), soft_wrap=True)

@@ -39,7 +39,7 @@ def outcomes_of(
 ) -> dict[str, Outcomes]:
     """The outcomes of a model on the test fold of every site that has one.
 
-    `round_number` says which local tensors of a site go with a federation's model; None for a whole model trained alone.
+    `round_number` says which local tensors of a site go with a federation's model; None for a model trained alone.
     """
     found = {}
     for site, worker in workers.items():
@@ -55,7 +55,7 @@ def _outcomes(patients: list[str], arrays: Mapping[str, np.ndarray], site: str) 
     return Outcomes(named, arrays["labels"], arrays["scores"], arrays["dice"], arrays["surface"])
 
 
-def tested(plan: Plan, found: Mapping[str, Outcomes], *, draws: int = 1000) -> Tested:
+def tested(plan: Plan, found: Mapping[str, Outcomes]) -> Tested:
     """Metrics of the outcomes, all together and per site, with bootstrap intervals over patients."""
     classes, rng = len(plan.contract.classes), np.random.default_rng(plan.seed)
     metrics = [build.metric_of(name) for name in plan.evaluation.metrics]
@@ -65,7 +65,7 @@ def tested(plan: Plan, found: Mapping[str, Outcomes], *, draws: int = 1000) -> T
         return {metric.name: metric.exact(outcomes, classes) for metric in metrics}
 
     def intervals(outcomes: Outcomes) -> dict[str, tuple[float, float] | None]:
-        return {m.name: bootstrap(m, outcomes, classes, rng=rng, draws=draws) for m in metrics if _is_scalar(m)}
+        return {m.name: bootstrap(m, outcomes, classes, rng=rng) for m in metrics if _is_scalar(m)}
 
     return Tested(
         all=values(everything),

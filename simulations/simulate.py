@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,12 +21,12 @@ from locum.common.durable import replace_file
 from locum.common.errors import RunError
 from locum.common.fab import build_bundle
 from locum.common.plan import Plan
-from locum.simulations.institutions import Prepared, cores, open_agent, prepare, site_log
+from locum.simulations.institutions import Prepared, begin, cores, open_agent, prepare, site_log
 from locum.simulations.live import Watch, step
 from locum.simulations.sites import Site
 from locum.site_client.agent import Agent
 from locum.site_client.gate import Policy
-from locum.site_client.session import Settings
+from locum.site_client.settings import Settings
 from locum.site_client.worker import Worker
 
 _CACHE_BYTES = 6 << 30
@@ -55,7 +54,8 @@ class Simulation:
 
 def open_folder(folder: Path, plan: Plan, asked: Mapping[str, Any], *, force: bool) -> None:
     """Makes the folder of a new run; raises RunError if it already holds committed rounds."""
-    if any((folder / "checkpoints").glob("round-*")) and not force:
+    rounds = [path.name for path in (folder / "checkpoints").glob("round-*")]
+    if any(name != "round-000000" for name in rounds) and not force:
         raise RunError(f"{folder} already holds a run", f"go on with --resume {folder}, or choose another --out")
     for name in ("checkpoints", "sites"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -84,9 +84,8 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
     tell = step(console)
     began = time.monotonic()
     plan, folder = simulation.plan, simulation.folder
-    loading = _load_libraries()
     prepared = prepare(simulation.sites, folder, seed=plan.seed, done=lambda site: tell(_told(site)))
-    loading.join()
+    begin(folder / "checkpoints", plan)
     with _agents(simulation, prepared) as agents:
         _run(simulation, agents, console)
         return _finish(simulation, prepared, agents, tell=tell, began=began)
@@ -97,21 +96,6 @@ def _told(site: Prepared) -> str:
     quarantined = f", {sum(counts.quarantined.values())} quarantined" if counts.quarantined else ""
     unmatched = f", {counts.labels_without_image} label rows name no image" if counts.labels_without_image else ""
     return f"{site.name}: {counts.cases} cases of {counts.found} files{quarantined}{unmatched}"
-
-
-def _load_libraries() -> threading.Thread:
-    """Imports what the coordinator needs (torch, MONAI, Flower) while the sites prepare their data."""
-
-    def load() -> None:
-        import monai.networks.nets
-
-        import locum.simulations.engines.local  # noqa: F401
-
-        del monai
-
-    thread = threading.Thread(target=load)
-    thread.start()
-    return thread
 
 
 @contextmanager

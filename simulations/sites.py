@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from locum.common.errors import DataError
 from locum.common.names import suggestion
 from locum.common.yaml_source import YamlError, read_yaml
@@ -79,10 +81,12 @@ def _emulated(name: str, given: Any, seed: int, count: int | None) -> Federation
             raise DataError(f"{name}: emulate has no key '{key}'", suggestion(str(key), known))
     if count is not None:
         values["sites"] = count
-    for key in ("shape", "spacing"):
-        if key in values:
-            values[key] = tuple(values[key])
-    return FederationSpec(**values)
+    try:
+        return TypeAdapter(FederationSpec).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{name}: emulate.{place}: {first['msg']}", "mend this value") from error
 
 
 def _listed(path: Path, content: Mapping[str, Any], root: Path | None) -> tuple[RealSite, ...]:

@@ -58,7 +58,11 @@ def ingest(site: _SiteFile, store: _Store, key_file: _KeyFile = None, as_json: _
 
 
 @app.command()
-def catalog(store: _Store, as_json: _Json = False) -> None:
+def catalog(
+    store: _Store,
+    as_json: _Json = False,
+    quarantine: Annotated[bool, typer.Option("--quarantine", help="List every item in quarantine, and why.")] = False,
+) -> None:
     """Show what the store holds: counts, folds, labels, and makes of scanners."""
     from locum.site_client.imaging.catalog import Catalog
 
@@ -66,15 +70,19 @@ def catalog(store: _Store, as_json: _Json = False) -> None:
     try:
         summary = _summary(opened)
         counts = opened.counts()
+        held = opened.quarantine() if quarantine else ()
     finally:
         opened.close()
     if as_json:
-        typer.echo(json.dumps(counts.as_dict() | summary, indent=2))
+        listed = {"quarantine": [list(item) for item in held]} if quarantine else {}
+        typer.echo(json.dumps(counts.as_dict() | summary | listed, indent=2))
         return
     console = Console()
     console.print(_counts_table(counts))
     for title, rows in summary.items():
         console.print(_two_columns(title, rows))
+    for name, reason, detail in held:
+        console.print(f"{name}: {reason}{f' ({detail})' if detail else ''}", soft_wrap=True, markup=False)
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from locum.common.messages import Tensors
 from locum.common.plan import parse_plan
 from locum.site_client.session import (
     Session,
-    Settings,
     at_model,
     at_whole_model,
     describe,
@@ -24,6 +23,7 @@ from locum.site_client.session import (
     open_session,
     train_round,
 )
+from locum.site_client.settings import Settings
 from locum.site_client.training.pictures import sample_pictures
 
 

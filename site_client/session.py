@@ -27,31 +27,11 @@ from locum.common.errors import Code, DataError, SiteFailure
 from locum.common.metrics import Outcomes
 from locum.common.plan import Contract, Fold, Plan
 from locum.site_client.imaging.catalog import Case, Catalog, Facts
+from locum.site_client.settings import Settings
 from locum.site_client.training import data, evaluate, train
 
 _KEPT_ROUNDS = 3
 _NAMED_CLASSES = 2
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a worker runs.
-
-    Attributes:
-        site: the site's name, part of every seed.
-        stores: folders of catalogs, usually one.
-        run_dir: where local tensors are kept between rounds.
-        threads: CPU threads of torch.
-        cache_bytes: memory for prepared cases.
-        device: `cpu`, `cuda`, or `auto` for the GPU where there is one.
-    """
-
-    site: str
-    stores: tuple[Path, ...]
-    run_dir: Path
-    threads: int = 1
-    cache_bytes: int = 2 << 30
-    device: str = "auto"
 
 
 @dataclass

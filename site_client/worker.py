@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
+from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
 
@@ -30,15 +31,21 @@ from locum.common.messages import Tensors
 from locum.common.plan import Plan
 
 if TYPE_CHECKING:
-    from locum.site_client.session import Session, Settings
+    from locum.site_client.session import Session
+    from locum.site_client.settings import Settings
 
-_context = get_context("forkserver")
 # An optimiser's first step imports torch._dynamo: a second for every worker, unless the server has done it.
-_context.set_forkserver_preload(["locum.site_client.operations", "torch._dynamo"])
+_PRELOADED = ("locum.site_client.operations", "torch._dynamo")
+_context = get_context("forkserver")
 
 
 def process_context() -> ForkServerContext:
-    """The context of worker processes: forked from one server process that has loaded torch and MONAI."""
+    """The context of worker processes: forked from one server process that has loaded torch and MONAI.
+
+    The first call in a process starts that server; it loads while the caller goes on.
+    """
+    _context.set_forkserver_preload(list(_PRELOADED))
+    ensure_running()
     return _context
 
 
@@ -121,8 +128,9 @@ class Worker:
         """Starts the process if it is not running."""
         if self._process is not None and self._process.is_alive():
             return
-        ours, theirs = _context.Pipe()
-        self._process = _context.Process(target=serve, args=(theirs, self.settings), daemon=True)
+        context = process_context()
+        ours, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, self.settings), daemon=True)
         self._process.start()
         theirs.close()
         self._connection, self._plan = ours, None

@@ -1,8 +1,8 @@
 """What a round costs when training costs nothing: 8 sites, a 1 MB model, the real round engine, agents and gate.
 
 The sites' workers are replaced by one that returns an update at once; everything else is what runs in a simulation:
-messages packed and unpacked, the update checked by the site's gate and by admission, folded, stepped, and committed to the
-disk. Beside it, in the same run, the floor: the sum of eight models of that size and one flushed file.
+messages packed and unpacked, the update checked by the site's gate and by admission, folded, stepped, and committed to
+the disk. Beside it, in the same run, the floor: the sum of eight models of that size and one flushed file.
 """
 
 from __future__ import annotations

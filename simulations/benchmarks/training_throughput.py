@@ -1,7 +1,7 @@
 """Training in Locum against a bare PyTorch loop over the same loader, in one run, alternating.
 
-Both train the demo's network on one emulated hospital with the same batches. Ours is the worker's whole round: weights in,
-local training, update out.
+Both train the demo's network on one emulated hospital with the same loader. Ours is the worker's whole round: weights
+in, local training, update out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from locum.common.plan import Plan, changed, load_plan
 from locum.simulations.benchmarks.rows import Row
 from locum.simulations.federations import demo_federation, federation
 from locum.simulations.institutions import Prepared, prepare_site
-from locum.site_client.session import Session, Settings, open_session, train_round
+from locum.site_client.session import Session, open_session, train_round
+from locum.site_client.settings import Settings
 from locum.site_client.training import data
 
 _STEPS, _REPEATS = 30, 7

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from locum.common.errors import DataError
+from locum.common.names import suggestion
 from locum.common.yaml_source import Source as Document
 from locum.common.yaml_source import YamlError, read_yaml
 from locum.site_client.imaging.split import FOLDS
@@ -231,7 +232,17 @@ def _validate(document: Document) -> SiteData:
         line = f", line {document.line(place)}" if document.lines else ""
         key = ".".join(str(part) for part in place) or "the file as a whole"
         message = f"{document.name}{line}, {key}: {first['msg'].removeprefix('Value error, ')}"
-        raise DataError(message, "a site file has: name, root, sources, masks, labels, table") from None
+        misspelt = first["type"] == "extra_forbidden"
+        remedy = suggestion(str(place[-1]), _keys_beside(first["loc"])) if misspelt else "mend it in the site file"
+        raise DataError(message, remedy) from None
+
+
+def _keys_beside(location: tuple[int | str, ...]) -> tuple[str, ...]:
+    """The keys of the part of a site file in which a key stands."""
+    parts: dict[str, type[BaseModel]] = {"masks": Masks, "labels": Labels, "table": Table}
+    kinds: dict[str, type[BaseModel]] = {"dicom": DicomSource, "nifti": NiftiSource, "npz": NpzSource}
+    inner = [{**parts, **kinds}[str(step)] for step in location[:-1] if str(step) in {**parts, **kinds}]
+    return tuple((inner[-1] if inner else SiteData).model_fields)
 
 
 def _resolve(site: SiteData, folder: Path) -> SiteData:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
@@ -54,7 +55,5 @@ def test_what_is_no_bundle_is_refused(content: bytes) -> None:
 def test_a_bundle_with_a_changed_byte_is_the_same_plan_or_refused(data: st.DataObject) -> None:
     content = bytearray(build_bundle(plan()))
     content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
-    try:
+    with suppress(PlanError):
         assert plan_of_bundle(bytes(content)).digest == plan().digest
-    except PlanError:
-        pass

@@ -160,7 +160,7 @@ def test_kill_9_of_the_whole_run_and_a_resume_give_the_same_model_to_the_bit(tmp
     command = [*RUNNER, str(plan), "--sites-file", str(sites), "--out", str(tmp_path / "cut")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     checkpoints = tmp_path / "cut" / "checkpoints"
-    _wait_for(lambda: (checkpoints / "round-000002").exists(), process)
+    _wait_for((checkpoints / "round-000002").exists, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "cut" / "model.safetensors").exists()
@@ -174,7 +174,7 @@ def test_ctrl_c_stops_at_once_keeps_the_rounds_and_leaves_the_terminal_sane(tmp_
     ours, theirs = pty.openpty()
     command = [*RUNNER, str(plan), "--sites-file", str(sites), "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-                               preexec_fn=_take_terminal)  # fmt: skip
+                               preexec_fn=_take_terminal)  # noqa: PLW1509  # fmt: skip
     os.close(theirs)
     shown = bytearray()
 
@@ -221,7 +221,9 @@ def _available(descriptor: int) -> bytes:
 
 def _children_of(group: int) -> list[str]:
     time.sleep(0.5)
-    listed = subprocess.run(["ps", "-o", "pid=,stat=,args=", "-g", str(group)], capture_output=True, text=True)
+    listed = subprocess.run(
+        ["ps", "-o", "pid=,stat=,args=", "-g", str(group)], capture_output=True, text=True, check=False
+    )
     return [line for line in listed.stdout.splitlines() if " Z" not in line]
 
 
@@ -325,7 +327,9 @@ def small_disk(tmp_path: Path) -> Path:
     """A file system of 3 MB."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
     if mounted.returncode:
         pytest.skip("mounting a small disk needs root")
     yield folder
@@ -342,9 +346,11 @@ def test_a_full_disk_loses_no_committed_round_and_the_run_goes_on_when_there_is_
     filler = small_disk / "filler"
     out = small_disk / "out"
     process = subprocess.Popen(
-        [*RUNNER, str(plan), "--sites-file", str(sites), "--out", str(out)], stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        [*RUNNER, str(plan), "--sites-file", str(sites), "--out", str(out)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
-    _wait_for(lambda: (out / "checkpoints" / "round-000001").exists(), process)
+    _wait_for((out / "checkpoints" / "round-000001").exists, process)
     with suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
             file.write(b"x" * 4096)

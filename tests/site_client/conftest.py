@@ -13,7 +13,7 @@ from locum.simulations.federations import FederationSpec, federation
 from locum.simulations.institutions import Prepared, open_agent, prepare_site
 from locum.site_client.agent import Agent
 from locum.site_client.gate import Policy
-from locum.site_client.session import Settings
+from locum.site_client.settings import Settings
 
 _SMALL = FederationSpec(sites=2, seed=3, patients=12, shape=(8, 16, 16), spacing=(10.0, 8.0, 8.0))
 

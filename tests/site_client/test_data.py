@@ -17,7 +17,8 @@ from locum.common.errors import Code, SiteFailure
 from locum.common.plan import Plan
 from locum.simulations.institutions import Prepared
 from locum.site_client.imaging.catalog import Case
-from locum.site_client.session import Session, Settings, open_session, train_round
+from locum.site_client.session import Session, open_session, train_round
+from locum.site_client.settings import Settings
 from locum.site_client.training import data
 from locum.site_client.training.data import Draws, draw_seed, steps_of
 from tests.site_client.asking import Picture, equal, initial, nifti_store, plan, segmentation_plan
@@ -231,7 +232,7 @@ def test_the_spacing_is_that_of_the_prepared_grid(settings: Settings, tmp_path: 
         ([{"name": "Resized", "spatial_size": [16, 4, 4]}], [16, 4, 4], [0.5, 2, 4]),
         ([{"name": "Orientationd", "axcodes": "SAR"}], [4, 8, 8], [4, 1, 1]),
         ([{"name": "Rotate90d", "spatial_axes": [0, 2]}], [4, 8, 8], [4, 1, 1]),
-        ([{"name": "Transposed", "indices": [0, 3, 2, 1]}], [4, 8, 8], [4, 1, 1]),
+        ([{"name": "Zoomd", "zoom": 0.5}], [8, 8, 4], [2, 2, 8]),
     ):
         of = plan(contract__modality=None, transforms={"prepare": prepare}, training__input_size=size)
         assert _only(of, store, settings)["spacing"].tolist() == pytest.approx(spacing), prepare

@@ -16,7 +16,8 @@ from locum.common.metrics import METRICS, Outcomes
 from locum.common.plan import Plan
 from locum.simulations.institutions import Prepared
 from locum.site_client.imaging.catalog import Case
-from locum.site_client.session import Session, Settings, at_model, measure, open_session
+from locum.site_client.session import Session, at_model, measure, open_session
+from locum.site_client.settings import Settings
 from locum.site_client.training.evaluate import outcomes, predict
 from locum.site_client.training.pictures import sample_pictures
 from tests.site_client.asking import Picture, initial, nifti_store, plan, segmentation_plan

@@ -16,7 +16,6 @@ from locum.common.updates import l2_norm
 from locum.simulations.institutions import Prepared
 from locum.site_client.session import (
     Session,
-    Settings,
     at_model,
     describe,
     fit_alone,
@@ -24,6 +23,7 @@ from locum.site_client.session import (
     open_session,
     train_round,
 )
+from locum.site_client.settings import Settings
 from tests.site_client.asking import (
     BATCH_NORM,
     Picture,

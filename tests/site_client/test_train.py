@@ -14,7 +14,8 @@ from locum.common.errors import Code, SiteFailure
 from locum.common.plan import Plan
 from locum.common.updates import l2_norm
 from locum.simulations.institutions import Prepared
-from locum.site_client.session import Settings, open_session, train_round
+from locum.site_client.session import open_session, train_round
+from locum.site_client.settings import Settings
 from locum.site_client.training.train import Trained, schedule_factor
 from tests.site_client.asking import BATCH_NORM, equal, initial, plan, segmentation_plan
 

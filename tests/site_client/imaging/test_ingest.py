@@ -334,7 +334,7 @@ def test_an_ingest_killed_at_any_time_loses_nothing(hospital, series):
     for number in range(1, 141):
         hospital.write(series(number, patient=f"P{number}", slices=2, shape=(2, 2)))
     for stop in (5, 100):
-        done = subprocess.run(  # noqa: S603 (our own interpreter and script)
+        done = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(KILLED), str(hospital.folder), str(stop)], check=False
         )
         assert done.returncode == -signal.SIGKILL
@@ -352,7 +352,7 @@ def test_an_ingest_killed_at_any_time_loses_nothing(hospital, series):
 def test_a_disk_that_cannot_be_written_is_told_and_loses_nothing(hospital, series):
     hospital.write(series())
     program = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64)){textwrap.dedent(KILLED)}"
-    done = subprocess.run(  # noqa: S603 (our own interpreter and script)
+    done = subprocess.run(
         [sys.executable, "-c", program, str(hospital.folder), "-1"], check=False, capture_output=True, text=True
     )
     assert done.returncode == 1
