@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 
 from locum.common.errors import PlanError
 from locum.common.plan import Plan, parse_plan
@@ -38,7 +39,7 @@ def plan_of_bundle(content: bytes) -> Plan:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as bundle, bundle.open("plan.yaml") as file:
             text = file.read(_MAX_PLAN + 1)
-    except (zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError, OSError, EOFError) as error:
+    except (zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError, OSError, EOFError, zlib.error) as error:
         raise PlanError("the bundle is not a zip with a plan.yaml", remedy) from error
     if len(text) > _MAX_PLAN:
         raise PlanError("the bundle's plan is larger than 1 MiB", remedy)

@@ -162,7 +162,7 @@ TRANSFORMS: Mapping[str, TransformEntry] = MappingProxyType(
         **_transforms("Spacingd Resized Zoomd Rotated", spatial=True, random=False, interpolates=True),
         **_transforms(
             "Orientationd SpatialPadd BorderPadd DivisiblePadd CenterSpatialCropd CenterScaleCropd "
-            "ResizeWithPadOrCropd Rotate90d Flipd Transposed",
+            "ResizeWithPadOrCropd Rotate90d Flipd",
             spatial=True,
             random=False,
         ),

@@ -132,7 +132,10 @@ def _inability(plan: Plan, cases: Mapping[Fold, tuple[Case, ...]], missing: Sequ
     contract = plan.contract
     patients = len({case.patient for case in cases["train"]})
     if patients < contract.least_patients:
-        return f"{patients} training patients fit the contract, which asks for {contract.least_patients}"
+        return (
+            f"{patients} training patients have images that fit the contract (modality, dimensions, spacing), "
+            f"which asks for {contract.least_patients}"
+        )
     everything = [case for fold in cases.values() for case in fold]
     if contract.task == "segmentation":
         unknown, what = sum(case.mask is None for case in everything), "no mask"

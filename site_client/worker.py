@@ -57,6 +57,7 @@ def serve(connection: Connection, settings: Settings) -> None:
     from locum.site_client import operations  # torch is loaded in the worker, never in the agent
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
     _keep_output(settings)
     session: Session | None = None
     while True:
@@ -167,12 +168,14 @@ class Worker:
         return _receive(self._connection)
 
     def stop(self) -> None:
-        """Ends the process; safe to call twice."""
-        if self._connection is not None:
-            self._connection.close()
-        if self._process is not None:
-            self._process.terminate()
-            self._process.join(timeout=5)
-            if self._process.is_alive() and self._process.pid is not None:
-                os.kill(self._process.pid, signal.SIGKILL)
+        """Ends the process and a call that waits for it; safe to call twice, and from another thread."""
+        process, connection = self._process, self._connection
         self._process = self._connection = None
+        if process is not None:
+            process.terminate()
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        if connection is not None:
+            connection.close()  # last: whoever waits for an answer must see its end, not a closed file

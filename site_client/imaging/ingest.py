@@ -74,13 +74,14 @@ class _Decision:
     reason: Reason | None = None
     detail: str = ""
     elsewhere: bool = False
+    modality: str = ""
 
     @property
     def inputs(self) -> str:
         """A digest that changes when anything does that the outcome depends on."""
         files = [(item.name, item.size, item.mtime_ns) for item in self.unit.items]
         parts = (GATE_VERSION, files, self.patient, self.fold, self.label, _stamp(self.mask))
-        whole = repr((*parts, self.reason, self.detail, self.elsewhere))
+        whole = repr((*parts, self.reason, self.detail, self.elsewhere, self.modality))
         return hashlib.sha256(whole.encode("utf-8", "backslashreplace")).hexdigest()[:32]
 
 
@@ -240,7 +241,9 @@ def _decide(desk: _Desk, units: Sequence[Unit]) -> tuple[list[_Decision], list[s
 
 
 def _decision(desk: _Desk, unit: Unit, tables: _Tables) -> _Decision:
-    decision, roll, row = _Decision(unit, unit.patient), tables.roll, unit.items[0].row
+    source, roll, row = desk.site.sources[unit.source], tables.roll, unit.items[0].row
+    declared = "" if isinstance(source, DicomSource) else source.modality
+    decision = _Decision(unit, unit.patient, modality=declared)
     if roll is not None:
         if not roll.has(unit):
             return replace(decision, elsewhere=True)
@@ -350,8 +353,8 @@ def _load(desk: _Desk, unit: Unit) -> _Loaded:
     if isinstance(source, DicomSource):
         return _load_dicom(desk, unit)
     if item.row is not None:
-        return _Loaded(geometry.picture(npz.row(item.path, *item.row)[0]))
-    return _Loaded(nifti.read_image(item.path, item.size))
+        return _Loaded(geometry.picture(npz.row(item.path, *item.row)[0]), source.modality)
+    return _Loaded(nifti.read_image(item.path, item.size), source.modality)
 
 
 def _load_dicom(desk: _Desk, unit: Unit) -> _Loaded:

@@ -46,6 +46,10 @@ def _texts(value: object) -> object:
 Texts = Annotated[dict[str, str], BeforeValidator(_texts)]
 
 
+#: A DICOM modality code (PS3.3 C.7.3.1.1.1), or nothing.
+Modality = Annotated[str, Field(pattern=r"^([A-Z]{2,16})?$")]
+
+
 class DicomSource(BaseModel):
     """A folder of DICOM files, with any names and in any order, with all its sub-folders."""
 
@@ -55,18 +59,23 @@ class DicomSource(BaseModel):
 
 
 class NiftiSource(BaseModel):
-    """A folder of .nii or .nii.gz images, and optionally a folder of masks under the same file names."""
+    """A folder of .nii or .nii.gz images, and optionally a folder of masks under the same file names.
+
+    `modality` is what the site declares these images to be (a DICOM modality code); the files do not say.
+    """
 
     model_config = _STRICT
     kind: Literal["nifti"]
     images: Path
     masks: Path | None = None
+    modality: Modality = ""
 
 
 class NpzSource(BaseModel):
     """A MedMNIST-style file with arrays {train,val,test}_images and {train,val,test}_labels.
 
     Attributes:
+        modality: what the site declares these images to be (a DICOM modality code).
         part: (k, n): of the official validation and test rows this site takes those with row % n == k.
         classes: label in the file to class of the plan; without it the label itself is the class.
     """
@@ -74,6 +83,7 @@ class NpzSource(BaseModel):
     model_config = _STRICT
     kind: Literal["npz"]
     path: Path
+    modality: Modality = ""
     part: tuple[int, int] | None = None
     classes: Texts | None = None
 

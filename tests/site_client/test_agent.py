@@ -71,7 +71,7 @@ def test_the_sums_of_an_evaluation_count_the_cases_of_the_fold(agent: Agent) -> 
 
 
 def test_only_released_metrics_leave_an_agent(agent: Agent) -> None:
-    of = plan(release={"metrics": ["accuracy"], "case_counts": False})
+    of = plan(release={"metrics": ["accuracy"], "case_counts": False}, participation__weighting="equal")
     header, sums = evaluate(agent, of, initial(of))
     assert header.cases is None
     assert set(sums) == {"accuracy"}
@@ -199,7 +199,10 @@ def test_a_site_without_a_fitting_case_is_not_able_and_says_how_many_it_has(agen
     of = plan(contract__modality=["MR"], contract__least_patients=3)
     found = describe(agent, of)
     assert not found.able
-    assert found.reason == "0 training patients fit the contract, which asks for 3"
+    assert (
+        found.reason
+        == "0 training patients have images that fit the contract (modality, dimensions, spacing), which asks for 3"
+    )
     assert failure(send(agent, of, training(of, initial(of)), TRAIN)) == (Code.NO_DATA, "NO_DATA")
 
 

@@ -252,7 +252,10 @@ def test_a_reason_is_short_however_many_classes_there_are(settings: Settings, tm
 
 def test_a_site_with_too_few_patients_is_not_able_however_many_cases_they_have(settings: Settings) -> None:
     found = _described(settings, plan(contract__least_patients=7))
-    assert (found["able"], found["reason"]) == (False, "6 training patients fit the contract, which asks for 7")
+    assert (found["able"], found["reason"]) == (
+        False,
+        "6 training patients have images that fit the contract (modality, dimensions, spacing), which asks for 7",
+    )
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,18 @@ def test_a_worker_that_was_stopped_starts_again_and_two_stops_are_one(worker: Wo
     assert (first, equal(update, again)) == (second, True)
 
 
+def test_stopping_a_worker_in_a_call_ends_the_call_and_breaks_nothing_else(worker: Worker) -> None:
+    of, endless = plan(), plan(training__local_steps=1_000_000)
+    for _ in range(3):
+        assert worker.call("describe", of)[0]["able"] is True
+        with ThreadPoolExecutor(1) as pool:
+            call = pool.submit(worker.call, "train", endless, initial(endless), round=1)
+            time.sleep(0.2)
+            worker.stop()
+            assert isinstance(call.exception(), SiteFailure)
+        assert worker.pid is None
+
+
 def test_calls_at_the_same_time_each_get_their_own_answer(worker: Worker) -> None:
     of = plan()
     model = initial(of)
