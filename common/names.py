@@ -203,7 +203,7 @@ GROUPS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "locum.metrics": METRICS,
         "locum.transforms": TRANSFORMS,
         "locum.strategies": STRATEGIES,
-        "locum.datasets": MappingProxyType({"dicom": None, "nifti": None, "npz": None}),
+        "locum.datasets": MappingProxyType({}),
     }
 )
 

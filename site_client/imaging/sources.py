@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from locum.common.errors import DataError
-from locum.common.names import suggestion
+from locum.common.names import installed, suggestion
 from locum.common.yaml_source import Source as Document
 from locum.common.yaml_source import YamlError, read_yaml
 from locum.site_client.imaging.split import FOLDS
@@ -178,10 +178,32 @@ def load_site(source: Path | str | Mapping[str, Any], *, base: Path | None = Non
         document, folder = Document(dict(source), name="the site's entry"), base or Path.cwd()
     else:
         document, folder = _read(Path(source)), Path(source).parent
-    site = _resolve(_validate(document), folder.absolute())
+    site = _resolve(_validate(_from_dataset(document, folder)), folder.absolute())
     _check_folders(site)
     _check_tables(site)
     return site
+
+
+def _from_dataset(document: Document, folder: Path) -> Document:
+    """A site file with `dataset: {name: NAME, …}` is written by the installed entry point of that name.
+
+    The entry point (group `locum.datasets`) is called with the site's root folder and the other keys as parameters, and
+    returns the rest of the site file: sources, masks, labels, table. So a data set with a layout of its own needs no
+    more than a function.
+    """
+    given = document.data.get("dataset") if isinstance(document.data, Mapping) else None
+    if given is None:
+        return document
+    name = given.get("name") if isinstance(given, Mapping) else None
+    found = installed("locum.datasets")
+    if name not in found:
+        raise DataError(f"{document.name}: there is no data set '{name}'", suggestion(str(name), found) if found else
+                        "install the package that provides it (entry points of the group locum.datasets)")  # fmt: skip
+    root = folder / str(document.data.get("root", "."))
+    parameters = {key: value for key, value in given.items() if key != "name"}
+    written = found[name].load()(root, **parameters)
+    own = {key: value for key, value in document.data.items() if key != "dataset"}
+    return replace(document, data={**written, **own})
 
 
 def table_rows(table: Table) -> tuple[Row, ...]:
