@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +22,9 @@ from locum.common.durable import replace_file
 from locum.common.errors import RunError
 from locum.common.fab import build_bundle
 from locum.common.plan import Plan
-from locum.simulations.institutions import Prepared, begin, cores, open_agent, prepare, site_log
+from locum.simulations.institutions import begin, open_agent, site_log
 from locum.simulations.live import Watch, step
+from locum.simulations.preparation import Prepared, cores, prepare
 from locum.simulations.sites import Site
 from locum.site_client.agent import Agent
 from locum.site_client.gate import Policy
@@ -84,8 +86,10 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
     tell = step(console)
     began = time.monotonic()
     plan, folder = simulation.plan, simulation.folder
-    prepared = prepare(simulation.sites, folder, seed=plan.seed, done=lambda site: tell(_told(site)))
-    begin(folder / "checkpoints", plan)
+    with ThreadPoolExecutor(1) as background:
+        begun = background.submit(begin, folder / "checkpoints", plan)
+        prepared = prepare(simulation.sites, folder, seed=plan.seed, done=lambda site: tell(_told(site)))
+        begun.result()
     with _agents(simulation, prepared) as agents:
         _run(simulation, agents, console)
         return _finish(simulation, prepared, agents, tell=tell, began=began)

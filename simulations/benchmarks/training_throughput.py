@@ -18,7 +18,7 @@ from locum.common import build
 from locum.common.plan import Plan, changed, load_plan
 from locum.simulations.benchmarks.rows import Row
 from locum.simulations.federations import demo_federation, federation
-from locum.simulations.institutions import Prepared, prepare_site
+from locum.simulations.preparation import Prepared, prepare_site
 from locum.site_client.session import Session, open_session, train_round
 from locum.site_client.settings import Settings
 from locum.site_client.training import data

@@ -19,7 +19,8 @@ from locum.common.plan import Plan, parse_plan
 from locum.server.records import Evaluated, RoundRecord, RunSummary
 from locum.simulations import report, report_pictures, results
 from locum.simulations.federations import FederationSpec, federation
-from locum.simulations.institutions import Prepared, open_agent, prepare_site
+from locum.simulations.institutions import open_agent
+from locum.simulations.preparation import Prepared, prepare_site
 from locum.simulations.report_pictures import Picture
 from locum.site_client.gate import Policy
 from locum.site_client.imaging.catalog import Counts

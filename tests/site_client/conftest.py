@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from locum.simulations.federations import FederationSpec, federation
-from locum.simulations.institutions import Prepared, open_agent, prepare_site
+from locum.simulations.institutions import open_agent
+from locum.simulations.preparation import Prepared, prepare_site
 from locum.site_client.agent import Agent
 from locum.site_client.gate import Policy
 from locum.site_client.settings import Settings

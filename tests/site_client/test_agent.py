@@ -13,7 +13,7 @@ from locum.common.errors import Code
 from locum.common.fab import build_bundle
 from locum.common.messages import DESCRIBE, EVALUATE, TRAIN, DescribeTask, EvaluateTask, TrainTask, pack
 from locum.common.metrics import METRICS
-from locum.simulations.institutions import Prepared
+from locum.simulations.preparation import Prepared
 from locum.site_client.agent import Agent
 from tests.site_client.asking import (
     BATCH_NORM,

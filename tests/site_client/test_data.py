@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from locum.common import names
 from locum.common.errors import Code, SiteFailure
 from locum.common.plan import Plan
-from locum.simulations.institutions import Prepared
+from locum.simulations.preparation import Prepared
 from locum.site_client.imaging.catalog import Case
 from locum.site_client.session import Session, open_session, train_round
 from locum.site_client.settings import Settings

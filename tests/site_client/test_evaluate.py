@@ -14,7 +14,7 @@ from torch import nn
 from locum.common.errors import Code, SiteFailure
 from locum.common.metrics import METRICS, Outcomes
 from locum.common.plan import Plan
-from locum.simulations.institutions import Prepared
+from locum.simulations.preparation import Prepared
 from locum.site_client.imaging.catalog import Case
 from locum.site_client.session import Session, at_model, measure, open_session
 from locum.site_client.settings import Settings

@@ -13,7 +13,7 @@ from locum.common.build import Model
 from locum.common.errors import Code, SiteFailure
 from locum.common.plan import Plan
 from locum.common.updates import l2_norm
-from locum.simulations.institutions import Prepared
+from locum.simulations.preparation import Prepared
 from locum.site_client.session import open_session, train_round
 from locum.site_client.settings import Settings
 from locum.site_client.training.train import Trained, schedule_factor
