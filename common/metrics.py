@@ -113,7 +113,7 @@ def _auc_exact(outcomes: Outcomes, classes: int) -> float | None:
 def _auc_sums(outcomes: Outcomes, classes: int) -> Floats:
     """Histograms of logits: class × (others, class) × bins. Within a bin, scores count as tied."""
     sums = np.zeros((classes, 2, _BINS))
-    for c in _auc_classes(classes):
+    for c in _auc_classes(classes) if len(outcomes.labels) else ():
         p = np.clip(outcomes.scores[:, c], 1e-7, 1 - 1e-7)
         logits = np.clip(np.log(p) - np.log1p(-p), -_LOGIT_RANGE, _LOGIT_RANGE)
         for member in (0, 1):

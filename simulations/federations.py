@@ -88,13 +88,6 @@ class FederationSpec:
             )
 
 
-def demo_federation(seed: int, sites: int = 4) -> FederationSpec:
-    """The demo: patients, label shares and scanners differ enough that each hospital needs the others."""
-    return FederationSpec(
-        sites=sites, seed=seed, patients=60, size_skew=0.3, label_skew=4.0, scanner_shift=0.8, broken=0.05
-    )
-
-
 def federation(spec: FederationSpec) -> tuple[HospitalSpec, ...]:
     """The hospitals of a federation; one seed, one answer."""
     rng = np.random.default_rng((spec.seed, _LABELS))

@@ -46,10 +46,9 @@ class State:
         lines = [f"[yellow]{site} is left out: {reason}[/]" for site, reason in event["excluded"].items()]
         return lines + [f"[yellow]{site} {notice}[/]" for site, notice in event["notices"].items()]
 
-    def _on_round(self, event: dict[str, Any]) -> list[str]:
-        self.last["round"] = event["round"]
+    def _on_round(self, _event: dict[str, Any]) -> list[str]:
         self.sites = dict.fromkeys(self.sites, "training")
-        return []
+        return [self._round_line({})] if self.last.pop("untold", False) else []
 
     def _on_update(self, event: dict[str, Any]) -> list[str]:
         self.sites[event["site"]] = "done"
@@ -64,11 +63,11 @@ class State:
 
     def _on_committed(self, event: dict[str, Any]) -> list[str]:
         self.done = event["round"]
-        self.last |= {"loss": event["loss"], "seconds": event["seconds"], "at": event["at"]}
+        self.last |= {"loss": event["loss"], "seconds": event["seconds"], "at": event["at"], "untold": True}
         return []
 
     def _on_evaluated(self, event: dict[str, Any]) -> list[str]:
-        self.last["overall"] = event["overall"]
+        self.last["untold"] = False
         return [self._round_line(event["overall"])]
 
     def _round_line(self, overall: dict[str, Any]) -> str:

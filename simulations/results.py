@@ -55,7 +55,7 @@ def _outcomes(patients: list[str], arrays: Mapping[str, np.ndarray], site: str) 
     return Outcomes(named, arrays["labels"], arrays["scores"], arrays["dice"], arrays["surface"])
 
 
-def tested(plan: Plan, found: Mapping[str, Outcomes]) -> Tested:
+def scored(plan: Plan, found: Mapping[str, Outcomes], *, draws: int = 1000) -> Tested:
     """Metrics of the outcomes, all together and per site, with bootstrap intervals over patients."""
     classes, rng = len(plan.contract.classes), np.random.default_rng(plan.seed)
     metrics = [build.metric_of(name) for name in plan.evaluation.metrics]
@@ -65,7 +65,7 @@ def tested(plan: Plan, found: Mapping[str, Outcomes]) -> Tested:
         return {metric.name: metric.exact(outcomes, classes) for metric in metrics}
 
     def intervals(outcomes: Outcomes) -> dict[str, tuple[float, float] | None]:
-        return {m.name: bootstrap(m, outcomes, classes, rng=rng) for m in metrics if _is_scalar(m)}
+        return {m.name: bootstrap(m, outcomes, classes, rng=rng, draws=draws) for m in metrics if _is_scalar(m)}
 
     return Tested(
         all=values(everything),
@@ -111,7 +111,7 @@ def baselines(
         models = {name: job.result() for name, job in jobs.items()}
     results = {}
     for name, model in models.items():
-        results[name] = tested(plan, outcomes_of(plan, sites, model, round_number=None))
+        results[name] = scored(plan, outcomes_of(plan, sites, model, round_number=None))
     return Baselines(results.pop("pooled"), results)
 
 

@@ -143,7 +143,7 @@ def _finish(
     summary = RunSummary.model_validate_json((folder / "run.json").read_bytes())
     model = load_file(folder / "model.safetensors")
     workers = {name: agents[name].worker for name in summary.sites}
-    federated = results.tested(plan, results.outcomes_of(plan, workers, model, round_number=summary.round))
+    federated = results.scored(plan, results.outcomes_of(plan, workers, model, round_number=summary.round))
     found = None
     if simulation.baselines:
         members = [site for site in prepared if site.name in workers]

@@ -17,8 +17,8 @@ import torch
 from locum.common import build
 from locum.common.plan import Plan, changed, load_plan
 from locum.simulations.benchmarks.rows import Row
-from locum.simulations.federations import demo_federation, federation
 from locum.simulations.preparation import Prepared, prepare_site
+from locum.simulations.sites import read_sites
 from locum.site_client.session import Session, open_session, train_round
 from locum.site_client.settings import Settings
 from locum.site_client.training import data
@@ -30,7 +30,8 @@ def measure() -> list[Row]:
     """Images a second of both, and their ratio: medians of one run."""
     plan = _plan()
     with tempfile.TemporaryDirectory() as folder:
-        site = prepare_site(federation(demo_federation(plan.seed))[0], Path(folder), plan.seed)
+        hospital = read_sites(_shipped("sites"), seed=plan.seed, count=None)[0]
+        site = prepare_site(hospital, Path(folder), plan.seed)
         session = _session(plan, site)
         train_round(session, build.shared_tensors(session.network, session.roles), 1)
         pairs = [(_ours(session, number), _bare(session, number)) for number in range(2, 2 + _REPEATS)]
@@ -43,8 +44,12 @@ def measure() -> list[Row]:
     ]
 
 
+def _shipped(kind: str) -> Path:
+    return Path(str(files("locum.configs") / kind / "demo.yaml"))
+
+
 def _plan() -> Plan:
-    plan = load_plan(Path(str(files("locum.configs") / "plans" / "demo.yaml")))
+    plan = load_plan(_shipped("plans"))
     training = {**plan.model_dump(mode="json")["training"], "local_steps": _STEPS}
     return changed(plan, training=training)
 

@@ -9,12 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from locum.common.errors import DataError
-from locum.simulations.federations import FederationSpec, demo_federation, federation
+from locum.simulations.federations import FederationSpec, federation
+
+
+def _four(seed: int) -> FederationSpec:
+    return FederationSpec(sites=4, seed=seed, size_skew=0.3, label_skew=4.0, scanner_shift=0.8, broken=0.05)
 
 
 def test_one_seed_gives_one_federation() -> None:
-    assert federation(demo_federation(3)) == federation(demo_federation(3))
-    assert federation(demo_federation(3)) != federation(demo_federation(4))
+    assert federation(_four(3)) == federation(_four(3))
+    assert federation(_four(3)) != federation(_four(4))
 
 
 @given(sites=st.integers(1, 60), patients=st.integers(1, 80), skew=st.floats(0, 3))
@@ -63,7 +67,7 @@ def test_pictures_of_one_slice_come_in_both_photometric_interpretations() -> Non
 
 def test_the_demo_has_both_classes_everywhere_and_some_broken_files() -> None:
     for seed in range(20):
-        for made in federation(demo_federation(seed)):
+        for made in federation(_four(seed)):
             assert 3 <= round(made.prevalence * made.patients) <= made.patients - 3
             assert made.broken >= 1
 

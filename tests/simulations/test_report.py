@@ -81,7 +81,7 @@ def metrics_of(plan: Plan, *, with_baselines: bool = True, one_class_at: str | N
         found = {site: outcomes(plan, site, skill - 0.03 * SITES.index(site), rng) for site in SITES}
         if one_class_at is not None:
             found[one_class_at] = found[one_class_at].take(np.flatnonzero(found[one_class_at].labels == 1))
-        return results.tested(plan, found, draws=50)
+        return results.scored(plan, found, draws=50)
 
     baselines = results.Baselines(model(0.93), {site: model(0.8) for site in SITES}) if with_baselines else None
     return results.as_metrics(plan, model(0.9), baselines, seconds=71.4, round_seconds=[3.0] * plan.rounds)
@@ -368,7 +368,8 @@ def test_without_baselines_the_report_says_how_to_run_them(tmp_path: Path) -> No
 
 
 def test_a_plan_that_releases_nothing_has_a_report(tmp_path: Path) -> None:
-    plan = plan_of(CLASSIFY + "release: {metrics: [], training_loss: false, case_counts: false}\n")
+    silence = "release: {metrics: [], training_loss: false, case_counts: false}\n"
+    plan = plan_of(CLASSIFY.replace("quorum: 2,", "quorum: 2, weighting: equal,") + silence)
     summary = summary_of(plan)
     silent = [r.model_copy(update={"losses": dict.fromkeys(r.losses), "evaluation": None}) for r in summary.history]
     html, _ = write(tmp_path, plan, summary=summary.model_copy(update={"history": tuple(silent)}))
