@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-def sync_folder(folder: Path) -> None:
-    """Flushes a folder's entries to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Flushes a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -37,7 +37,7 @@ def replace_file(path: Path, content: bytes) -> None:
     except OSError:
         beside.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    flush(path.parent)
 
 
 def create_folder(path: Path, files: Mapping[str, bytes]) -> None:
@@ -48,11 +48,11 @@ def create_folder(path: Path, files: Mapping[str, bytes]) -> None:
         beside.mkdir(parents=True)
         for name, content in files.items():
             write_synced(beside / name, content)
-        sync_folder(beside)
+        flush(beside)
         if path.exists():
             shutil.rmtree(path)
         beside.rename(path)
     except OSError:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    sync_folder(path.parent)
+    flush(path.parent)

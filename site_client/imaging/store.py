@@ -9,13 +9,13 @@ Rules:
 from __future__ import annotations
 
 import fcntl
-import os
 import sqlite3
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from locum.common.durable import flush
 from locum.common.errors import DataError, RunError
 
 VOLUMES = "volumes"
@@ -41,11 +41,11 @@ class Draft:
         parts = [self._store / f"{name}{_PART}" for name in self._names]
         # Flushes at the same time share the journal's commits: a seventh of the time of one after the other.
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(_flush, parts))
+            list(pool.map(flush, parts))
         for name in self._names:
             (self._store / f"{name}{_PART}").replace(self._store / name)
         for folder in {name.partition("/")[0] for name in self._names}:
-            _flush(self._store / folder)
+            flush(self._store / folder)
         self._names.clear()
 
 
@@ -96,11 +96,3 @@ def _write_errors_are_told(store: Path) -> Iterator[None]:
 
 def _remedy() -> str:
     return "free space or mend the access rights, and ingest again: it continues where it stopped"
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

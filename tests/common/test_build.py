@@ -86,6 +86,7 @@ def test_a_network_whose_output_does_not_match_the_classes_is_told_with_both_sha
         ({"optimiser": {"name": "SGD", "lrr": 0.1}}, ("optimiser", "lrr"), "did you mean 'lr'"),
         ({"optimiser": {"name": "SGD", "lr": -1.0}}, ("optimiser",), "Invalid learning rate"),
         ({"loss": {"name": "CrossEntropyLoss", "smoothing": 0.1}}, ("loss", "smoothing"), "label_smoothing"),
+        ({"tensors": {"local": ["0.*", "bn9.*"]}}, ("tensors", "local", 1), "names no tensor"),
         ({"strategy": {"name": "FedAvg", "server_lr": 99}}, ("strategy",), "server_lr"),
         ({"strategy": {"name": "FedAvg", "momentum": 0.9}}, ("strategy", "momentum"), "no parameter"),
         (

@@ -90,6 +90,17 @@ def test_all_errors_of_form_are_told_at_once() -> None:
         ({"transforms__prepare": [{"name": "ScaleIntensityd", "keys": ["mask"]}]}, "Locum sets 'keys'"),
         ({"protection": {"secure_aggregation": "required"}}, "cannot aggregate securely yet"),
         ({"protection": {"differential_privacy": {"epsilon": 1, "delta": 1e-5, "clip": 1}}}, "no differential privacy"),
+        ({"release": {"case_counts": False}}, "weights by cases tell the number of cases"),
+        (
+            {
+                "contract": {"task": "segmentation", "classes": ["a", "b"]},
+                "network": {"name": "VNet"},
+                "loss": {"name": "DiceLoss"},
+                "evaluation": {"metrics": ["Dice"]},
+                "training__sampling": "balanced",
+            },
+            "a mask has many",
+        ),
         ({"rounds": 0}, "greater than or equal to 1"),
         ({"name": "../../etc"}, "name"),
         ({"purpose": None}, "this key is missing"),
