@@ -1,0 +1,173 @@
+"""What is wrong with a plan beyond its form: names that do not resolve, and sections that do not agree.
+
+Nothing is built here; what shows only when the parts are built is checked in :mod:`locum.common.build`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from locum.common import names
+from locum.common.names import suggestion
+from locum.common.plan import Part, Plan, Problem
+from locum.common.yaml_source import Location
+
+_DOTTED = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")
+
+
+def problems_of(plan: Plan) -> list[Problem]:
+    """Everything wrong with a plan that shows without building anything."""
+    return [
+        *_name_problems(plan),
+        *_parameter_problems(plan),
+        *_metric_problems(plan),
+        *_transform_problems(plan),
+        *_size_problems(plan),
+        *_class_problems(plan),
+        *_release_problems(plan),
+        *_sampling_problems(plan),
+        *_protection_problems(plan),
+    ]
+
+
+def parts_of(plan: Plan) -> list[tuple[Location, Part, str]]:
+    """Every component of the plan: where it stands, the component, and its entry-point group."""
+    listed = [
+        (("transforms", stage, index), part, "locum.transforms")
+        for stage, parts in (("prepare", plan.transforms.prepare), ("augment", plan.transforms.augment))
+        for index, part in enumerate(parts)
+    ]
+    return [
+        *listed,
+        (("network",), plan.network, "locum.networks"),
+        (("loss",), plan.loss, "locum.losses"),
+        (("strategy",), plan.strategy, "locum.strategies"),
+    ]
+
+
+def _name_problems(plan: Plan) -> list[Problem]:
+    found = [
+        _unknown((*location, "name"), part.name, names.known(group))
+        for location, part, group in parts_of(plan)
+        if part.name not in names.known(group)
+    ]
+    if plan.optimiser.name not in names.OPTIMISERS:
+        found.append(_unknown(("optimiser", "name"), plan.optimiser.name, tuple(names.OPTIMISERS)))
+    for section, part, table in (
+        ("network", plan.network, names.NETWORKS),
+        ("loss", plan.loss, names.LOSSES),
+    ):
+        entry = table.get(part.name)
+        if entry is not None and plan.contract.task not in entry.tasks:
+            fit = [name for name, other in table.items() if plan.contract.task in other.tasks]
+            message = f"{part.name} does not serve {plan.contract.task}"
+            found.append(Problem((section, "name"), message, "use one of: " + ", ".join(fit)))
+    return found
+
+
+def _unknown(location: Location, name: str, options: tuple[str, ...]) -> Problem:
+    if "." in name or "/" in name or ":" in name:
+        return Problem(location, f"'{name}' is a path, and a plan names only what is on the allow-list",
+                       suggestion(name.replace(":", ".").rsplit(".", 1)[-1], options))  # fmt: skip
+    return Problem(location, f"'{name}' is not on the allow-list", suggestion(name, options))
+
+
+def _parameter_problems(plan: Plan) -> list[Problem]:
+    found: list[Problem] = []
+    everything = [*parts_of(plan), (("optimiser",), plan.optimiser, "")]
+    for location, part, _ in everything:
+        for key, value in part.parameters.items():
+            found.extend(_value_problems((*location, key), key, value))
+    for location, part, group in parts_of(plan):
+        entry = names.GROUPS[group].get(part.name)
+        fills = getattr(entry, "fills", {})
+        fixed = getattr(entry, "fixed", {})
+        found.extend(
+            Problem((*location, key), f"Locum sets '{key}' of {part.name} itself", "leave it out")
+            for key in part.parameters
+            if key in fills or key in fixed or (group == "locum.transforms" and key in {"keys", "allow_missing_keys"})
+        )
+    return found
+
+
+def _value_problems(location: Location, key: str, value: Any) -> list[Problem]:
+    if key.startswith("_"):
+        return [Problem(location, f"'{key}' is not a parameter: a plan cannot name code", "remove it")]
+    if isinstance(value, Mapping):
+        return [p for name, item in value.items() for p in _value_problems((*location, name), str(name), item)]
+    if isinstance(value, list | tuple):
+        return [p for i, item in enumerate(value) for p in _value_problems((*location, i), "item", item)]
+    if isinstance(value, str) and (_DOTTED.match(value) or "/" in value or "\\" in value):
+        return [Problem(location, f"'{value}' is a path, and a plan cannot name files or code", "use a plain word")]
+    return []
+
+
+def _metric_problems(plan: Plan) -> list[Problem]:
+    found: list[Problem] = []
+    for index, name in enumerate(plan.evaluation.metrics):
+        entry = names.METRICS.get(name)
+        if name not in names.known("locum.metrics"):
+            found.append(_unknown(("evaluation", "metrics", index), name, names.known("locum.metrics")))
+        elif entry is not None and plan.contract.task not in entry.tasks:
+            fit = [other for other, e in names.METRICS.items() if plan.contract.task in e.tasks]
+            message = f"{name} does not measure {plan.contract.task}"
+            found.append(Problem(("evaluation", "metrics", index), message, "use one of: " + ", ".join(fit)))
+    for index, name in enumerate(plan.release.metrics or ()):
+        if name not in plan.evaluation.metrics:
+            message = f"'{name}' is released but never measured"
+            found.append(Problem(("release", "metrics", index), message, "add it to evaluation.metrics"))
+    return found
+
+
+def _transform_problems(plan: Plan) -> list[Problem]:
+    found: list[Problem] = []
+    for stage, parts in (("prepare", plan.transforms.prepare), ("augment", plan.transforms.augment)):
+        for index, part in enumerate(parts):
+            entry = names.TRANSFORMS.get(part.name)
+            if entry is not None and entry.random != (stage == "augment"):
+                kind, where = ("random", "augment") if entry.random else ("deterministic", "prepare")
+                location = ("transforms", stage, index, "name")
+                found.append(Problem(location, f"{part.name} is {kind}", f"move it to transforms.{where}"))
+    return found
+
+
+def _size_problems(plan: Plan) -> list[Problem]:
+    size, dimensions = plan.training.input_size, plan.contract.dimensions
+    if len(size) == dimensions:
+        return []
+    message = f"{len(size)} numbers for images of {dimensions} dimensions"
+    return [Problem(("training", "input_size"), message, f"give {dimensions} numbers")]
+
+
+def _class_problems(plan: Plan) -> list[Problem]:
+    classes = plan.contract.classes
+    if len(set(classes)) == len(classes):
+        return []
+    return [Problem(("contract", "classes"), "a class stands twice", "name every class once")]
+
+
+def _release_problems(plan: Plan) -> list[Problem]:
+    if plan.release.case_counts or plan.participation.weighting == "equal":
+        return []
+    message = "weights by cases tell the number of cases, which release.case_counts withholds"
+    return [Problem(("participation", "weighting"), message, "set it to 'equal', or release the counts")]
+
+
+def _sampling_problems(plan: Plan) -> list[Problem]:
+    if plan.training.sampling == "uniform" or plan.contract.task == "classification":
+        return []
+    message = "balanced sampling needs one class a case, and a mask has many"
+    return [Problem(("training", "sampling"), message, "use RandCropByLabelClassesd under transforms.augment")]
+
+
+def _protection_problems(plan: Plan) -> list[Problem]:
+    found: list[Problem] = []
+    if plan.protection.secure_aggregation == "required":
+        message = "this version cannot aggregate securely yet, and will not pretend to"
+        found.append(Problem(("protection", "secure_aggregation"), message, "set it to 'off'"))
+    if plan.protection.differential_privacy is not None:
+        message = "this version has no differential privacy yet, and will not pretend to"
+        found.append(Problem(("protection", "differential_privacy"), message, "remove it"))
+    return found
