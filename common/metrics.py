@@ -59,7 +59,7 @@ def join(parts: Sequence[Outcomes]) -> Outcomes:
     """The outcomes of several sites, one after the other."""
     return Outcomes(
         tuple(patient for part in parts for patient in part.patients),
-        np.concatenate([part.labels for part in parts]),
+        np.concatenate([np.zeros(0, np.int64), *(part.labels for part in parts)]),
         _stack([part.scores for part in parts]),
         _stack([part.dice for part in parts]),
         _stack([part.surface for part in parts]),
@@ -103,6 +103,8 @@ def _auc_classes(classes: int) -> range:
 
 
 def _auc_exact(outcomes: Outcomes, classes: int) -> float | None:
+    if len(outcomes.labels) == 0:
+        return None
     areas = [
         _auc_one(outcomes.scores[outcomes.labels == c, c], outcomes.scores[outcomes.labels != c, c])
         for c in _auc_classes(classes)

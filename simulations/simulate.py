@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from locum.common.durable import replace_file
-from locum.common.errors import RunError
+from locum.common.errors import MEANING, RunError, SiteFailure
 from locum.common.fab import build_bundle
 from locum.common.plan import Plan
 from locum.simulations.institutions import begin, open_agent, site_log
@@ -92,7 +92,12 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
         begun.result()
     with _agents(simulation, prepared) as agents:
         _run(simulation, agents, console)
-        return _finish(simulation, prepared, agents, tell=tell, began=began)
+        try:
+            return _finish(simulation, prepared, agents, tell=tell, began=began)
+        except SiteFailure as failure:
+            what, remedy = MEANING[failure.code]
+            reason = f"the run is complete and its model is in {folder}, but testing or a baseline failed: {what}"
+            raise RunError(reason, f"{remedy}; then `locum simulate --resume {folder}` tests it again") from failure
 
 
 def _told(site: Prepared) -> str:

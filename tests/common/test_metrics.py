@@ -82,6 +82,8 @@ def test_a_metric_that_does_not_exist_is_none_and_not_a_number() -> None:
     for name, metric in METRICS.items():
         if name != "confusion":
             assert metric.value(metric.sums(nothing, 3), 3) is None
+            assert metric.exact(nothing, 3) is None
+    assert join([]).patients == ()
 
 
 def test_the_interval_resamples_patients_and_not_images() -> None:

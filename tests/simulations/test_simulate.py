@@ -312,6 +312,19 @@ def test_an_empty_site_and_a_site_of_one_class_are_told_and_the_run_goes_on(
     assert metrics["test"]["federated"]["per_site"]["healthy"]["AUC"] is None
 
 
+def test_a_run_without_a_test_fold_says_so_instead_of_a_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = _plan(tmp_path, rounds=1)
+    content = yaml.safe_load(plan.read_text())
+    content["contract"]["split"] = {"train": 0.9, "validation": 0.1, "test": 0.0}
+    sites = _emulated(tmp_path, sites=2)
+    assert _run(_write(plan, content), "--sites-file", sites, "--out", tmp_path / "out", "--baselines") == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["test"]["federated"]["all"] == {"AUC": None, "accuracy": None}
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_a_nan_loss_stops_the_run_with_the_reason_and_the_committed_rounds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
