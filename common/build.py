@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 Role = Literal["shared", "local", "frozen"]
 Model = dict[str, NDArray[Any]]
 
+#: What libraries raise from a constructor that is given parameters it cannot use.
+CONSTRUCTION_ERRORS = (
+    TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, ImportError, RuntimeError
+)  # fmt: skip
+
 _RUNNING_STATISTICS = ("*running_mean", "*running_var")
 
 
@@ -41,7 +46,7 @@ def load_target(target: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _resolve(group: str, name: str) -> tuple[Any, Any]:
+def resolve(group: str, name: str) -> tuple[Any, Any]:
     """The object behind a name, and its allow-list entry (None for an entry point)."""
     entry = names.GROUPS[group].get(name)
     if entry is not None:
@@ -61,7 +66,7 @@ def _filled(plan: Plan, fills: Mapping[str, names.Filled]) -> dict[str, Any]:
 
 
 def _construct(plan: Plan, group: str, part: Part) -> Any:
-    target, entry = _resolve(group, part.name)
+    target, entry = resolve(group, part.name)
     if entry is None:
         return target(plan=plan, **part.parameters)
     return target(**{**_filled(plan, entry.fills), **part.parameters, **entry.fixed})
@@ -71,6 +76,11 @@ def network(plan: Plan) -> nn.Module:
     """The network of a plan, with fresh weights from torch's default generator."""
     built: nn.Module = _construct(plan, "locum.networks", plan.network)
     return built
+
+
+def skeleton(plan: Plan) -> nn.Module:
+    """The network of a plan without weights, for names and shapes. Some networks cannot be made so, but be moved."""
+    return network(plan).to("meta")
 
 
 def strided_classifier(
@@ -126,7 +136,7 @@ def optimiser(plan: Plan, parameters: Iterable[nn.Parameter], rate: float = 1.0)
 
 def metric_of(name: str) -> Metric:
     """The metric behind a name."""
-    found: Metric = _resolve("locum.metrics", name)[0]
+    found: Metric = resolve("locum.metrics", name)[0]
     return found
 
 
@@ -137,7 +147,7 @@ def transforms(plan: Plan, stage: Literal["prepare", "augment"]) -> list[Any]:
 
 
 def _transform(part: Part, *, segmentation: bool) -> Any:
-    target, entry = _resolve("locum.transforms", part.name)
+    target, entry = resolve("locum.transforms", part.name)
     spatial = entry is None or entry.spatial
     keys = ["image", "mask"] if segmentation and spatial else ["image"]
     parameters = dict(part.parameters)
@@ -218,11 +228,10 @@ def check_buildable(plan: Plan) -> list[Problem]:
 
 
 def _attempt(location: tuple[str | int, ...], part: Part, build: Callable[[], Any]) -> list[Problem]:
-    """One problem if `build` fails. Libraries raise what they like from a constructor, hence the wide net."""
+    """One problem if `build` fails."""
     try:
         build()
-    except (TypeError, ValueError, AssertionError, KeyError, IndexError, RuntimeError, NotImplementedError,
-            AttributeError, ImportError, ZeroDivisionError) as error:  # fmt: skip
+    except CONSTRUCTION_ERRORS as error:
         return [_construction_problem(location, part, error)]
     return []
 
@@ -247,19 +256,15 @@ def _parameters_of(part: Part) -> list[str]:
 
 
 def _strategy_problems(plan: Plan) -> list[Problem]:
-    group, part = "locum.strategies", plan.strategy
-    try:
-        target, _ = _resolve(group, part.name)
-    except ImportError:
-        return []
-    return _attempt(("strategy",), part, lambda: target(**part.parameters))
+    part = plan.strategy
+    return _attempt(("strategy",), part, lambda: resolve("locum.strategies", part.name)[0](**part.parameters))
 
 
 def _network_problems(plan: Plan) -> list[Problem]:
     import torch
 
     built: list[nn.Module] = []
-    found = _attempt(("network",), plan.network, lambda: built.append(network(plan).to("meta")))
+    found = _attempt(("network",), plan.network, lambda: built.append(skeleton(plan)))
     if found:
         return found
     found = _optimiser_problems(plan, built[0]) + _tensor_problems(plan, built[0])

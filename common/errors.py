@@ -55,7 +55,6 @@ class Code(IntEnum):
     DISK_FULL = 110
     MESSAGE_UNREADABLE = 111
     PLAN_UNBUILDABLE = 112
-    INTERRUPTED = 113
 
 
 #: What a code means to the ML team, and what they can do about it without seeing the site's log.
@@ -82,7 +81,6 @@ MEANING: dict[Code, tuple[str, str]] = {
         "the plan's parts cannot be built here",
         "compare package versions with the site",
     ),
-    Code.INTERRUPTED: ("the site was stopped", "resume when the site is back"),
 }
 
 

@@ -80,18 +80,22 @@ class TrainResult(Header):
     seconds: float = Field(ge=0)
 
 
+#: The folds that a model is measured on.
+MeasuredFold = Literal["validation", "test"]
+
+
 class EvaluateTask(Header):
     """Asks for the metrics of a model on one fold."""
 
     round: int = Field(ge=0)
-    fold: Literal["validation", "test"]
+    fold: MeasuredFold
 
 
 class EvaluateResult(Header):
     """Metric sums: tensors by metric name, float64 vectors that add up over sites."""
 
     round: int = Field(ge=0)
-    fold: Literal["validation", "test"]
+    fold: MeasuredFold
     cases: int | None
 
 

@@ -73,7 +73,10 @@ def _stack(parts: Sequence[Floats]) -> Floats:
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric; see the module's rules. `better` is +1 where more is better, −1 where less is."""
+    """One metric; see the module's rules.
+
+    `better` is +1 where more is better, −1 where less is. `scalar` is false where the value is a matrix.
+    """
 
     name: str
     sums: Callable[[Outcomes, int], Floats]
@@ -81,6 +84,14 @@ class Metric:
     exact: Callable[[Outcomes, int], Value]
     better: int = 1
     unit: str = ""
+    scalar: bool = True
+
+    def length(self, classes: int) -> int:
+        """How many numbers its sums have."""
+        return len(self.sums(_NOTHING, classes))
+
+
+_NOTHING = Outcomes((), np.zeros(0, np.int64), *(np.zeros((0, 0)) for _ in range(3)))
 
 
 def _auc_one(positive: Floats, negative: Floats) -> float | None:
@@ -182,7 +193,9 @@ def _surface_sums(outcomes: Outcomes, classes: int) -> Floats:
 
 auc = Metric("AUC", _auc_sums, _auc_value, _auc_exact)
 accuracy = Metric("accuracy", _confusion_sums, _accuracy_value, _from_sums(_confusion_sums, _accuracy_value))
-confusion = Metric("confusion", _confusion_sums, _confusion_value, _from_sums(_confusion_sums, _confusion_value))
+confusion = Metric(
+    "confusion", _confusion_sums, _confusion_value, _from_sums(_confusion_sums, _confusion_value), scalar=False
+)
 dice = Metric("Dice", _dice_sums, _by_class_value, _from_sums(_dice_sums, _by_class_value))
 surface_distance = Metric(
     "surface_distance", _surface_sums, _by_class_value, _from_sums(_surface_sums, _by_class_value), -1, "mm"

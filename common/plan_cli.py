@@ -64,12 +64,9 @@ def notes(plan: Plan) -> list[str]:
 
 
 def _local_tensors_note(plan: Plan) -> list[str]:
-    import torch
+    from locum.common.build import skeleton, tensor_roles
 
-    from locum.common.build import network, tensor_roles
-
-    with torch.device("meta"):
-        roles = tensor_roles(plan, network(plan))
+    roles = tensor_roles(plan, skeleton(plan))
     local = [name for name, role in roles.items() if role == "local" and not name.endswith("num_batches_tracked")]
     if not local:
         return []

@@ -32,10 +32,11 @@ from locum.common.messages import (
     Description,
     EvaluateResult,
     EvaluateTask,
+    MeasuredFold,
+    Tensors,
     TrainTask,
     pack,
 )
-from locum.common.plan import Fold as DataFold
 from locum.common.plan import Plan
 from locum.common.updates import l2_norm
 from locum.server.admission import Refused, Update, admit, read
@@ -308,22 +309,21 @@ def _measured(engine: Engine, roster: Roster, committed: Committed) -> Committed
     return replace(committed, history=(*committed.history[:-1], record))
 
 
-def evaluate(engine: Engine, roster: Roster, model: Model, *, round_number: int, fold: DataFold) -> Evaluated:
+def evaluate(engine: Engine, roster: Roster, model: Model, *, round_number: int, fold: MeasuredFold) -> Evaluated:
     """The plan's metrics of a model on one fold, over all sites by adding up their sums, and per site."""
     plan = engine.plan
-    task = EvaluateTask(plan_digest=plan.digest, round=round_number, fold="test" if fold == "test" else "validation")
+    task = EvaluateTask(plan_digest=plan.digest, round=round_number, fold=fold)
     content = pack(task, model)
     outgoing = {site: (node, content) for site, node in roster.nodes.items()}
-    sums: dict[str, dict[str, np.ndarray]] = {}
+    sums: dict[str, Tensors] = {}
     cases: dict[str, int | None] = {}
     excluded: dict[str, str] = {}
     for site, reply in exchange(engine, EVALUATE, outgoing, group=str(round_number)):
-        answer = read(reply, EvaluateResult, plan)
-        problem = answer if isinstance(answer, Refused) else _sums_problem(plan, answer[1])
-        if isinstance(answer, Refused) or problem is not None:
-            excluded[site] = problem.reason if problem else ""
+        answer = _read_sums(reply, plan)
+        if isinstance(answer, Refused):
+            excluded[site] = answer.reason
         else:
-            sums[site], cases[site] = dict(answer[1]), answer[0].cases
+            cases[site], sums[site] = answer[0].cases, answer[1]
     excluded |= {
         site: "no answer by the deadline" for site in roster.nodes if site not in sums and site not in excluded
     }
@@ -338,13 +338,19 @@ def evaluate(engine: Engine, roster: Roster, model: Model, *, round_number: int,
     return Evaluated(round=round_number, fold=fold, overall=overall, per_site=per_site, cases=cases, excluded=excluded)
 
 
-def _sums_problem(plan: Plan, sums: Mapping[str, np.ndarray]) -> Refused | None:
-    """Metric sums must be of the released metrics, float64 vectors of equal form, and finite."""
+def _read_sums(reply: Message, plan: Plan) -> tuple[EvaluateResult, Tensors] | Refused:
+    """A site's metric sums: of the released metrics, finite float64 vectors of each metric's length."""
+    answer = read(reply, EvaluateResult, plan)
+    if isinstance(answer, Refused):
+        return answer
+    sums, classes = answer[1], len(plan.contract.classes)
     if set(sums) != set(plan.released_metrics):
         return Refused("the metrics are not those that the plan releases")
-    if any(array.dtype != np.float64 or array.ndim != 1 or not np.isfinite(array).all() for array in sums.values()):
+    if any(array.dtype != np.float64 or not np.isfinite(array).all() for array in sums.values()):
         return Refused("a metric's sums are not finite float64 vectors")
-    return None
+    if any(array.shape != (build.metric_of(name).length(classes),) for name, array in sums.items()):
+        return Refused("a metric's sums have another length")
+    return answer
 
 
 def _best_round(plan: Plan, history: tuple[RoundRecord, ...]) -> int | None:

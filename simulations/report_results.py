@@ -80,7 +80,7 @@ def label(metric: Metric) -> str:
 
 def scalar_metrics(plan: Plan) -> list[Metric]:
     """The plan's metrics that are single numbers, in the plan's order."""
-    return [metric_of(name) for name in plan.evaluation.metrics if name != "confusion"]
+    return [metric for metric in map(metric_of, plan.evaluation.metrics) if metric.scalar]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from locum.common import build
 from locum.common.build import Model
-from locum.common.metrics import Metric, Outcomes, bootstrap, join
+from locum.common.metrics import Outcomes, bootstrap, join
 from locum.common.plan import Plan
 from locum.site_client.worker import Worker
 
@@ -65,7 +65,7 @@ def scored(plan: Plan, found: Mapping[str, Outcomes], *, draws: int = 1000) -> T
         return {metric.name: metric.exact(outcomes, classes) for metric in metrics}
 
     def intervals(outcomes: Outcomes) -> dict[str, tuple[float, float] | None]:
-        return {m.name: bootstrap(m, outcomes, classes, rng=rng, draws=draws) for m in metrics if _is_scalar(m)}
+        return {m.name: bootstrap(m, outcomes, classes, rng=rng, draws=draws) for m in metrics if m.scalar}
 
     return Tested(
         all=values(everything),
@@ -74,10 +74,6 @@ def scored(plan: Plan, found: Mapping[str, Outcomes], *, draws: int = 1000) -> T
         site_intervals={site: intervals(outcomes) for site, outcomes in found.items()},
         cases={site: len(outcomes.patients) for site, outcomes in found.items()},
     )
-
-
-def _is_scalar(metric: Metric) -> bool:
-    return metric.name != "confusion"
 
 
 @dataclass(frozen=True)
@@ -139,7 +135,7 @@ def _local_entry(plan: Plan, found: Mapping[str, Tested]) -> dict[str, Any]:
 
     `own_test` is each site's own model on that site's test cases.
     """
-    scalars = [name for name in plan.evaluation.metrics if name != "confusion"]
+    scalars = [name for name in plan.evaluation.metrics if build.metric_of(name).scalar]
     by_metric = {
         name: [result.all[name] for result in found.values() if result.all[name] is not None] for name in scalars
     }

@@ -74,8 +74,7 @@ def _built(plan: Plan) -> tuple[nn.Module, dict[str, Role]]:
         build.transforms(plan, "augment")
         build.loss(plan)
         build.optimiser(plan, network.parameters())
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, ImportError,
-            RuntimeError) as error:  # fmt: skip
+    except build.CONSTRUCTION_ERRORS as error:
         raise SiteFailure(Code.PLAN_UNBUILDABLE, f"{type(error).__name__}: {error}") from error
     return network, roles
 

@@ -70,8 +70,6 @@ def serve(connection: Connection, settings: Settings) -> None:
             reply, arrays = operations.OPERATIONS[request["operation"]](session, request, tensors)
         except SiteFailure as failure:
             reply, arrays = {"failure": int(failure.code), "detail": failure.detail}, {}
-        except MemoryError as error:
-            reply, arrays = {"failure": int(Code.OUT_OF_MEMORY), "detail": str(error)}, {}
         except Exception as error:  # noqa: BLE001 - the loop must answer; the agent logs the text, only the code leaves
             reply, arrays = {"failure": int(_code_of(error)), "detail": traceback.format_exc()}, {}
         _send(connection, reply, arrays)
@@ -86,6 +84,8 @@ def _keep_output(settings: Settings) -> None:
 
 
 def _code_of(error: Exception) -> Code:
+    if isinstance(error, MemoryError):
+        return Code.OUT_OF_MEMORY
     return Code.DISK_FULL if isinstance(error, OSError) and error.errno == errno.ENOSPC else Code.INTERNAL
 
 

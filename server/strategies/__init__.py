@@ -12,8 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from locum.common import names
-from locum.common.build import Model, load_target
+from locum.common.build import Model, resolve
 from locum.common.plan import Plan
 
 
@@ -33,9 +32,5 @@ class Strategy(Protocol):
 
 def strategy_of(plan: Plan) -> Strategy:
     """The strategy that a plan names; the plan has been checked before."""
-    name = plan.strategy.name
-    entry = names.STRATEGIES.get(name)
-    made: Strategy = (load_target(entry.target) if entry else names.installed("locum.strategies")[name].load())(
-        **plan.strategy.parameters
-    )
+    made: Strategy = resolve("locum.strategies", plan.strategy.name)[0](**plan.strategy.parameters)
     return made

@@ -253,6 +253,21 @@ def test_the_best_round_on_validation_is_the_result_when_the_plan_says_so(tmp_pa
     assert last.round == 6
 
 
+@pytest.mark.parametrize("length", [0, 1, 4095, 4097])
+def test_metric_sums_of_another_length_cost_the_site_its_evaluation(tmp_path: Path, length: int) -> None:
+    class Long(Peer):
+        def evaluate(self, plan: Plan, content: RecordDict) -> Answer:
+            from locum.common.messages import EvaluateResult, EvaluateTask, unpack
+
+            task, _ = unpack(content, EvaluateTask)
+            sums = {"AUC": np.zeros(length), "accuracy": np.eye(2).ravel()}
+            return pack(EvaluateResult(plan_digest=plan.digest, round=task.round, fold=task.fold, cases=1), sums)
+
+    finished = run_peers(plan(rounds=1), [Peer("a"), Long("b")], tmp_path)
+    assert finished.test.excluded == {"b": "a metric's sums have another length"}
+    assert finished.test.overall["AUC"] == 1.0
+
+
 def test_metric_sums_that_are_no_sums_cost_the_site_its_evaluation(tmp_path: Path) -> None:
     class Odd(Peer):
         def evaluate(self, plan: Plan, content: RecordDict) -> Answer:
