@@ -97,8 +97,7 @@ def run(engine: Engine) -> Finished:
     plan, events = engine.plan, engine.events
     committed = engine.checkpoints.latest() or commit_initial(plan, engine.checkpoints)
     events.emit("started", plan=plan.name, digest=plan.digest, rounds=plan.rounds, round=committed.round)
-    roster = open_roster(engine, build.configuration(plan, committed.model))
-    _same_roster(committed, roster)
+    roster = _same_roster(committed, open_roster(engine, build.configuration(plan, committed.model)))
     committed = replace(committed, roster=tuple(roster.nodes))
     committed = _measured(engine, roster, committed)
     while committed.round < plan.rounds:
@@ -182,10 +181,15 @@ def _announce(engine: Engine, described: Mapping[str, tuple[int, Description]], 
     engine.events.emit("roster", cases=cases, excluded=dict(excluded), notices=notices)
 
 
-def _same_roster(committed: Committed, roster: Roster) -> None:
+def _same_roster(committed: Committed, roster: Roster) -> Roster:
+    """The roster that a resumed run began with: it refuses to lose a site, and a site that is new stays outside."""
+    if not committed.roster:
+        return roster
     lost = sorted(set(committed.roster) - set(roster.nodes))
     if lost:
         raise RunError(f"the run was started with sites that are missing now: {', '.join(lost)}", "bring them back")
+    late = dict.fromkeys(sorted(set(roster.nodes) - set(committed.roster)), "was not there when the run began")
+    return Roster({site: roster.nodes[site] for site in committed.roster}, {**roster.excluded, **late})
 
 
 # --- one round
@@ -235,6 +239,7 @@ def one_round(engine: Engine, roster: Roster, committed: Committed, attempt: int
         return refused
     model, strategy = engine.strategy.step(committed.model, totals, fold.weight, committed.strategy)
     if not np.isfinite(l2_norm(model)):
+        engine.events.emit("void", round=number, attempt=attempt, admitted=0)
         return {site: Refused("the sum is not finite", Code.UPDATE_REFUSED) for site in roster.nodes}
     record = _record(committed, model, admitted, refused, began=began, attempt=attempt)
     after = Committed(number, model, strategy, committed.roster, (*committed.history, record))

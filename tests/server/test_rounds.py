@@ -231,6 +231,23 @@ def test_a_resumed_run_refuses_to_lose_a_site_in_silence(tmp_path: Path) -> None
         run_peers(plan(rounds=1), [Peer("a"), Peer("b")], tmp_path)
 
 
+def test_a_site_that_comes_after_the_run_began_stays_outside_when_it_is_resumed(tmp_path: Path) -> None:
+    run_peers(plan(rounds=2), [Peer("a"), Peer("b")], tmp_path)
+    late = Peer("c")
+    resumed = run_peers(plan(rounds=2), [Peer("a"), Peer("b"), late], tmp_path)
+    assert resumed.roster.excluded == {"c": "was not there when the run began"}
+    assert late.trained == []
+
+
+def test_a_sum_that_is_not_finite_voids_the_round_and_says_so(tmp_path: Path) -> None:
+    once = {"quorum": 2, "deadline": "30 s", "attempts": 1}
+    of = plan(rounds=2, participation=once, admission={"norm_bound": 1e300})
+    large = [Spoiler(site, lambda update: {n: np.full_like(t, 3e38) for n, t in update.items()}) for site in "ab"]
+    with pytest.raises(RunError, match="the sum is not finite"):
+        run_peers(of, list(large), tmp_path)
+    assert [event["admitted"] for event in _events(tmp_path, "void")] == [0]
+
+
 class _Learner(Peer):
     """A peer whose measured AUC is best after round 2."""
 

@@ -205,17 +205,20 @@ def _take_terminal() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _available(descriptor: int) -> bytes:
+def _available(descriptor: int, at_most: int = 64) -> bytes:
+    """What the terminal holds now, in at most so many reads: the live view writes faster than a reader waits."""
     import select
 
     content = b""
-    while select.select([descriptor], [], [], 0.05)[0]:
+    for _ in range(at_most):
+        if not select.select([descriptor], [], [], 0.05)[0]:
+            break
         try:
             read = os.read(descriptor, 65536)
         except OSError:
-            return content
+            break
         if not read:
-            return content
+            break
         content += read
     return content
 
