@@ -70,10 +70,9 @@ def main(arguments: list[str] | None = None) -> Any:
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     try:
         return locum(words, standalone_mode=False)
-    except click.exceptions.Abort:
-        return _stopped()
-    except KeyboardInterrupt:
-        return _stopped()
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        click.echo("stopped", err=True)
+        return 130
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -83,11 +82,6 @@ def main(arguments: list[str] | None = None) -> Any:
         if "--debug" in words:
             raise
         return report(error)
-
-
-def _stopped() -> int:
-    click.echo("stopped", err=True)
-    return 130
 
 
 def report(error: LocumError) -> int:

@@ -41,7 +41,10 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def create_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Creates the folder `path` with `files`, atomically and durably, replacing one that is there; raises OSError."""
+    """Creates the folder `path` with `files`, atomically and durably; raises OSError.
+
+    One that is there is replaced, and a crash between its end and the rename leaves neither.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     try:

@@ -7,7 +7,6 @@ beside, flushed and renamed, so a crash at any byte leaves the round before it. 
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +103,7 @@ class Checkpoints:
             state = _State.model_validate_json((folder / "state.json").read_bytes())
             model = (folder / "model.safetensors").read_bytes()
             strategy = (folder / "strategy.safetensors").read_bytes()
+            history = _with_evaluation(folder / "evaluation.json", state.history)
         except (OSError, ValidationError) as error:
             raise RunError(f"the checkpoint {folder} cannot be read", remedy) from error
         if state.plan_digest != self._plan.digest:
@@ -114,12 +114,12 @@ class Checkpoints:
             tensors = load(model), load(strategy)
         except SafetensorError as error:
             raise RunError(f"the checkpoint {folder} cannot be read", remedy) from error
-        history = self._with_evaluation(folder, state.history)
         return Committed(state.round, *tensors, state.roster, history)
 
-    def _with_evaluation(self, folder: Path, history: tuple[RoundRecord, ...]) -> tuple[RoundRecord, ...]:
-        path = folder / "evaluation.json"
-        if not path.exists() or not history:
-            return history
-        evaluated = Evaluated.model_validate(json.loads(path.read_bytes()))
-        return (*history[:-1], history[-1].model_copy(update={"evaluation": evaluated}))
+
+def _with_evaluation(path: Path, history: tuple[RoundRecord, ...]) -> tuple[RoundRecord, ...]:
+    """The history with the metrics of its last round, where they were measured; raises OSError or ValidationError."""
+    if not path.exists() or not history:
+        return history
+    evaluated = Evaluated.model_validate_json(path.read_bytes())
+    return (*history[:-1], history[-1].model_copy(update={"evaluation": evaluated}))

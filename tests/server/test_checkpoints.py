@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from locum.common.errors import RunError
 from locum.server.checkpoints import Checkpoints, Committed
+from locum.server.records import RoundRecord
 from tests.plans import plan
 
 WRITER = """
@@ -80,6 +82,17 @@ def test_a_damaged_checkpoint_is_named_and_not_used(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="damaged"):
         points.latest()
     path.unlink()
+    with pytest.raises(RunError, match="cannot be read"):
+        points.latest()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"\xff"])
+def test_a_damaged_evaluation_is_named_and_not_used(tmp_path: Path, content: bytes) -> None:
+    points = Checkpoints(tmp_path, plan())
+    record = RoundRecord(round=1, attempt=1, weights={}, losses={}, train_seconds={}, excluded={}, update_norm=0.0,
+                         bytes_down=0, bytes_up=0, seconds=0.0, model_sha256="")  # fmt: skip
+    points.commit(replace(_committed(1), history=(record,)))
+    (tmp_path / "round-000001" / "evaluation.json").write_bytes(content)
     with pytest.raises(RunError, match="cannot be read"):
         points.latest()
 
