@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="At a hospital: ingest images, look at the catalog.", no_args_is_help=True, add_completion=False)
 
 _SITE_HELP = "A site.yaml: where the images and labels are."
-_SiteFile = Annotated[
-    Path, typer.Argument(metavar="SITE.yaml", show_default=False, help="A site.yaml: where the images and labels are.")
-]
+_SiteFile = Annotated[Path, typer.Argument(metavar="SITE.yaml", show_default=False, help=_SITE_HELP)]
 _Store = Annotated[Path, typer.Option("--store", metavar="DIR", help="The folder of volumes and catalog.")]
 _KeyFile = Annotated[
     Path | None,
@@ -66,13 +64,10 @@ def catalog(
     """Show what the store holds: counts, folds, labels, and makes of scanners."""
     from locum.site_client.imaging.catalog import Catalog
 
-    opened = Catalog.open(store)
-    try:
+    with closing(Catalog.open(store)) as opened:
         summary = _summary(opened)
         counts = opened.counts()
         held = opened.quarantine() if quarantine else ()
-    finally:
-        opened.close()
     if as_json:
         listed = {"quarantine": [list(item) for item in held]} if quarantine else {}
         typer.echo(json.dumps(counts.as_dict() | summary | listed, indent=2))
@@ -125,7 +120,7 @@ def _summary(opened: Catalog) -> dict[str, dict[str, int]]:
         "folds": _sorted(Counter(case.fold for case in cases)),
         "patients": _sorted(Counter({case.patient: case.fold for case in cases}.values())),
         "labels": _sorted(Counter(case.label or "none" for case in cases)),
-        "scanners": _sorted(Counter(f"{fact.modality} {fact.manufacturer} {fact.model}".strip() for fact in facts)),
+        "scanners": _sorted(Counter(fact.scanner for fact in facts)),
     }
 
 

@@ -83,6 +83,11 @@ class Facts:
     spacing: tuple[float, ...]
     dtype: str
 
+    @property
+    def scanner(self) -> str:
+        """Modality, manufacturer and model, as far as they are stated."""
+        return f"{self.modality} {self.manufacturer} {self.model}".strip()
+
 
 @dataclass(frozen=True)
 class Counts:

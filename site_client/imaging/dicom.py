@@ -144,12 +144,17 @@ def read(path: Path, size: int) -> Dataset:
     Raises:
         RefusedError: not_an_image, unreadable or too_large.
     """
+    check_size(size)
+    with damage_is(Reason.UNREADABLE):
+        return _read(path, size)
+
+
+def check_size(size: int) -> None:
+    """Refuse, as unreadable or too_large, a file of which the size alone says so."""
     if size < 0:
         raise RefusedError(Reason.UNREADABLE, "not a regular file, or no permission")
     if size > MAX_FILE:
         raise RefusedError(Reason.TOO_LARGE, f"{size >> 20} MiB")
-    with damage_is(Reason.UNREADABLE):
-        return _read(path, size)
 
 
 def _read(path: Path, size: int) -> Dataset:
@@ -191,12 +196,13 @@ def _check_inflated(path: Path, size: int) -> None:
 
 
 def look(item: Item, dataset: Dataset) -> Sighting:
-    """What a header decides; the first reason that holds is the one given."""
-    try:
-        with damage_is(Reason.UNREADABLE, "header"):
-            return _look(item, dataset)
-    except RefusedError as refused:
-        return Sighting(item, reason=refused.reason, detail=refused.detail)
+    """What a header decides; the first reason that holds is the one given.
+
+    Raises:
+        RefusedError: unreadable.
+    """
+    with damage_is(Reason.UNREADABLE, "header"):
+        return _look(item, dataset)
 
 
 def _look(item: Item, dataset: Dataset) -> Sighting:

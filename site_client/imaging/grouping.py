@@ -33,28 +33,30 @@ class Reader:
 
     def __init__(self, budget: int = _KEPT_BYTES) -> None:
         self._left = budget
-        self._kept: dict[str, Dataset] = {}
+        self._kept: dict[str, tuple[Dataset, int]] = {}
 
     def read(self, item: Item) -> Dataset:
         """The dataset of an item; raises RefusedError."""
         kept = self._kept.get(item.name)
         if kept is not None:
-            return kept
+            return kept[0]
         dataset = dicom.read(item.path, item.size)
-        cost = _cost(item)
+        cost = _cost(item, dataset)
         if cost <= self._left:
             self._left -= cost
-            self._kept[item.name] = dataset
+            self._kept[item.name] = dataset, cost
         return dataset
 
     def drop(self, item: Item) -> None:
         """Forget the dataset of an item."""
-        if self._kept.pop(item.name, None) is not None:
-            self._left += _cost(item)
+        _, cost = self._kept.pop(item.name, (None, 0))
+        self._left += cost
 
 
-def _cost(item: Item) -> int:
-    return item.size + _HEADER_BYTES
+def _cost(item: Item, dataset: Dataset) -> int:
+    """What a dataset takes in memory: a compressed file is read into a buffer far larger than itself."""
+    buffer = getattr(dataset, "buffer", None)
+    return (item.size if buffer is None else len(buffer.getvalue())) + _HEADER_BYTES
 
 
 def look(site: SiteData, item: Item, reader: Reader) -> Sighting:

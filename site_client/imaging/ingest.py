@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -76,9 +77,12 @@ class _Decision:
     elsewhere: bool = False
     modality: str = ""
 
-    @property
+    @cached_property
     def inputs(self) -> str:
-        """A digest that changes when anything does that the outcome depends on."""
+        """A digest that changes when anything does that the outcome depends on.
+
+        It is asked for before the mask is read: one that is replaced meanwhile is then taken at the next ingest.
+        """
         files = [(item.name, item.size, item.mtime_ns) for item in self.unit.items]
         parts = (GATE_VERSION, files, self.patient, self.fold, self.label, _stamp(self.mask))
         whole = repr((*parts, self.reason, self.detail, self.elsewhere, self.modality))
@@ -126,9 +130,10 @@ def ingest(site: SiteData, store: Path, *, key: bytes, progress: Callable[[Progr
         desk = _Desk(site, store, key, catalog, Reader(), progress or _tell_nobody)
         items = find_items(site)
         grouped = _grouped(desk, items)
+        known = catalog.units()
         decisions, unmatched, folds = _decide(desk, grouped.units)
-        _store(desk, decisions, grouped.apart)
-        gone = catalog.units().keys() - {unit.key for unit in grouped.units}
+        _store(desk, known, decisions, grouped.apart)
+        gone = known.keys() - {unit.key for unit in grouped.units}
         catalog.finish(gone_units=gone, found=len(items), unmatched=unmatched, folds=folds)
         sweep(store, catalog.files())
         return catalog.counts()
@@ -159,16 +164,17 @@ def _quiet() -> Iterator[None]:
 
 def _grouped(desk: _Desk, items: Sequence[Item]) -> Grouped:
     known, units = desk.catalog.items(), desk.catalog.units()
-    new = [item for item in items if not _is_known(item, known)]
+    old = [item for item in items if _is_known(item, known)]
+    unchanged = {item.name for item in old}
+    new = [item for item in items if item.name not in unchanged]
     gone = known.keys() - {item.name for item in items}
-    touched = {known[name].unit for name in [*gone, *(item.name for item in new)] if name in known}
+    touched = {row.unit for name, row in known.items() if row.unit and name not in unchanged}
     touched |= {key for key, unit in units.items() if not unit.inputs}
     sightings = _look(desk, new, total=len(new))
-    touched |= {sighting.unit for sighting in sightings}
-    old = [item for item in items if _is_known(item, known)]
-    again = [item for item in old if known[item.name].unit in touched - {None}]
+    touched |= {sighting.unit for sighting in sightings if sighting.unit}
+    again = [item for item in old if known[item.name].unit in touched]
     sightings += _look(desk, again, total=len(new) + len(again))
-    desk.catalog.begin(gone=gone, changed_units=[key for key in touched if key is not None])
+    desk.catalog.begin(gone=gone, changed_units=touched)
     fresh = group(sorted(sightings, key=lambda sighting: sighting.item.name), desk.reader, desk.key)
     kept = _kept_units(units, old, known, touched)
     return Grouped((*fresh.units, *kept), fresh.apart)
@@ -188,7 +194,7 @@ def _look(desk: _Desk, items: Sequence[Item], *, total: int) -> list[Sighting]:
 
 
 def _kept_units(
-    units: Mapping[str, UnitRow], items: Sequence[Item], known: Mapping[str, ItemRow], touched: set[str | None]
+    units: Mapping[str, UnitRow], items: Sequence[Item], known: Mapping[str, ItemRow], touched: set[str]
 ) -> list[Unit]:
     """The units of which no file has changed, as the catalog knows them."""
     members: dict[str, list[Item]] = {}
@@ -275,8 +281,10 @@ def _stamp(path: Path | None) -> tuple[str, int, int] | None:
 # Store: load, gate and write what has changed, a batch at a time.
 
 
-def _store(desk: _Desk, decisions: Sequence[_Decision], apart: Sequence[Sighting]) -> None:
-    todo = _changed(desk, decisions)
+def _store(
+    desk: _Desk, known: Mapping[str, UnitRow], decisions: Sequence[_Decision], apart: Sequence[Sighting]
+) -> None:
+    todo = _changed(desk, known, decisions)
     batch = _Batch(Draft(desk.store), items=[_item_row(s.item, s.unit, s.reason, s.detail) for s in apart])
     for number, decision in enumerate(todo, start=1):
         _settle(desk, decision, batch)
@@ -286,14 +294,13 @@ def _store(desk: _Desk, decisions: Sequence[_Decision], apart: Sequence[Sighting
     _commit(desk, batch)
 
 
-def _changed(desk: _Desk, decisions: Sequence[_Decision]) -> list[_Decision]:
-    known, files, there = desk.catalog.units(), desk.catalog.files_of_units(), present(desk.store)
+def _changed(desk: _Desk, known: Mapping[str, UnitRow], decisions: Sequence[_Decision]) -> list[_Decision]:
+    files, there = desk.catalog.files_of_units(), present(desk.store)
+    inputs = {key: row.inputs for key, row in known.items()}
     return [
         decision
         for decision in decisions
-        if (row := known.get(decision.unit.key)) is None
-        or row.inputs != decision.inputs
-        or not there.issuperset(files.get(row.key, ()))
+        if decision.inputs != inputs.get(decision.unit.key) or not there.issuperset(files.get(decision.unit.key, ()))
     ]
 
 

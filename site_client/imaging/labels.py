@@ -10,7 +10,6 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -31,13 +30,8 @@ from locum.site_client.imaging.sources import (
 from locum.site_client.imaging.split import Fold
 from locum.site_client.imaging.tables import Row
 
-
-@dataclass(frozen=True)
-class _Named:
-    """The lines of a table under one name."""
-
-    rows: tuple[Row, ...]
-    shown: str
+#: The lines of a table, by the name that they give.
+_Named = Mapping[str, Sequence[Row]]
 
 
 class LabelBook:
@@ -45,7 +39,7 @@ class LabelBook:
 
     def __init__(self, labels: Labels, key: bytes) -> None:
         self._labels = labels
-        self._named = _by_name(label_rows(labels), labels.key_column, labels.key, key)
+        self._named = _by_name(label_rows(labels), labels, key)
 
     def label(self, unit: Unit) -> str:
         """The plan's class of an image.
@@ -53,8 +47,7 @@ class LabelBook:
         Raises:
             RefusedError: no_label, conflicting_labels or unmapped_code.
         """
-        named = self._named.get(_name_of(unit, self._labels.key))
-        codes = {row.cells[self._labels.label_column] for row in named.rows} if named else set()
+        codes = {row.cells[self._labels.label_column] for row in _rows(self._named, unit, self._labels.key)}
         if not codes:
             raise RefusedError(Reason.NO_LABEL)
         classes = {code_class(code, self._labels.classes) for code in codes}
@@ -68,7 +61,7 @@ class LabelBook:
         Raises:
             DataError: there are units and lines, and no line names a unit.
         """
-        return _unmatched(self._labels.file, self._labels.key, self._named, tuple(units))
+        return _unmatched(self._labels, self._named, tuple(units))
 
 
 class Roll:
@@ -78,14 +71,14 @@ class Roll:
         self._table = table
         self._key = key
         rows = table_rows(table)
-        self._named = _by_name(rows, table.key_column, table.key, key)
+        self._named = _by_name(rows, table, key)
         column = table.fold_column
         self.folds = frozenset(row.cells[column] for row in rows) - {""} if column else frozenset()
 
     def has(self, unit: Unit) -> bool:
         """Whether the unit is this site's; the validation and test rows of an .npz are no matter of the table."""
         name = _name_of(unit, self._table.key)
-        return name in self._named or (self._table.key == "index" and not name)
+        return name in self._named if name else self._table.key == "index"
 
     def fold(self, unit: Unit) -> Fold | None:
         """The fold that the table states for the unit.
@@ -114,15 +107,14 @@ class Roll:
 
     def unmatched(self, units: Iterable[Unit]) -> list[str]:
         """As :meth:`LabelBook.unmatched`."""
-        return _unmatched(self._table.file, self._table.key, self._named, tuple(units))
+        return _unmatched(self._table, self._named, tuple(units))
 
     def _cells(self, unit: Unit, column: str | None) -> set[str]:
-        named = self._named.get(_name_of(unit, self._table.key))
-        return {row.cells[column] for row in named.rows} - {""} if named and column else set()
+        rows = _rows(self._named, unit, self._table.key)
+        return {row.cells[column] for row in rows} - {""} if column else set()
 
     def _lines(self, unit: Unit) -> str:
-        rows = self._named[_name_of(unit, self._table.key)].rows
-        return "lines " + ", ".join(str(row.line) for row in rows)
+        return "lines " + ", ".join(str(row.line) for row in _rows(self._named, unit, self._table.key))
 
 
 class MaskFolder:
@@ -149,7 +141,7 @@ class MaskFolder:
 
 def _masks_by_name(masks: Masks, key: bytes) -> dict[str, Path]:
     files = (path for path in sorted(masks.path.iterdir()) if path.name.endswith((".nii", ".nii.gz")))
-    return {_table_name(stem(path.name), masks.key, key): path for path in files}
+    return {_table_name(stem(path.name), masks.key, key): path for path in files if stem(path.name)}
 
 
 def _present(path: Path | None) -> Path:
@@ -183,11 +175,17 @@ def check_folds(folds: Sequence[tuple[str, Fold | None]], site: SiteData) -> Non
             )
 
 
-def _by_name(rows: Iterable[Row], column: str, kind: str, key: bytes) -> dict[str, _Named]:
+def _by_name(rows: Iterable[Row], table: Labels | Table, key: bytes) -> _Named:
     grouped: dict[str, list[Row]] = {}
     for row in rows:
-        grouped.setdefault(_table_name(row.cells[column], kind, key), []).append(row)
-    return {name: _Named(tuple(group), group[0].cells[column]) for name, group in grouped.items()}
+        grouped.setdefault(_table_name(row.cells[table.key_column], table.key, key), []).append(row)
+    return grouped
+
+
+def _rows(named: _Named, unit: Unit, kind: str) -> Sequence[Row]:
+    """The lines that name the unit: a line with a blank name is no line of the images without one."""
+    name = _name_of(unit, kind)
+    return named.get(name, ()) if name else ()
 
 
 def _table_name(cell: str, kind: str, key: bytes) -> str:
@@ -200,14 +198,15 @@ def _name_of(unit: Unit, kind: str) -> str:
     return str(getattr(unit, "file" if kind == "index" else kind))
 
 
-def _unmatched(file: Path, kind: str, named: Mapping[str, _Named], units: Sequence[Unit]) -> list[str]:
-    names = {_name_of(unit, kind) for unit in units}
+def _unmatched(table: Labels | Table, named: _Named, units: Sequence[Unit]) -> list[str]:
+    file, kind = table.file, table.key
+    names = {_name_of(unit, kind) for unit in units} - {""}
     missed = [group for name, group in named.items() if name not in names]
     if units and named and len(missed) == len(named):
         example = units[0].patient_id if kind == "patient" else _name_of(units[0], kind)
         raise DataError(
-            f"no line of {file} names an image of this site: by {kind} the file has '{missed[0].shown}', "
-            f"the images have '{example}'",
+            f"no line of {file} names an image of this site: by {kind} the file has "
+            f"'{missed[0][0].cells[table.key_column]}', the images have '{example}'",
             "check key and key_column in the site file",
         )
-    return [f"{file.name}:{row.line}" for group in missed for row in group.rows]
+    return [f"{file.name}:{row.line}" for group in missed for row in group]

@@ -15,7 +15,7 @@ import nibabel
 import numpy as np
 
 from locum.site_client.imaging.damage import damage_is
-from locum.site_client.imaging.dicom import MAX_FILE, MAX_VOXELS
+from locum.site_client.imaging.dicom import MAX_VOXELS, check_size
 from locum.site_client.imaging.geometry import Array, Floats, Volume, narrow, squeeze
 from locum.site_client.imaging.reasons import Reason, RefusedError
 
@@ -48,14 +48,9 @@ def read_image(path: Path, size: int) -> Volume:
     """An image of two or three dimensions, with channels last if it has four.
 
     Raises:
-        RefusedError: not_an_image, unreadable, too_large, no_geometry, colour or not_finite.
+        RefusedError: unreadable, too_large, no_geometry, colour or not_finite.
     """
-    if size < 0:
-        raise RefusedError(Reason.UNREADABLE, "not a regular file, or no permission")
-    if size > MAX_FILE:
-        raise RefusedError(Reason.TOO_LARGE, f"{size >> 20} MiB")
-    if not path.name.endswith((".nii", ".nii.gz")):
-        raise RefusedError(Reason.NOT_AN_IMAGE)
+    check_size(size)
     with damage_is(Reason.UNREADABLE):
         return _read(path)
 

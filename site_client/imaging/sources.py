@@ -199,7 +199,7 @@ def _from_dataset(document: Document, folder: Path) -> Document:
     if name not in found:
         raise DataError(f"{document.name}: there is no data set '{name}'", suggestion(str(name), found) if found else
                         "install the package that provides it (entry points of the group locum.datasets)")  # fmt: skip
-    root = folder / str(document.data.get("root", "."))
+    root = _root(folder, str(document.data.get("root", ".")))
     parameters = {key: value for key, value in given.items() if key != "name"}
     written = found[name].load()(root, **parameters)
     own = {key: value for key, value in document.data.items() if key != "dataset"}
@@ -278,12 +278,16 @@ def _keys_beside(location: tuple[int | str, ...]) -> tuple[str, ...]:
 
 
 def _resolve(site: SiteData, folder: Path) -> SiteData:
-    root = folder / site.root.expanduser()
+    root = _root(folder, site.root)
     parts: dict[str, Any] = {"root": root, "sources": tuple(_rooted(source, root) for source in site.sources)}
     for name in ("masks", "labels", "table"):
         part = getattr(site, name)
         parts[name] = None if part is None else _rooted(part, root)
     return site.model_copy(update=parts)
+
+
+def _root(folder: Path, given: Path | str) -> Path:
+    return folder / Path(given).expanduser()
 
 
 def _rooted(part: _Part, root: Path) -> _Part:

@@ -65,7 +65,7 @@ def exclusive(store: Path) -> Iterator[None]:
     """Make the folders of a store and hold it for one writer.
 
     Raises:
-        DataError: another process is writing to it.
+        DataError: another process is writing to it, or its catalog is damaged.
         RunError: the store cannot be written, a full disk for one; what was committed stays.
     """
     with _write_errors_are_told(store):
@@ -92,6 +92,8 @@ def _write_errors_are_told(store: Path) -> Iterator[None]:
         raise RunError(f"the store {store} cannot be written: {what}", _remedy()) from error
     except sqlite3.OperationalError as error:
         raise RunError(f"the catalog in {store} cannot be written: {error}", _remedy()) from error
+    except sqlite3.DatabaseError as error:
+        raise DataError(f"the catalog in {store} cannot be read: {error}", "ingest into a new store") from error
 
 
 def _remedy() -> str:

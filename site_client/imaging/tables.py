@@ -12,6 +12,7 @@ import csv
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from locum.common.errors import DataError
@@ -56,13 +57,18 @@ def read_sheet(file: Path) -> Sheet:
         DataError: the file is missing, is not UTF-8, is empty, or a line has too many or too few cells.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        status = file.stat()
+        return _sheet(file, status.st_size, status.st_mtime_ns)
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}", "check the path in the site file") from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise DataError(f"{file}, line {line}: the text is not UTF-8", "save it again as 'CSV UTF-8'") from None
-    return _parse(file, text)
+
+
+@lru_cache(maxsize=2)
+def _sheet(file: Path, size: int, mtime_ns: int) -> Sheet:  # noqa: ARG001 (a changed file is another key of the cache)
+    return _parse(file, file.read_text(encoding="utf-8-sig"))
 
 
 def _parse(file: Path, text: str) -> Sheet:

@@ -11,6 +11,10 @@ from locum.site_client.imaging.sources import load_site
 MODULE = """
 def site(root, release):
     return {"sources": [{"kind": "nifti", "images": f"release-{release}", "modality": "MR"}]}
+
+
+def newest(root):
+    return {"sources": [{"kind": "nifti", "images": max(folder.name for folder in root.iterdir())}]}
 """
 
 
@@ -21,7 +25,7 @@ def installed_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = tmp_path / "our_trial-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: our-trial\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[locum.datasets]\nour_trial = our_trial:site\n")
+    (info / "entry_points.txt").write_text("[locum.datasets]\nour_trial = our_trial:site\nnewest = our_trial:newest\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
 
 
@@ -30,6 +34,14 @@ def test_an_installed_data_set_writes_the_site_file(tmp_path: Path) -> None:
     (tmp_path / "release-3").mkdir()
     site = load_site({"name": "north", "dataset": {"name": "our_trial", "release": 3}}, base=tmp_path)
     assert site.sources[0].images == tmp_path / "release-3"  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("installed_dataset")
+def test_a_data_set_in_the_home_folder_is_looked_for_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "scans" / "release-4").mkdir(parents=True)
+    site = load_site({"name": "north", "root": "~/scans", "dataset": {"name": "newest"}}, base=tmp_path)
+    assert site.sources[0].images == tmp_path / "home" / "scans" / "release-4"  # type: ignore[union-attr]
 
 
 @pytest.mark.usefixtures("installed_dataset")

@@ -389,6 +389,22 @@ def test_a_catalog_that_is_no_database_is_an_error_in_words(hospital):
         hospital.catalog()
 
 
+def test_an_ingest_over_what_is_no_catalog_is_an_error_in_words(hospital, series):
+    hospital.write(series())
+    hospital.store.mkdir()
+    (hospital.store / "catalog.sqlite").write_bytes(b"nonsense" * 1000)
+    with pytest.raises(DataError, match="cannot be read"):
+        hospital.ingest()
+
+
+def test_an_ingest_over_half_a_catalog_is_an_error_in_words(hospital, series):
+    hospital.write(series())
+    hospital.ingest()
+    os.truncate(hospital.store / "catalog.sqlite", 8192)
+    with pytest.raises(DataError, match="cannot be read"):
+        hospital.ingest()
+
+
 def test_a_site_without_files_is_empty_and_adds_up(hospital):
     counts = hospital.ingest()
     assert (counts.found, counts.cases) == (0, 0)
@@ -411,6 +427,27 @@ def test_a_hospital_larger_than_the_memory_budget_is_read_again_instead(hospital
     assert [reader.read(item).PatientID for item in items] == ["P1"] * 5
     kept = sum(reader.read(item) is reader.read(item) for item in items)
     assert kept == min(budget // 35_000, 5)
+
+
+@pytest.mark.parametrize("form", ["gzipped", "deflated"])
+def test_the_memory_budget_counts_what_a_file_unpacks_to(hospital, series, form):
+    pixels = {"PixelData": bytes(2 << 20), "Rows": 1024, "Columns": 1024}
+    images = [series(number, slices=1, over=pixels).images()[0] for number in (1, 2)]
+    for image in images:
+        if form == "deflated":
+            image.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    for path in hospital.write(images):
+        if form == "gzipped":
+            path.with_suffix(".gz").write_bytes(gzip.compress(path.read_bytes()))
+            path.unlink()
+    first, second = find_items(load_site(hospital.site()))
+    assert first.size < 10_000
+    small, large = Reader(2 << 20), Reader(3 << 20)
+    assert small.read(first) is not small.read(first)
+    assert large.read(first) is large.read(first)
+    assert large.read(second) is not large.read(second)
+    large.drop(first)
+    assert large.read(second) is large.read(second)
 
 
 def test_masks_lie_on_the_grid_of_their_images(hospital, series):
@@ -452,3 +489,39 @@ def test_a_mask_that_changes_is_taken_again(hospital, series):
         assert hospital.ingest(masks={"path": "masks", "key": "patient"}).cases == 1
         stored = nibabel.load(hospital.catalog().cases(SPLIT)[0].mask)
         assert np.unique(stored.dataobj) == [value]
+
+
+def test_a_mask_without_a_name_is_no_images_mask(hospital, series):
+    hospital.write(series(accession=""))
+    hospital.ingest()
+    image = nibabel.load(hospital.catalog().cases(SPLIT)[0].image)
+    (hospital.folder / "masks").mkdir()
+    nibabel.save(nibabel.Nifti1Image(np.ones(image.shape, np.uint8), image.affine), hospital.folder / "masks" / ".nii")
+    assert hospital.ingest(masks={"path": "masks", "key": "accession"}).quarantined == {Reason.MASK_MISSING: 5}
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_mask_replaced_while_its_image_is_stored_is_taken_at_the_next_ingest(hospital, series, monkeypatch, known):
+    hospital.write(series())
+    hospital.ingest()
+    image = nibabel.load(hospital.catalog().cases(SPLIT)[0].image)
+    (hospital.folder / "masks").mkdir()
+    mask = hospital.folder / "masks" / "P1.nii"
+    first, second = (nibabel.Nifti1Image(np.full(image.shape, value, np.uint8), image.affine) for value in (1, 2))
+    nibabel.save(first, mask)
+    if not known:
+        hospital.store.rename(hospital.folder / "old")
+    write = Path.write_bytes
+
+    def write_and_replace(path, content):
+        """The mask has been read and its image is on its way to the disk."""
+        if path.parent == hospital.store / "masks":
+            nibabel.save(second, mask)
+            os.utime(mask, (time.time() + 5, time.time() + 5))
+        return write(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", write_and_replace)
+        hospital.ingest(masks={"path": "masks", "key": "patient"})
+    hospital.ingest(masks={"path": "masks", "key": "patient"})
+    assert np.unique(nibabel.load(hospital.catalog().cases(SPLIT)[0].mask).dataobj) == [2]

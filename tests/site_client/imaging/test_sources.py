@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 
 import nibabel
@@ -137,6 +138,16 @@ def test_a_changed_label_is_taken_without_reading_other_series_again(three):
     assert len(before.items() & after.items()) == 2
 
 
+@pytest.mark.parametrize("key", ["accession", "file"])
+def test_a_label_without_a_name_is_no_images_label_and_is_listed(hospital, series, key):
+    hospital.write(series(1, accession="IM00000", slices=1))
+    hospital.write(series(2, accession=""))
+    hospital.table("labels.csv", "acc,code\nIM00000,yes\n,no\n")
+    counts = hospital.ingest(labels=LABELS | {"key": key})
+    assert (labels_of(hospital), counts.quarantined) == (["yes"], {Reason.NO_LABEL: 5})
+    assert hospital.catalog().unmatched_lines() == ("labels.csv:3",)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -177,6 +188,15 @@ def test_cells_with_delimiters_and_line_breaks_are_cells(tmp_path):
     assert [row.line for row in rows] == [3, 4]
 
 
+def test_a_table_is_parsed_once_and_again_once_it_has_changed(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("a,b\n1,x\n")
+    first = read_sheet(path)
+    assert read_sheet(path) is first
+    path.write_text("a,b\n1,xy\n")
+    assert [row.cells for row in read_sheet(path).rows] == [{"a": "1", "b": "xy"}]
+
+
 def test_a_boolean_where_a_code_belongs_is_an_error(three):
     with pytest.raises(DataError, match="quotation marks"):
         load_site(three.site(labels=LABELS | {"classes": {False: "none"}}))
@@ -190,6 +210,14 @@ def test_a_table_says_which_images_are_this_sites(three):
     counts = three.ingest(table=TABLE)
     assert (counts.found, counts.cases, counts.quarantined) == (10, 2, {})
     assert counts.labels_without_image == 1
+
+
+def test_a_line_without_a_name_makes_no_image_this_sites(three, series):
+    three.write(series(4, patient="P4", accession=""))
+    three.table("table.csv", "acc,site\nA1,north\n,north\n")
+    counts = three.ingest(table=TABLE)
+    assert (counts.found, counts.cases) == (5, 1)
+    assert three.catalog().unmatched_lines() == ("table.csv:3",)
 
 
 def test_a_table_without_a_row_for_the_site_is_an_error(three):
@@ -314,6 +342,50 @@ def test_an_npz_gives_its_rows_and_its_folds(npz):
     }  # fmt: skip
     stored = sorted(np.asarray(nibabel.load(case.image).dataobj).T.tobytes() for case in cases if case.fold == "train")
     assert stored == sorted(arrays["train_images"][index].astype(np.int16).tobytes() for index in (0, 3, 9))
+
+
+def test_a_line_without_an_index_says_nothing_of_validation_and_test_rows(npz):
+    folder, _ = npz
+    (folder / "table.csv").write_text("index,fold,who\n0,train,p\n,test,q\n")
+    table = {"file": "table.csv", "key": "index", "key_column": "index", "fold_column": "fold", "patient_column": "who"}
+    sources = [{"kind": "npz", "path": "set.npz"}]
+    ingest(load_site({"name": "n", "root": str(folder), "sources": sources, "table": table}), folder / "store", key=KEY)
+    catalog = Catalog.open(folder / "store")
+    cases = catalog.cases(SPLIT)
+    assert Counter(case.fold for case in cases) == {"train": 1, "validation": 4, "test": 6}
+    assert len({case.patient for case in cases}) == 11
+    assert catalog.unmatched_lines() == ("table.csv:3",)
+
+
+def _as(compression):
+    """Another compression method in the archive's directory than the members have."""
+
+    def change(content):
+        place = content.index(b"PK\x01\x02") + 10
+        return content[:place] + bytes([compression]) + content[place + 1 :]
+
+    return change
+
+
+def _encrypted(content):
+    place = content.index(b"PK\x01\x02") + 8
+    return content[:place] + b"\x01" + content[place + 1 :]
+
+
+def _without_its_stream(content):
+    """The first member begins as no deflate stream does."""
+    name, extra = struct.unpack_from("<HH", content, 26)
+    place = 30 + name + extra
+    return content[:place] + b"\xff" + content[place + 1 :]
+
+
+@pytest.mark.parametrize("damage", [_without_its_stream, _as(99), _encrypted])
+def test_a_damaged_npz_is_an_error_in_words(npz, damage):
+    folder, _ = npz
+    (folder / "set.npz").write_bytes(damage((folder / "set.npz").read_bytes()))
+    site = load_site({"name": "n", "root": str(folder), "sources": [{"kind": "npz", "path": "set.npz"}]})
+    with pytest.raises(DataError, match=r"set\.npz cannot be read"):
+        ingest(site, folder / "store", key=KEY)
 
 
 def test_an_npz_without_an_array_is_an_error(tmp_path):
