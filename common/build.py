@@ -187,10 +187,15 @@ def initial_state(plan: Plan) -> tuple[nn.Module, dict[str, Role]]:
     return built, tensor_roles(plan, built)
 
 
-def shared_tensors(built: nn.Module, roles: Mapping[str, Role]) -> Model:
-    """The shared tensors of a network as numpy arrays (copies), by name."""
+def tensors_of(built: nn.Module, roles: Mapping[str, Role], wanted: Role) -> Model:
+    """The tensors of a network that have one role, as numpy arrays (copies), by name."""
     state = built.state_dict()
-    return {name: state[name].detach().cpu().numpy().copy() for name, role in roles.items() if role == "shared"}
+    return {name: state[name].detach().cpu().numpy().copy() for name, role in roles.items() if role == wanted}
+
+
+def shared_tensors(built: nn.Module, roles: Mapping[str, Role]) -> Model:
+    """The tensors that travel."""
+    return tensors_of(built, roles, "shared")
 
 
 def configuration(plan: Plan, shared: Mapping[str, NDArray[Any]]) -> dict[str, str]:

@@ -71,11 +71,14 @@ class TrainTask(Header):
 
 
 class TrainResult(Header):
-    """A site's update: tensors are local minus global weights; `weight` is its weight in the mean."""
+    """A site's update: tensors are local minus global weights; `weight` is its weight in the mean.
+
+    `steps` is None where it would tell a number of cases that is not released.
+    """
 
     round: int = Field(ge=1)
     weight: float = Field(ge=0)
-    steps: int = Field(ge=0)
+    steps: int | None = Field(ge=0)
     loss: float | None
     seconds: float = Field(ge=0)
 

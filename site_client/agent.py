@@ -25,8 +25,9 @@ from locum.common.messages import (
     TRAIN,
     DescribeTask,
     EvaluateTask,
-    Header,
+    H,
     MessageError,
+    Tensors,
     TrainTask,
     unpack,
 )
@@ -75,10 +76,7 @@ class Agent:
         kind = message.metadata.message_type
         if kind not in answers or not message.has_content():
             raise SiteFailure(Code.MESSAGE_UNREADABLE, f"message type {kind!r}")
-        try:
-            return answers[kind](plan, message.content)
-        except MessageError as error:
-            raise SiteFailure(Code.MESSAGE_UNREADABLE, str(error)) from error
+        return answers[kind](plan, message.content)
 
     def _plan(self, bundle: bytes) -> Plan:
         key = sha256_hex(bundle)
@@ -90,26 +88,29 @@ class Agent:
         return self._plans[key]
 
     def _describe(self, plan: Plan, content: RecordDict) -> RecordDict:
-        task, _ = unpack(content, DescribeTask)
-        _same_plan(task, plan)
+        _read(content, DescribeTask, plan)
         found, _ = self.worker.call("describe", plan)
         return gate.release_description(self.policy, plan, self.site, found)
 
     def _train(self, plan: Plan, content: RecordDict) -> RecordDict:
-        task, model = unpack(content, TrainTask)
-        _same_plan(task, plan)
+        task, model = _read(content, TrainTask, plan)
         began = time.monotonic()
         done, update = self.worker.call("train", plan, model, round=task.round)
         done["seconds"] = time.monotonic() - began
         return gate.release_update(self.policy, plan, task, model=model, update=update, done=done)
 
     def _evaluate(self, plan: Plan, content: RecordDict) -> RecordDict:
-        task, model = unpack(content, EvaluateTask)
-        _same_plan(task, plan)
+        task, model = _read(content, EvaluateTask, plan)
         done, sums = self.worker.call("evaluate", plan, model, round=task.round, fold=task.fold)
         return gate.release_metrics(self.policy, plan, task, cases=done["cases"], sums=sums)
 
 
-def _same_plan(task: Header, plan: Plan) -> None:
+def _read(content: RecordDict, kind: type[H], plan: Plan) -> tuple[H, Tensors]:
+    """A task and its tensors; raises SiteFailure (MESSAGE_UNREADABLE, PLAN_MISMATCH)."""
+    try:
+        task, tensors = unpack(content, kind)
+    except MessageError as error:
+        raise SiteFailure(Code.MESSAGE_UNREADABLE, str(error)) from error
     if task.plan_digest != plan.digest:
         raise SiteFailure(Code.PLAN_MISMATCH, task.plan_digest)
+    return task, tensors

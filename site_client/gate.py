@@ -77,7 +77,7 @@ def admit_plan(policy: Policy, plan: Plan) -> None:
 
 def release_description(policy: Policy, plan: Plan, site: str, found: Mapping[str, Any]) -> RecordDict:
     """The site's configuration and ability; counts only if plan and policy release them."""
-    counts = plan.release.case_counts and policy.release_case_counts
+    counts = _counts(policy, plan)
     return pack(
         Description(
             plan_digest=plan.digest,
@@ -99,17 +99,23 @@ def release_update(
     if problem is not None:
         raise SiteFailure(Code.UPDATE_REFUSED, problem)
     loss = done["loss"] if plan.release.training_loss and policy.release_training_loss else None
+    told = _counts(policy, plan) or plan.training.local_steps is not None  # the steps of an epoch tell the cases
     return pack(
         TrainResult(
             plan_digest=plan.digest,
             round=task.round,
             weight=_weight(plan, done["cases"]),
-            steps=done["steps"],
+            steps=done["steps"] if told else None,
             loss=loss,
             seconds=done["seconds"],
         ),
         update,
     )
+
+
+def _counts(policy: Policy, plan: Plan) -> bool:
+    """Whether plan and policy let the site tell its numbers of cases."""
+    return plan.release.case_counts and policy.release_case_counts
 
 
 def _weight(plan: Plan, cases: int) -> float:
@@ -119,9 +125,8 @@ def _weight(plan: Plan, cases: int) -> float:
 def release_metrics(policy: Policy, plan: Plan, task: EvaluateTask, *, cases: int, sums: Tensors) -> RecordDict:
     """The sums of the metrics that the plan releases, and of no other."""
     allowed = {name: sums[name] for name in plan.released_metrics}
-    counts = plan.release.case_counts and policy.release_case_counts
-    header = EvaluateResult(plan_digest=plan.digest, round=task.round, fold=task.fold, cases=cases if counts else None)
-    return pack(header, allowed)
+    told = cases if _counts(policy, plan) else None
+    return pack(EvaluateResult(plan_digest=plan.digest, round=task.round, fold=task.fold, cases=told), allowed)
 
 
 def release_failure(failure: SiteFailure) -> Error:

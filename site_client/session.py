@@ -27,6 +27,7 @@ from locum.common.errors import Code, DataError, SiteFailure
 from locum.common.metrics import Outcomes
 from locum.common.plan import Contract, Fold, Plan
 from locum.site_client.imaging.catalog import Case, Catalog, Facts
+from locum.site_client.imaging.split import FOLDS
 from locum.site_client.settings import Settings
 from locum.site_client.training import data, evaluate, train
 
@@ -50,7 +51,7 @@ class Session:
         """The prepared cases of a fold; raises SiteFailure (NO_DATA, DATA_UNREADABLE)."""
         key = (fold, augment)
         if key not in self._datasets:
-            budget = self.settings.cache_bytes
+            budget = self.settings.cache_bytes - sum(map(data.held_bytes, self._datasets.values()))
             self._datasets[key] = data.dataset(self.plan, self.cases[fold], augment=augment, budget_bytes=budget)
         return self._datasets[key]
 
@@ -87,7 +88,7 @@ def _device_name(asked: str) -> str:
 
 def _cases(settings: Settings, plan: Plan) -> dict[Fold, tuple[Case, ...]]:
     found = [case for store in settings.stores for case in _fitting(store, plan)]
-    return {fold: tuple(case for case in found if case.fold == fold) for fold in ("train", "validation", "test")}
+    return {fold: tuple(case for case in found if case.fold == fold) for fold in FOLDS}
 
 
 def _fitting(store: Path, plan: Plan) -> list[Case]:
@@ -195,10 +196,10 @@ def measure(session: Session, fold: Fold) -> Outcomes:
 
 def fit_alone(session: Session, rounds: int) -> Model:
     """Trains from the plan's start without a federation, `rounds` rounds of its steps; returns every tensor."""
-    state = session.network.state_dict()
-    _assign(state, {name: tensor.numpy() for name, tensor in build.initial_state(session.plan)[0].state_dict().items()})
+    session.network.load_state_dict(build.initial_state(session.plan)[0].state_dict())
     for round_number in range(1, rounds + 1):
         _train_steps(session, round_number)
+    state = session.network.state_dict()
     return {name: tensor.detach().cpu().numpy().copy() for name, tensor in state.items()}
 
 
@@ -236,18 +237,13 @@ def _load_local(session: Session, after_round: int) -> None:
     """Loads the local tensors as they were after `after_round`; as the seed made them before the site's first."""
     if "local" not in session.roles.values():
         return
-    state = session.network.state_dict()
     older = [path for number, path in _local_files(session) if number <= after_round]
-    if older:
-        _assign(state, load_file(older[-1]))
-    else:
-        initial = build.initial_state(session.plan)[0].state_dict()
-        _assign(state, {n: initial[n].numpy() for n, role in session.roles.items() if role == "local"})
+    local = load_file(older[-1]) if older else build.tensors_of(*build.initial_state(session.plan), "local")
+    _assign(session.network.state_dict(), local)
 
 
 def _save_local(session: Session, round_number: int) -> None:
-    state = session.network.state_dict()
-    local = {n: state[n].detach().cpu().numpy() for n, role in session.roles.items() if role == "local"}
+    local = build.tensors_of(session.network, session.roles, "local")
     if not local:
         return
     _local_folder(session).mkdir(parents=True, exist_ok=True)

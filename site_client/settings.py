@@ -15,7 +15,7 @@ class Settings:
         stores: folders of catalogs, usually one.
         run_dir: where local tensors are kept between rounds.
         threads: CPU threads of torch.
-        cache_bytes: memory for prepared cases.
+        cache_bytes: memory for prepared cases, of all folds together.
         device: `cpu`, `cuda`, or `auto` for the GPU where there is one.
     """
 

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 # An optimiser's first step imports torch._dynamo: a second for every worker, unless the server has done it.
 _PRELOADED = ("locum.site_client.operations", "torch._dynamo")
 _context = get_context("forkserver")
+#: What the pipe raises when the other side is gone or has sent what is no message.
+_NO_MESSAGE = (EOFError, OSError, ValueError, safetensors.SafetensorError)
 
 
 def process_context() -> ForkServerContext:
@@ -63,7 +65,7 @@ def serve(connection: Connection, settings: Settings) -> None:
     while True:
         try:
             request, tensors = _receive(connection)
-        except (EOFError, OSError, ValueError, safetensors.SafetensorError):
+        except _NO_MESSAGE:
             return  # what is no message ends the worker: nothing after it can be trusted to be whole
         try:
             session = operations.session_for(session, settings, request)
@@ -84,7 +86,9 @@ def _keep_output(settings: Settings) -> None:
 
 
 def _code_of(error: Exception) -> Code:
-    if isinstance(error, MemoryError):
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return Code.OUT_OF_MEMORY
     return Code.DISK_FULL if isinstance(error, OSError) and error.errno == errno.ENOSPC else Code.INTERNAL
 
@@ -151,7 +155,7 @@ class Worker:
             self._plan = None  # a failure may leave the worker at either plan
         try:
             reply, arrays = self._exchange(header, tensors)
-        except (EOFError, OSError, ValueError, safetensors.SafetensorError) as error:
+        except _NO_MESSAGE as error:
             self.stop()
             self.log.exception("the worker died during %s", operation)
             raise SiteFailure(Code.WORKER_DIED, operation) from error

@@ -29,6 +29,7 @@ from locum.server.checkpoints import Checkpoints
 from locum.server.records import Events
 from locum.server.rounds import Finished, open_engine, run
 from locum.simulations.engines.local import LocalGrid
+from tests.plans import initial
 
 Answer = RecordDict | Error
 
@@ -48,15 +49,15 @@ class Peer:
 
     def describe(self, plan: Plan, content: RecordDict) -> Answer:
         unpack(content, DescribeTask)
-        shared = build.shared_tensors(*build.initial_state(plan))
-        return pack(
-            Description(
-                plan_digest=plan.digest,
-                site=self.site,
-                configuration=build.configuration(plan, shared),
-                cases={"train": 8, "validation": 1, "test": 2},
-                able=True,
-            )
+        return pack(self.description(plan))
+
+    def description(self, plan: Plan) -> Description:
+        return Description(
+            plan_digest=plan.digest,
+            site=self.site,
+            configuration=build.configuration(plan, initial(plan)),
+            cases={"train": 8, "validation": 1, "test": 2},
+            able=True,
         )
 
     def train(self, plan: Plan, content: RecordDict) -> Answer:
@@ -74,12 +75,15 @@ class Peer:
 
     def evaluate(self, plan: Plan, content: RecordDict) -> Answer:
         task, _ = unpack(content, EvaluateTask)
+        cases = len(plan.contract.classes)
+        header = EvaluateResult(plan_digest=plan.digest, round=task.round, fold=task.fold, cases=cases)
+        return pack(header, self.sums(plan, task))
+
+    def sums(self, plan: Plan, task: EvaluateTask) -> Tensors:
         classes = len(plan.contract.classes)
-        matrix = np.eye(classes).ravel()
         histogram = np.zeros((classes, 2, 1024))
         histogram[1, 0, 100], histogram[1, 1, 400] = 1, 1
-        sums = {"AUC": histogram.ravel(), "accuracy": matrix}
-        return pack(EvaluateResult(plan_digest=plan.digest, round=task.round, fold=task.fold, cases=classes), sums)
+        return {"AUC": histogram.ravel(), "accuracy": np.eye(classes).ravel()}
 
 
 class Spoiler(Peer):

@@ -6,6 +6,8 @@ import copy
 import json
 from typing import Any
 
+from locum.common import build
+from locum.common.build import Model
 from locum.common.plan import Plan, parse_plan
 
 CLASSIFY: dict[str, Any] = {
@@ -47,3 +49,8 @@ def with_changes(base: dict[str, Any], **changes: Any) -> dict[str, Any]:
 def plan(**changes: Any) -> Plan:
     """The classification plan with changes."""
     return parse_plan(json.dumps(with_changes(CLASSIFY, **changes)).encode())
+
+
+def initial(of: Plan) -> Model:
+    """The model that a coordinator sends in round 1."""
+    return build.shared_tensors(*build.initial_state(of))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import nibabel
@@ -112,7 +113,7 @@ def _item(plan: Plan, index: int, case: Case) -> dict[str, Any]:
 
 
 def dataset(plan: Plan, cases: Sequence[Case], *, augment: bool, budget_bytes: int) -> CacheDataset:
-    """The cases as a dataset whose deterministic part is cached.
+    """The cases as a dataset whose deterministic part is cached, for as many as fit the budget, judged by the first.
 
     Raises:
         SiteFailure: NO_DATA if there is no case, DATA_UNREADABLE if one cannot be loaded or transformed.
@@ -121,10 +122,11 @@ def dataset(plan: Plan, cases: Sequence[Case], *, augment: bool, budget_bytes: i
         raise SiteFailure(Code.NO_DATA, "no case in this fold")
     items = [_item(plan, index, case) for index, case in enumerate(cases)]
     pipeline = _pipeline(plan, augment=augment)
+    # Some of MONAI's augmentations write into their input (RandCoarseDropoutd does): they get a copy.
+    keep = partial(CacheDataset, transform=pipeline, num_workers=0, progress=False, copy_cache=augment)
     with _unreadable():
-        count = _cached_count(pipeline, items, budget_bytes)
-        # Some of MONAI's augmentations write into their input (RandCoarseDropoutd does): they get a copy.
-        made = CacheDataset(items, pipeline, cache_num=count, num_workers=0, progress=False, copy_cache=augment)
+        size = held_bytes(keep(items[:1]))
+        made = keep(items, cache_num=max(0, budget_bytes // max(1, size)))
         _check_first(plan, made[0], augment=augment)
     return made
 
@@ -144,12 +146,10 @@ def _with_causes(error: BaseException) -> str:
     return said if error.__cause__ is None else f"{said}; from {_with_causes(error.__cause__)}"
 
 
-def _cached_count(pipeline: Compose, items: Sequence[Mapping[str, Any]], budget_bytes: int) -> int:
-    """How many prepared cases fit the budget, judged by the first one."""
-    first = pipeline(items[0])
-    one = first[0] if isinstance(first, list) else first
-    size = sum(value.element_size() * value.nelement() for value in one.values() if isinstance(value, torch.Tensor))
-    return min(len(items), max(0, budget_bytes // max(1, size)))
+def held_bytes(data: CacheDataset) -> int:
+    """The memory of the prepared cases that a dataset keeps."""
+    kept = data._cache  # noqa: SLF001 - MONAI tells how many it keeps, but not how large they are
+    return sum(value.nbytes for item in kept for value in item.values() if isinstance(value, torch.Tensor))
 
 
 def _check_first(plan: Plan, item: Any, *, augment: bool) -> None:
@@ -204,8 +204,7 @@ def training_loader(plan: Plan, data: CacheDataset, *, site: str, round_number: 
     """
     seed = draw_seed(plan.seed, site, round_number)
     generator = torch.Generator().manual_seed(seed)
-    if isinstance(data.transform, Compose):
-        data.transform.set_random_state(seed=seed)
+    data.transform.set_random_state(seed=seed)
     size = min(plan.training.batch_size, len(data))
     balanced = plan.training.sampling == "balanced" and plan.contract.task == "classification"
     labels = [int(item["label"]) for item in data.data] if balanced else None

@@ -41,20 +41,17 @@ def outcomes(
     """Runs `network` over the batches of `cases`, in their order.
 
     Raises:
-        SiteFailure: LOSS_NOT_FINITE if a probability is not finite, OUT_OF_MEMORY.
+        SiteFailure: LOSS_NOT_FINITE if a probability is not finite.
     """
     network.eval()
     measure = _measure_masks if plan.contract.task == "segmentation" else _measure_classes
     rows: list[tuple[Floats, Floats]] = []
-    try:
-        with torch.inference_mode():
-            for batch in batches:
-                probabilities = predict(plan, network, batch["image"].to(device)).cpu()
-                if not torch.isfinite(probabilities).all():
-                    raise SiteFailure(Code.LOSS_NOT_FINITE, "a probability is not finite")
-                rows.append(measure(plan, probabilities, batch))
-    except torch.OutOfMemoryError as error:
-        raise SiteFailure(Code.OUT_OF_MEMORY, str(error)) from error
+    with torch.inference_mode():
+        for batch in batches:
+            probabilities = predict(plan, network, batch["image"].to(device)).cpu()
+            if not torch.isfinite(probabilities).all():
+                raise SiteFailure(Code.LOSS_NOT_FINITE, "a probability is not finite")
+            rows.append(measure(plan, probabilities, batch))
     first, second = (np.concatenate(column) for column in zip(*rows, strict=True))
     patients = tuple(case.patient for case in cases)
     empty = np.zeros((0, 0))

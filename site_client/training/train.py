@@ -7,9 +7,10 @@ nothing from round to round but the tensors the plan calls local.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -56,7 +57,7 @@ def train(
     """Trains `network` in place over `batches`; the tensors named in `frozen` stay as they are.
 
     Raises:
-        SiteFailure: LOSS_NOT_FINITE if the loss became NaN or infinite, OUT_OF_MEMORY.
+        SiteFailure: LOSS_NOT_FINITE if the loss became NaN or infinite.
     """
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimiser = build.optimiser(plan, trainable, schedule_factor(plan, round_number))
@@ -64,22 +65,19 @@ def train(
     precision, scaler = _precision(plan, device)
     _training_mode(network, frozen)
     total, steps = torch.zeros((), dtype=torch.float64, device=device), 0
-    try:
-        for batch in batches:
-            optimiser.zero_grad(set_to_none=True)
-            with precision():
-                scores = build.logits(network, batch["image"].to(device))
-                loss = criterion(scores.float(), truth_of(plan, batch, device))
-            torch.autograd.backward(scaler.scale(loss))
-            if plan.training.gradient_clip is not None:
-                scaler.unscale_(optimiser)
-                nn.utils.clip_grad_norm_(trainable, plan.training.gradient_clip)
-            scaler.step(optimiser)
-            scaler.update()
-            total += loss.detach()
-            steps += 1
-    except torch.OutOfMemoryError as error:
-        raise SiteFailure(Code.OUT_OF_MEMORY, str(error)) from error
+    for batch in batches:
+        optimiser.zero_grad(set_to_none=True)
+        with precision():
+            scores = build.logits(network, batch["image"].to(device))
+            loss = criterion(scores.float(), truth_of(plan, batch, device))
+        torch.autograd.backward(scaler.scale(loss))
+        if plan.training.gradient_clip is not None:
+            scaler.unscale_(optimiser)
+            nn.utils.clip_grad_norm_(trainable, plan.training.gradient_clip)
+        scaler.step(optimiser)
+        scaler.update()
+        total += loss.detach()
+        steps += 1
     mean = float(total) / max(1, steps)
     if not math.isfinite(mean):
         raise SiteFailure(Code.LOSS_NOT_FINITE, f"mean loss {mean} in round {round_number}")
@@ -93,20 +91,16 @@ def _training_mode(network: nn.Module, frozen: Collection[str]) -> None:
         network.get_submodule(layer).eval()
 
 
-class _Precision:
-    """Makes the autocast context of a step: bfloat16 (float16 where the GPU has no other) or none."""
+def _precision(
+    plan: Plan, device: torch.device
+) -> tuple[Callable[[], AbstractContextManager[object]], torch.amp.GradScaler]:
+    """What makes a step's autocast context, and the loss's scaler.
 
-    def __init__(self, dtype: torch.dtype | None) -> None:
-        self._dtype = dtype
-
-    def __call__(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._dtype is None else torch.autocast("cuda", self._dtype)
-
-
-def _precision(plan: Plan, device: torch.device) -> tuple[_Precision, torch.amp.GradScaler]:
-    """Mixed precision is used on a GPU; on a CPU the same plan trains in float32."""
+    Mixed precision is used on a GPU (bfloat16, or float16 where it has no other); on a CPU the same plan trains in
+    float32.
+    """
     dtype = None
     if plan.training.precision == "mixed" and device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return _Precision(dtype), scaler
+    return nullcontext if dtype is None else partial(torch.autocast, "cuda", dtype), scaler

@@ -8,18 +8,16 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from locum.common import build
 from locum.common.errors import Code, RunError
-from locum.common.messages import Description, Tensors, TrainResult, TrainTask, pack
+from locum.common.messages import Description, EvaluateTask, Tensors, TrainResult, TrainTask
 from locum.common.plan import Plan
 from locum.server.rounds import Finished
 from tests.peers import Answer, Failing, Mute, Peer, Spoiler, run_peers
-from tests.plans import plan
+from tests.plans import initial, plan
 
 
 def _moved(finished: Finished, of: Plan) -> set[float]:
-    initial = build.shared_tensors(*build.initial_state(of))
-    return {round(float(x), 4) for name in initial for x in (finished.model[name] - initial[name]).ravel()}
+    return {round(float(x), 4) for name, start in initial(of).items() for x in (finished.model[name] - start).ravel()}
 
 
 def _events(folder: Path, kind: str) -> list[dict[str, object]]:
@@ -183,12 +181,9 @@ def test_a_run_goes_on_from_its_last_committed_round_bit_by_bit(tmp_path: Path) 
 
 def test_sites_that_disagree_on_the_configuration_stop_the_run_before_round_one(tmp_path: Path) -> None:
     class Old(Peer):
-        def describe(self, plan: Plan, content: RecordDict) -> Answer:
-            shared = build.shared_tensors(*build.initial_state(plan))
-            configuration = {**build.configuration(plan, shared), "torch": "2.11.0"}
-            return pack(
-                Description(plan_digest=plan.digest, site=self.site, configuration=configuration, cases=None, able=True)
-            )
+        def description(self, plan: Plan) -> Description:
+            found = super().description(plan)
+            return found.model_copy(update={"configuration": {**found.configuration, "torch": "2.11.0"}, "cases": None})
 
     peers = [Peer("a"), Old("b")]
     with pytest.raises(RunError, match=r"b: torch is '2\.11\.0', here it is") as caught:
@@ -204,25 +199,29 @@ def test_two_agents_of_one_name_stop_the_run(tmp_path: Path) -> None:
 
 def test_a_site_that_is_not_able_is_left_out_with_its_reason(tmp_path: Path) -> None:
     class Empty(Peer):
-        def describe(self, plan: Plan, content: RecordDict) -> Answer:
-            shared = build.shared_tensors(*build.initial_state(plan))
-            configuration = build.configuration(plan, shared)
-            return pack(
-                Description(
-                    plan_digest=plan.digest,
-                    site=self.site,
-                    configuration=configuration,
-                    cases={"train": 0},
-                    able=False,
-                    reason="no case",
-                )
-            )
+        def description(self, plan: Plan) -> Description:
+            empty = {"cases": {"train": 0}, "able": False, "reason": "no case"}
+            return super().description(plan).model_copy(update=empty)
 
     finished = run_peers(plan(rounds=1), [Peer("a"), Peer("b"), Empty("c")], tmp_path)
     assert finished.status == "completed with losses"
     assert finished.roster.excluded == {"c": "no case"}
     with pytest.raises(RunError, match="quorum is 2"):
         run_peers(plan(), [Peer("a"), Empty("b")], tmp_path / "second")
+
+
+def test_a_site_that_tells_neither_counts_nor_steps_nor_loss_takes_part(tmp_path: Path) -> None:
+    class Silent(Peer):
+        def description(self, plan: Plan) -> Description:
+            return super().description(plan).model_copy(update={"cases": None})
+
+        def header(self, plan: Plan, task: TrainTask) -> TrainResult:
+            return super().header(plan, task).model_copy(update={"steps": None, "loss": None})
+
+    of = plan(rounds=1)
+    finished = run_peers(of, [Peer("a"), Silent("b", 3.0)], tmp_path)
+    assert finished.status == "completed"
+    assert _moved(finished, of) == {2.0}
 
 
 def test_a_resumed_run_refuses_to_lose_a_site_in_silence(tmp_path: Path) -> None:
@@ -251,14 +250,10 @@ def test_a_sum_that_is_not_finite_voids_the_round_and_says_so(tmp_path: Path) ->
 class _Learner(Peer):
     """A peer whose measured AUC is best after round 2."""
 
-    def evaluate(self, plan: Plan, content: RecordDict) -> Answer:
-        from locum.common.messages import EvaluateResult, EvaluateTask, unpack
-
-        task, _ = unpack(content, EvaluateTask)
+    def sums(self, plan: Plan, task: EvaluateTask) -> Tensors:
         histogram = np.zeros((2, 2, 1024))
         histogram[1, 0, 300], histogram[1, 1, 400 if task.round == 2 else 200] = 1, 1
-        sums = {"AUC": histogram.ravel(), "accuracy": np.eye(2).ravel()}
-        return pack(EvaluateResult(plan_digest=plan.digest, round=task.round, fold=task.fold, cases=None), sums)
+        return {**super().sums(plan, task), "AUC": histogram.ravel()}
 
 
 def test_the_best_round_on_validation_is_the_result_when_the_plan_says_so(tmp_path: Path) -> None:
@@ -273,12 +268,8 @@ def test_the_best_round_on_validation_is_the_result_when_the_plan_says_so(tmp_pa
 @pytest.mark.parametrize("length", [0, 1, 4095, 4097])
 def test_metric_sums_of_another_length_cost_the_site_its_evaluation(tmp_path: Path, length: int) -> None:
     class Long(Peer):
-        def evaluate(self, plan: Plan, content: RecordDict) -> Answer:
-            from locum.common.messages import EvaluateResult, EvaluateTask, unpack
-
-            task, _ = unpack(content, EvaluateTask)
-            sums = {"AUC": np.zeros(length), "accuracy": np.eye(2).ravel()}
-            return pack(EvaluateResult(plan_digest=plan.digest, round=task.round, fold=task.fold, cases=1), sums)
+        def sums(self, plan: Plan, task: EvaluateTask) -> Tensors:
+            return {**super().sums(plan, task), "AUC": np.zeros(length)}
 
     finished = run_peers(plan(rounds=1), [Peer("a"), Long("b")], tmp_path)
     assert finished.test.excluded == {"b": "a metric's sums have another length"}
@@ -287,12 +278,8 @@ def test_metric_sums_of_another_length_cost_the_site_its_evaluation(tmp_path: Pa
 
 def test_metric_sums_that_are_no_sums_cost_the_site_its_evaluation(tmp_path: Path) -> None:
     class Odd(Peer):
-        def evaluate(self, plan: Plan, content: RecordDict) -> Answer:
-            from locum.common.messages import EvaluateResult, EvaluateTask, unpack
-
-            task, _ = unpack(content, EvaluateTask)
-            sums = {"AUC": np.full(4096, np.nan), "accuracy": np.eye(2).ravel()}
-            return pack(EvaluateResult(plan_digest=plan.digest, round=task.round, fold=task.fold, cases=1), sums)
+        def sums(self, plan: Plan, task: EvaluateTask) -> Tensors:
+            return {**super().sums(plan, task), "AUC": np.full(4096, np.nan)}
 
     finished = run_peers(plan(rounds=1), [Peer("a"), Odd("b")], tmp_path)
     assert "b" in finished.test.excluded

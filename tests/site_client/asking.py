@@ -13,7 +13,6 @@ import numpy as np
 from flwr.app import Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from locum.common import build
 from locum.common.build import Model
 from locum.common.fab import build_bundle
 from locum.common.messages import (
@@ -34,7 +33,7 @@ from locum.common.plan import Plan, parse_plan
 from locum.site_client.agent import Agent
 from locum.site_client.imaging.ingest import ingest
 from locum.site_client.imaging.sources import load_site
-from tests.plans import CLASSIFY, with_changes
+from tests.plans import CLASSIFY, initial, with_changes
 
 SEGMENT: dict[str, Any] = with_changes(
     CLASSIFY,
@@ -43,8 +42,6 @@ SEGMENT: dict[str, Any] = with_changes(
     loss={"name": "DiceCELoss"},
     evaluation={"metrics": ["Dice", "surface_distance"]},
 )
-#: A network with batch normalisation, whose running statistics stay at the site.
-BATCH_NORM = {"name": "ResNet10", "widen_factor": 0.0625, "norm": "batch"}
 _SPLIT = {"train": 0.6, "validation": 0.2, "test": 0.2}
 
 
@@ -58,14 +55,20 @@ def segmentation_plan(**changes: Any) -> Plan:
     return _plan(SEGMENT, **changes)
 
 
+def batch_norm_plan(**changes: Any) -> Plan:
+    """A plan whose network has batch normalisation; its running statistics stay at the site."""
+    network = {"name": "ResNet10", "widen_factor": 0.0625, "norm": "batch"}
+    return plan(**{"contract__modality": None, "network": network, **changes})
+
+
 def _plan(base: dict[str, Any], **changes: Any) -> Plan:
     content = with_changes(base, **{"contract__split": _SPLIT, **changes})
     return parse_plan(json.dumps(content).encode())
 
 
-def initial(of: Plan) -> Model:
-    """The model that a coordinator sends in round 1."""
-    return build.shared_tensors(*build.initial_state(of))
+def moved(model: Model, update: Model) -> Model:
+    """The model after an update."""
+    return {name: model[name] + update[name] for name in model}
 
 
 def equal(a: Tensors, b: Tensors) -> bool:
@@ -101,6 +104,11 @@ def describe(agent: Agent, of: Plan) -> Description:
 def training(of: Plan, model: Tensors, number: int = 1) -> RecordDict:
     """The content of a training message."""
     return pack(TrainTask(plan_digest=of.digest, round=number), model)
+
+
+def send_training(agent: Agent, of: Plan) -> Message:
+    """The agent's reply to the first training message of the plan's run."""
+    return send(agent, of, training(of, initial(of)), TRAIN)
 
 
 def train(agent: Agent, of: Plan, model: Tensors, number: int = 1) -> tuple[TrainResult, Tensors]:

@@ -15,17 +15,18 @@ from locum.common.messages import DESCRIBE, EVALUATE, TRAIN, DescribeTask, Evalu
 from locum.common.metrics import METRICS
 from locum.simulations.preparation import Prepared
 from locum.site_client.agent import Agent
+from tests.plans import initial
 from tests.site_client.asking import (
-    BATCH_NORM,
     Picture,
+    batch_norm_plan,
     describe,
     evaluate,
     failure,
-    initial,
     message,
     nifti_store,
     plan,
     send,
+    send_training,
     train,
     training,
 )
@@ -154,7 +155,7 @@ def test_a_path_with_a_patients_name_stays_in_the_sites_own_log(
     for image in (store / "volumes").iterdir():
         image.write_bytes(b"")
     agent, of = employ(store=store, folder=_NAME), plan()
-    reply = send(agent, of, training(of, initial(of)), TRAIN)
+    reply = send_training(agent, of)
     assert failure(reply) == (Code.DATA_UNREADABLE, "DATA_UNREADABLE")
     assert _NAME not in repr(vars(reply)) + repr(vars(reply.metadata))
     assert _NAME in _log(agent)
@@ -165,7 +166,7 @@ def test_a_label_with_a_patients_name_stays_in_the_sites_own_log(employ: Callabl
     labels = ["lesion", "no_lesion", _NAME]
     store = nifti_store(tmp_path / "site", [Picture(f"i{n}", volume + n, label) for n, label in enumerate(labels)])
     agent, of = employ(store=store), plan(contract__modality=None)
-    reply = send(agent, of, training(of, initial(of)), TRAIN)
+    reply = send_training(agent, of)
     assert failure(reply) == (Code.DATA_UNREADABLE, "DATA_UNREADABLE")
     assert _NAME not in repr(vars(reply)) + repr(vars(reply.metadata))
     assert _NAME in _log(agent)
@@ -176,11 +177,11 @@ def test_a_label_with_a_patients_name_stays_in_the_sites_own_log(employ: Callabl
 
 
 def test_an_error_nobody_foresaw_leaves_as_a_code_and_stays_as_a_traceback(employ: Callable[..., Agent]) -> None:
-    agent, of = employ(folder=_NAME), plan(contract__modality=None, network=BATCH_NORM)
+    agent, of = employ(folder=_NAME), batch_norm_plan()
     run_dir = agent.worker.settings.run_dir
     run_dir.mkdir(exist_ok=True)
     (run_dir / of.digest[:16]).write_text("a file where the folder of local tensors should be")
-    reply = send(agent, of, training(of, initial(of)), TRAIN)
+    reply = send_training(agent, of)
     assert failure(reply) == (Code.INTERNAL, "INTERNAL")
     assert _NAME not in repr(vars(reply)) + repr(vars(reply.metadata))
     assert "Traceback" in _log(agent)
@@ -191,7 +192,7 @@ def test_a_site_without_a_catalog_says_that_its_data_cannot_be_read(
     employ: Callable[..., Agent], tmp_path: Path
 ) -> None:
     agent, of = employ(store=tmp_path / "nowhere"), plan()
-    assert failure(send(agent, of, training(of, initial(of)), TRAIN))[0] == Code.DATA_UNREADABLE
+    assert failure(send_training(agent, of))[0] == Code.DATA_UNREADABLE
     assert "holds no catalog" in _log(agent)
 
 
@@ -203,7 +204,7 @@ def test_a_site_without_a_fitting_case_is_not_able_and_says_how_many_it_has(agen
         found.reason
         == "0 training patients have images that fit the contract (modality, dimensions, spacing), which asks for 3"
     )
-    assert failure(send(agent, of, training(of, initial(of)), TRAIN)) == (Code.NO_DATA, "NO_DATA")
+    assert failure(send_training(agent, of)) == (Code.NO_DATA, "NO_DATA")
 
 
 def test_a_step_to_infinity_never_leaves(agent: Agent) -> None:
@@ -212,10 +213,10 @@ def test_a_step_to_infinity_never_leaves(agent: Agent) -> None:
         {"admission__norm_bound": 1e-9},
     ):
         of = plan(**changes)
-        assert failure(send(agent, of, training(of, initial(of)), TRAIN)) == (Code.UPDATE_REFUSED, "UPDATE_REFUSED")
+        assert failure(send_training(agent, of)) == (Code.UPDATE_REFUSED, "UPDATE_REFUSED")
 
 
 def test_a_loss_that_is_not_finite_is_named_for_what_it_is(agent: Agent) -> None:
     of = plan(optimiser={"name": "SGD", "lr": 1e30}, training__local_steps=4)
-    assert failure(send(agent, of, training(of, initial(of)), TRAIN)) == (Code.LOSS_NOT_FINITE, "LOSS_NOT_FINITE")
+    assert failure(send_training(agent, of)) == (Code.LOSS_NOT_FINITE, "LOSS_NOT_FINITE")
     assert describe(agent, of).able

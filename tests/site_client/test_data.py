@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 
 from locum.common import names
 from locum.common.errors import Code, SiteFailure
-from locum.common.plan import Plan
+from locum.common.plan import Fold, Plan
 from locum.simulations.preparation import Prepared
 from locum.site_client.imaging.catalog import Case
 from locum.site_client.session import Session, open_session, train_round
 from locum.site_client.settings import Settings
 from locum.site_client.training import data
 from locum.site_client.training.data import Draws, draw_seed, steps_of
-from tests.site_client.asking import Picture, equal, initial, nifti_store, plan, segmentation_plan
+from tests.plans import initial
+from tests.site_client.asking import Picture, equal, nifti_store, plan, segmentation_plan
 
 #: Parameters that make an augmentation act on every case.
 _PARAMETERS: dict[str, dict[str, Any]] = {
@@ -120,10 +121,22 @@ def test_a_prepared_case_is_not_read_again(settings: Settings, hospitals: dict[s
 
 
 def test_as_many_cases_are_kept_as_the_budget_holds(settings: Settings) -> None:
+    crop = {"name": "RandSpatialCropd", "roi_size": [4, 4, 4], "random_size": False}
     one = 16 * 16 * 8 * 4 + 3 * 4
-    for cases in (0, 1, 3, 7):
-        session = open_session(replace(settings, cache_bytes=cases * one), plan())
-        assert len(session.dataset("train", augment=True)._cache) == cases
+    for of in (plan(), plan(transforms__augment=[crop], training__input_size=[4, 4, 4])):
+        for cases in (0, 1, 3, 7):
+            session = open_session(replace(settings, cache_bytes=cases * one), of)
+            assert len(session.dataset("train", augment=True)._cache) == cases
+
+
+def test_the_folds_together_keep_as_many_cases_as_the_budget_holds(settings: Settings) -> None:
+    one = 16 * 16 * 8 * 4 + 3 * 4
+    session = open_session(replace(settings, cache_bytes=8 * one), plan())
+    folds: list[tuple[Fold, int]] = [("train", 7), ("validation", 1), ("test", 0)]
+    for fold, kept in folds:
+        prepared = session.dataset(fold, augment=fold == "train")
+        assert len(prepared._cache) == kept
+        assert len(prepared) == len(session.cases[fold]) >= 3
 
 
 def test_a_damaged_volume_is_unreadable_and_the_log_says_which_and_why(

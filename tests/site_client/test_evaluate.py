@@ -20,7 +20,8 @@ from locum.site_client.session import Session, at_model, measure, open_session
 from locum.site_client.settings import Settings
 from locum.site_client.training.evaluate import outcomes, predict
 from locum.site_client.training.pictures import sample_pictures
-from tests.site_client.asking import Picture, initial, nifti_store, plan, segmentation_plan
+from tests.plans import initial
+from tests.site_client.asking import Picture, batch_norm_plan, nifti_store, plan, segmentation_plan
 
 _CPU = torch.device("cpu")
 
@@ -160,7 +161,7 @@ def test_classes_are_measured_case_by_case_in_the_order_of_the_cases(settings: S
 
 
 def test_evaluation_neither_trains_nor_moves_running_statistics(settings: Settings) -> None:
-    of = plan(contract__modality=None, network={"name": "ResNet10", "widen_factor": 0.0625, "norm": "batch"})
+    of = batch_norm_plan()
     session = open_session(settings, of)
     before = {name: tensor.clone() for name, tensor in session.network.state_dict().items()}
     measure(session, "test")

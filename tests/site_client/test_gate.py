@@ -9,7 +9,6 @@ from pydantic import ValidationError
 
 from locum.common.errors import Code, SiteFailure
 from locum.common.messages import (
-    TRAIN,
     Description,
     EvaluateResult,
     EvaluateTask,
@@ -21,7 +20,7 @@ from locum.common.messages import (
 from locum.site_client import gate
 from locum.site_client.agent import Agent
 from locum.site_client.gate import Policy, PolicyRefusal
-from tests.site_client.asking import failure, initial, plan, segmentation_plan, send, training
+from tests.site_client.asking import failure, plan, segmentation_plan, send_training
 
 _FOUND = {
     "configuration": {"torch": "2"},
@@ -48,14 +47,14 @@ def test_each_clause_of_the_policy_refuses_and_tells_its_name_alone(
     clause: str, policy: dict[str, Any], changes: dict[str, Any], employ: Callable[..., Agent]
 ) -> None:
     of = plan(**changes)
-    code, reason = failure(send(employ(**policy), of, training(of, initial(of)), TRAIN))
+    code, reason = failure(send_training(employ(**policy), of))
     assert (code, reason) == (Code.POLICY_REFUSED, f"POLICY_REFUSED {clause}")
 
 
 def test_a_refused_plan_never_reaches_the_worker(employ: Callable[..., Agent]) -> None:
     agent, of = employ(most_rounds=1), plan()
     agent.worker.stop()
-    send(agent, of, training(of, initial(of)), TRAIN)
+    send_training(agent, of)
     assert agent.worker.pid is None
 
 
@@ -92,9 +91,12 @@ def test_a_description_is_copied_field_by_field() -> None:
     assert b"Mustermann" not in released["header"]["json"]  # type: ignore[index,operator]
 
 
-@pytest.mark.parametrize(
+_no_counts = pytest.mark.parametrize(
     ("policy", "changes"), [({"release_case_counts": False}, {}), ({}, {"release": {"case_counts": False}})]
 )
+
+
+@_no_counts
 def test_counts_and_all_that_tells_them_stay_when_policy_or_plan_says_so(
     policy: dict[str, Any], changes: dict[str, Any]
 ) -> None:
@@ -107,6 +109,16 @@ def test_counts_and_all_that_tells_them_stay_when_policy_or_plan_says_so(
     sums = {"AUC": np.zeros(4), "accuracy": np.zeros(4)}
     assert unpack(gate.release_metrics(allowed, of, task, cases=3, sums=sums), EvaluateResult)[0].cases is None
     assert _update(of, allowed, np.ones(3, np.float32)).weight == 1.0
+
+
+@_no_counts
+def test_steps_that_tell_the_number_of_cases_stay_with_it(policy: dict[str, Any], changes: dict[str, Any]) -> None:
+    epochs = {"training__local_steps": None, "training__local_epochs": 2, "training__batch_size": 1}
+    equal: dict[str, Any] = {"participation__weighting": "equal", **changes}
+    allowed, update = Policy.model_validate(policy), np.ones(3, np.float32)
+    assert _update(plan(**epochs, **equal), allowed, update).steps is None
+    assert _update(plan(**equal), allowed, update).steps == 2
+    assert _update(plan(**epochs), Policy(), update).steps == 2
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,12 @@ from locum.site_client.session import (
     train_round,
 )
 from locum.site_client.settings import Settings
+from tests.plans import initial
 from tests.site_client.asking import (
-    BATCH_NORM,
     Picture,
+    batch_norm_plan,
     equal,
-    initial,
+    moved,
     nifti_store,
     plan,
     segmentation_plan,
@@ -49,15 +50,11 @@ def _by_role(session: Session, role: str) -> Model:
     return {name: array for name, array in _state(session).items() if session.roles[name] == role}
 
 
-def _moved(model: Model, update: Model) -> Model:
-    return {name: model[name] + update[name] for name in model}
-
-
 def test_the_same_plan_site_and_round_give_the_same_update_to_the_bit(settings: Settings) -> None:
     of = plan()
     session = open_session(settings, of)
     first = train_round(session, initial(of), 1)[0]
-    train_round(session, _moved(initial(of), first), 2)
+    train_round(session, moved(initial(of), first), 2)
     torch.rand(3)
     assert equal(train_round(session, initial(of), 1)[0], first)
     assert equal(_round(settings, of), first)
@@ -102,12 +99,8 @@ def test_a_budget_too_small_for_the_cache_changes_no_bit(settings: Settings) -> 
 # --- what stays at the site
 
 
-def _batch_norm(**changes: Any) -> Plan:
-    return plan(**{"contract__modality": None, "network": BATCH_NORM, **changes})
-
-
 def test_running_statistics_stay_at_the_site_and_are_kept_from_round_to_round(settings: Settings) -> None:
-    of = _batch_norm()
+    of = batch_norm_plan()
     session = open_session(settings, of)
     before = _by_role(session, "local")
     update = train_round(session, initial(of), 1)[0]
@@ -115,12 +108,12 @@ def test_running_statistics_stay_at_the_site_and_are_kept_from_round_to_round(se
     assert {name.rpartition(".")[2] for name in after} == {"running_mean", "running_var", "num_batches_tracked"}
     assert not after.keys() & update.keys()
     assert all(not np.array_equal(after[name], before[name]) for name in after)
-    at_model(session, _moved(initial(of), update), 1)
+    at_model(session, moved(initial(of), update), 1)
     assert equal(_by_role(session, "local"), after)
 
 
 def test_a_session_opened_again_goes_on_where_it_was_to_the_bit(settings: Settings) -> None:
-    of = _batch_norm()
+    of = batch_norm_plan()
     steady, model = open_session(settings, of), initial(of)
     elsewhere = replace(settings, run_dir=settings.run_dir.with_name("again"))
     for number in (1, 2, 3):
@@ -128,19 +121,19 @@ def test_a_session_opened_again_goes_on_where_it_was_to_the_bit(settings: Settin
         a, b = train_round(steady, model, number)[0], train_round(again, model, number)[0]
         assert equal(a, b)
         assert equal(_state(steady), _state(again))
-        model = _moved(model, a)
+        model = moved(model, a)
 
 
 def test_a_round_tried_again_starts_from_the_local_tensors_before_it(settings: Settings) -> None:
-    of = _batch_norm()
+    of = batch_norm_plan()
     session = open_session(settings, of)
-    model = _moved(initial(of), train_round(session, initial(of), 1)[0])
+    model = moved(initial(of), train_round(session, initial(of), 1)[0])
     first = train_round(session, model, 2)[0]
     assert equal(train_round(session, model, 2)[0], first)
 
 
 def test_a_round_that_failed_leaves_nothing_behind(settings: Settings) -> None:
-    of = _batch_norm(optimiser={"name": "SGD", "lr": 0.05}, training__local_steps=3)
+    of = batch_norm_plan(optimiser={"name": "SGD", "lr": 0.05}, training__local_steps=3)
     session = open_session(settings, of)
     poison = {name: np.full_like(array, np.nan) for name, array in initial(of).items()}
     with pytest.raises(SiteFailure) as failed:
@@ -153,7 +146,7 @@ def test_a_round_that_failed_leaves_nothing_behind(settings: Settings) -> None:
 
 def test_the_last_rounds_are_kept_and_all_when_the_best_is_asked_for(settings: Settings) -> None:
     for select, kept in (("last", 3), ("best", 5)):
-        of = _batch_norm(evaluation={"metrics": ["AUC"], "select": select}, training__local_steps=1, rounds=5)
+        of = batch_norm_plan(evaluation={"metrics": ["AUC"], "select": select}, training__local_steps=1, rounds=5)
         session = open_session(settings, of)
         second: Model = {}
         for number in range(1, 6):
@@ -194,17 +187,17 @@ def test_frozen_tensors_do_not_change_and_do_not_leave(settings: Settings) -> No
 
 
 def test_frozen_running_statistics_do_not_change_and_are_what_training_normalises_with(settings: Settings) -> None:
-    of = _batch_norm(tensors={"frozen": ["*running_*", "*num_batches_tracked"]}, **_NO_AUGMENT)
+    of = batch_norm_plan(tensors={"frozen": ["*running_*", "*num_batches_tracked"]}, **_NO_AUGMENT)
     session = open_session(settings, of)
     before = _by_role(session, "frozen")
     train_round(session, initial(of), 1)
     assert equal(_by_role(session, "frozen"), before)
-    free = _round(settings, _batch_norm(**_NO_AUGMENT))
+    free = _round(settings, batch_norm_plan(**_NO_AUGMENT))
     assert not equal(_round(settings, of), free)
 
 
 def test_training_alone_starts_from_the_plan_and_returns_every_tensor(settings: Settings) -> None:
-    of = _batch_norm()
+    of = batch_norm_plan()
     session = open_session(settings, of)
     train_round(session, initial(of), 1)
     alone = fit_alone(session, 2)
@@ -298,7 +291,7 @@ def _loss_of_rounds(settings: Settings, of: Plan) -> list[float]:
     session, model, losses = open_session(settings, of), initial(of), []
     for number in range(1, 4):
         update, done, _ = train_round(session, model, number)
-        model = _moved(model, update)
+        model = moved(model, update)
         losses.append(done.loss)
     return losses
 

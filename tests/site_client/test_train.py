@@ -17,7 +17,8 @@ from locum.simulations.preparation import Prepared
 from locum.site_client.session import open_session, train_round
 from locum.site_client.settings import Settings
 from locum.site_client.training.train import Trained, schedule_factor
-from tests.site_client.asking import BATCH_NORM, equal, initial, plan, segmentation_plan
+from tests.plans import initial
+from tests.site_client.asking import batch_norm_plan, equal, plan, segmentation_plan
 
 #: One step of plain gradient descent over all cases at once: the update is −rate × gradient.
 _ONE_STEP: dict[str, Any] = {
@@ -116,6 +117,6 @@ def test_a_gpu_trains_what_a_cpu_trains_as_nearly_as_its_precision_allows(precis
 
 @_gpu
 def test_a_gpu_repeats_itself_to_the_bit_when_the_plan_is_deterministic(settings: Settings, tmp_path: Path) -> None:
-    of = plan(contract__modality=None, network=BATCH_NORM)
+    of = batch_norm_plan()
     runs = [_round(replace(settings, device="cuda", run_dir=tmp_path / str(run)), of) for run in (1, 2)]
     assert equal(runs[0][0], runs[1][0])

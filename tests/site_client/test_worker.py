@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load, save
 
 from locum.common.errors import Code, SiteFailure
@@ -28,13 +29,14 @@ from locum.site_client import worker as module
 from locum.site_client.agent import Agent
 from locum.site_client.settings import Settings
 from locum.site_client.worker import Worker, process_context
+from tests.plans import initial
 from tests.site_client.asking import (
-    BATCH_NORM,
+    batch_norm_plan,
     describe,
     equal,
     evaluate,
     failure,
-    initial,
+    moved,
     plan,
     send,
     train,
@@ -83,12 +85,12 @@ def test_a_worker_killed_in_a_call_is_told_as_died_and_the_next_call_has_another
 
 
 def test_a_worker_killed_between_rounds_changes_no_bit_of_what_follows(employ: Callable[..., Agent]) -> None:
-    of = plan(contract__modality=None, network=BATCH_NORM)
+    of = batch_norm_plan()
     steady, shaken, model = employ(), employ(), initial(of)
     for number in (1, 2, 3):
         a, b = train(steady, of, model, number)[1], train(shaken, of, model, number)[1]
         assert equal(a, b)
-        model = {name: model[name] + a[name] for name in model}
+        model = moved(model, a)
         _kill(shaken.worker)
         assert equal(evaluate(steady, of, model, number)[1], evaluate(shaken, of, model, number)[1])
         _kill(shaken.worker)
@@ -135,7 +137,7 @@ def test_a_plan_that_failed_does_not_stand_in_for_another(worker: Worker) -> Non
 
 
 def test_two_plans_at_one_site_keep_their_local_tensors_apart(worker: Worker, settings: Settings) -> None:
-    one, other = (plan(contract__modality=None, network=BATCH_NORM, seed=seed) for seed in (1, 2))
+    one, other = (batch_norm_plan(seed=seed) for seed in (1, 2))
     for of in (one, other):
         worker.call("train", of, initial(of), round=1)
     mixed = worker.call("outcomes", one, initial(one), round=1, fold="test")[1]
@@ -259,6 +261,11 @@ def test_a_full_disk_has_its_own_code() -> None:
     assert module._code_of(OSError(errno.ENOSPC, "no space")) is Code.DISK_FULL
     assert module._code_of(OSError(errno.EIO, "broken")) is Code.INTERNAL
     assert module._code_of(ValueError("no space")) is Code.INTERNAL
+
+
+def test_memory_that_ran_out_has_its_own_code_on_a_gpu_too() -> None:
+    assert module._code_of(MemoryError()) is Code.OUT_OF_MEMORY
+    assert module._code_of(torch.OutOfMemoryError("CUDA out of memory")) is Code.OUT_OF_MEMORY
 
 
 def test_an_agent_does_not_load_torch() -> None:
