@@ -84,11 +84,13 @@ def _check_engine(engine: str) -> None:
 def _plan(path: Path | None, seed: int | None) -> Plan:
     from locum.common.plan_cli import checked_plan
 
-    if path is not None:
-        plan = checked_plan(path)
-    else:
-        plan = load_plan(Path(str(files("locum.configs") / "plans" / "demo.yaml")))
+    plan = checked_plan(path) if path is not None else load_plan(shipped("plans"))
     return plan if seed is None else changed(plan, seed=seed)
+
+
+def shipped(kind: Literal["plans", "sites"]) -> Path:
+    """The demo's plan or sites file."""
+    return Path(str(files("locum.configs") / kind / "demo.yaml"))
 
 
 def _asked(sites: int | None, sites_file: Path | None, data: Path | None, baselines: bool) -> dict[str, Any]:
@@ -113,8 +115,7 @@ def _asked_again(folder: Path, *, given: list[object]) -> tuple[Plan, dict[str, 
 def _hospitals(asked: dict[str, Any], plan: Plan) -> tuple[Site, ...]:
     from locum.simulations.sites import read_sites
 
-    default = Path(str(files("locum.configs") / "sites" / "demo.yaml"))
-    path = Path(asked["sites_file"]) if asked["sites_file"] else default
+    path = Path(asked["sites_file"]) if asked["sites_file"] else shipped("sites")
     root = Path(asked["data"]) if asked["data"] else None
     return read_sites(path, seed=plan.seed, count=asked["sites"], root=root)
 

@@ -43,6 +43,7 @@ from locum.simulations.phantoms import (
     draw_anatomy,
     draw_lesions,
     render,
+    vector,
 )
 from locum.simulations.scans import (
     VENDORS,
@@ -364,7 +365,7 @@ def _phantom(spec: HospitalSpec, made: _Examination) -> tuple[Grid, Phantom]:
     """The patient at this visit: same body, same place on the table, lesions grown."""
     rng = spec.rng(_BODY, made.person)
     row, column = _directions(spec)
-    grid = Grid(spec.shape, spec.spacing, row, column, centre=_vector(rng.normal(0, (12, 12, 60)).round(1)))
+    grid = Grid(spec.shape, spec.spacing, row, column, centre=vector(rng.normal(0, (12, 12, 60)).round(1)))
     anatomy = draw_anatomy(rng, grid)
     lesions: tuple[Lesion, ...] = ()
     if made.lesion:
@@ -510,8 +511,3 @@ def _write_site(spec: HospitalSpec, directory: Path) -> None:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="ascii")
-
-
-def _vector(values: NDArray[np.float64]) -> Vector:
-    x, y, z = (float(value) for value in values)
-    return x, y, z

@@ -42,10 +42,10 @@ def _begin(folder: Path, plan: bytes) -> None:
         commit_initial(of, checkpoints)
 
 
-def open_agent(site: Prepared, policy: Policy, *, cache_bytes: int, threads: int = 1) -> Agent:
+def open_agent(site: Prepared, policy: Policy, *, cache_bytes: int) -> Agent:
     """The agent of a prepared site, its worker started."""
     log = site_log(site.folder / "site.log", site.name)
-    settings = Settings(site.name, (site.store,), site.folder / "run", threads=threads, cache_bytes=cache_bytes)
+    settings = Settings(site.name, (site.store,), site.folder / "run", cache_bytes=cache_bytes)
     worker = Worker(settings, log)
     worker.start()
     return Agent(site.name, policy, worker, log)

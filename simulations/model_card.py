@@ -9,6 +9,7 @@ Rules:
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from importlib.resources import files
@@ -64,24 +65,14 @@ def model_file(path: Path, plan: Plan) -> ModelFile:
         digest=sha256_hex(content),
         size=len(content),
         tensors=len(shapes),
-        parameters=sum(_product(shape) for shape in shapes.values()),
+        parameters=sum(math.prod(shape) for shape in shapes.values()),
         absent=tuple(name for name in _tensor_names(plan) if name not in shapes),
     )
 
 
-def _product(shape: list[int]) -> int:
-    product = 1
-    for length in shape:
-        product *= length
-    return product
-
-
 def _tensor_names(plan: Plan) -> list[str]:
-    """Every floating-point tensor of the plan's network; built without memory for its weights."""
-    import torch
-
-    with torch.device("meta"):
-        state = build.network(plan).state_dict()
+    """The names of all floating-point tensors of the plan's network."""
+    state = build.skeleton(plan).state_dict()
     return [name for name, tensor in state.items() if tensor.is_floating_point()]
 
 

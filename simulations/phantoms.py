@@ -94,6 +94,12 @@ def _points(centred: Grid) -> Array:
     return points
 
 
+def vector(values: NDArray[np.float64]) -> Vector:
+    """Three numbers as plain data."""
+    x, y, z = (float(value) for value in values)
+    return x, y, z
+
+
 class Tissue(NamedTuple):
     """What a scanner shows of each tissue: HU for CT, arbitrary units for MR, detector units for X-rays.
 
@@ -187,7 +193,7 @@ def draw_anatomy(rng: np.random.Generator, grid: Grid, vessels: int = 5) -> Anat
     scale = rng.uniform(0.84, 0.94, 2) / 2
     shift = rng.normal(0, 0.012, 3) * (width, height, 0)
     axes = (float(width * scale[0]), float(height * scale[1] * 0.92))
-    return Anatomy(axes, _vector(shift), _draw_tubes(rng, grid, axes, vessels), _draw_waves(rng, axes))
+    return Anatomy(axes, vector(shift), _draw_tubes(rng, grid, axes, vessels), _draw_waves(rng, axes))
 
 
 def _draw_tubes(rng: np.random.Generator, grid: Grid, axes: tuple[float, float], count: int) -> NDArray[np.float64]:
@@ -224,7 +230,7 @@ def _draw_lesion(rng: np.random.Generator, anatomy: Anatomy, grid: Grid, diamete
     z = rng.uniform(-0.5, 0.5) * grid.extent()[2]
     offset = np.array([share * room[0] * math.cos(angle), share * room[1] * math.sin(angle), z]) + anatomy.shift
     centre = _within(grid, offset, diameter / 2) + grid.centre
-    return Lesion(_vector(centre), _vector(along), float(rng.uniform(0.8, 1.2)))
+    return Lesion(vector(centre), vector(along), float(rng.uniform(0.8, 1.2)))
 
 
 def _within(grid: Grid, offset: NDArray[np.float64], margin: float) -> NDArray[np.float64]:
@@ -366,8 +372,3 @@ def _bias_field(shape: tuple[int, ...], amplitude: float, rng: np.random.Generat
     s, r, c = np.ix_(*axes)
     field: Array = np.exp(slope[0] * s + slope[1] * r + slope[2] * c - np.float32(amplitude / 2) * (r * r + c * c))
     return field
-
-
-def _vector(values: NDArray[np.float64]) -> Vector:
-    x, y, z = (float(value) for value in values)
-    return x, y, z

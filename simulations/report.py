@@ -24,11 +24,11 @@ from locum.simulations import report_words as words
 from locum.simulations.model_card import MODEL_FILE, model_card, model_file
 from locum.simulations.report_charts import Chart
 from locum.simulations.report_data import asked_words, data_of, quarantined
-from locum.simulations.report_pictures import Picture, pictures_of, shown
+from locum.simulations.report_pictures import Picture, pictures_each, pictures_of, shown
 from locum.simulations.report_results import Results, label, number, results_of, scalar_metrics, undefined
 from locum.site_client.imaging.catalog import Counts
 
-__all__ = ["Picture", "pictures_of", "write"]
+__all__ = ["Picture", "pictures_each", "pictures_of", "write"]
 
 _MARKS = "●■▲◆▼✚✖★"
 
@@ -88,7 +88,7 @@ def _context(
         "repeated": words.repeated(summary),
         "data": data,
         "quarantined": quarantined(data),
-        "asked": asked_words(folder),
+        "asked": asked_words(folder) | {"Baselines": "trained" if results.pooled else "not trained"},
         "protection": words.protection_words(plan),
         "versions": words.versions(),
         "model": model_file(folder / MODEL_FILE, plan),

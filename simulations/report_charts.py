@@ -47,11 +47,10 @@ _MOST_ROWS = 40
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart ready for the page: its SVG, its title, and in words what it shows."""
+    """A chart ready for the page: its SVG, which says in words what it shows, and its title."""
 
     svg: Markup
     title: str
-    alt: str
 
 
 # --- from figure to page
@@ -68,7 +67,7 @@ def _figure(height: float) -> tuple[Figure, Any]:
 def _chart(figure: Figure, name: str, title: str, alt: str) -> Chart:
     buffer = StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return Chart(Markup(_inline(buffer.getvalue(), name, alt)), title, alt)  # noqa: S704 (matplotlib escapes its texts)
+    return Chart(Markup(_inline(buffer.getvalue(), name, alt)), title)  # noqa: S704 (matplotlib escapes its texts)
 
 
 def _inline(text: str, name: str, alt: str) -> str:

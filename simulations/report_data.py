@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,6 @@ from locum.common.plan import Plan
 from locum.simulations.report_words import many
 from locum.site_client.imaging.catalog import FILE_NAME, Catalog, Counts, Facts
 from locum.site_client.imaging.reasons import SENTENCE, Reason
-
-FOLDS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,7 @@ def asked_words(folder: Path) -> dict[str, str]:
     path = folder / "simulation.json"
     asked: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
     topics = {"engine": "Engine", "sites": "Emulated sites asked for", "sites_file": "Sites file"}
-    words = {topic: Path(str(asked[key])).name for key, topic in topics.items() if asked.get(key) is not None}
-    return words | ({"Baselines": "trained" if asked["baselines"] else "not trained"} if "baselines" in asked else {})
+    return {topic: Path(str(asked[key])).name for key, topic in topics.items() if asked.get(key) is not None}
 
 
 def _roster(path: Path) -> dict[str, dict[str, int] | None]:
@@ -109,18 +107,15 @@ def _site(site: str, plan: Plan, counts: Counts, folder: Path, folds: Mapping[st
     emulated = (folder / "raw").is_dir()
     if not (folder / "store" / FILE_NAME).is_file():
         return SiteData(site, counts, emulated, folds)
-    catalog = Catalog.open(folder / "store")
-    try:
+    with closing(Catalog.open(folder / "store")) as catalog:
         facts = catalog.facts()
         labels = Counter(case.label for case in catalog.cases(plan.contract.split.fractions) if case.label is not None)
-    finally:
-        catalog.close()
     ordered = {name: labels[name] for name in plan.contract.classes if name in labels}
     return SiteData(site, counts, emulated, folds, ordered, _scanners(facts), _spacing(facts))
 
 
 def _scanners(facts: tuple[Facts, ...]) -> tuple[str, ...]:
-    found = Counter(" ".join((fact.modality, fact.manufacturer, fact.model)).strip() or "not stated" for fact in facts)
+    found = Counter(fact.scanner or "not stated" for fact in facts)
     return tuple(f"{name} ({many(count, 'case')})" for name, count in found.most_common(4))
 
 

@@ -48,17 +48,21 @@ class Picture:
     probability: float | None = None
 
 
-def pictures_of(plan: Plan, workers: Mapping[str, Worker], model: Model, *, round_number: int) -> list[Picture]:
-    """A few slices of each site's test cases with the truth and what the model says, in the order of the sites.
+def pictures_each(sites: int) -> int:
+    """How many pictures each site of a run shows, so that the page stays small."""
+    return max(1, min(_PER_SITE, _IN_ALL // max(1, sites)))
+
+
+def pictures_of(
+    plan: Plan, workers: Mapping[str, Worker], model: Model, *, round_number: int, count: int
+) -> list[Picture]:
+    """`count` slices of each site's test cases with the truth and what the model says, in the order of the sites.
 
     Raises:
         SiteFailure: a worker failed.
     """
     found: list[Picture] = []
-    count = max(1, min(_PER_SITE, _IN_ALL // max(1, len(workers))))
     for site, worker in workers.items():
-        if not worker.call("describe", plan)[0]["cases"]["test"]:
-            continue
         reply, arrays = worker.call("pictures", plan, model, round=round_number, count=count)
         for number, entry in enumerate(reply["pictures"]):
             said = {

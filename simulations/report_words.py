@@ -17,8 +17,6 @@ from locum.common.plan import Part, Plan
 from locum.server.records import RunSummary
 from locum.simulations.report_results import Results, Score
 
-_STEPS = {"training": "training", "validation": "validation", "test": "final test"}
-
 
 def many(count: int, noun: str) -> str:
     """`1 case`, `2 cases`, `1,000 cases`."""
@@ -89,8 +87,8 @@ def losses_of(summary: RunSummary) -> list[Loss]:
         for site, reason in (record.evaluation.excluded if record.evaluation else {}).items():
             missed.setdefault((site, "validation", reason), []).append(record.round)
     for site, reason in summary.test.excluded.items():
-        missed.setdefault((site, "test", reason), []).append(summary.test.round)
-    rows = [Loss(site, _STEPS[step], ranges(rounds), reason) for (site, step, reason), rounds in missed.items()]
+        missed.setdefault((site, "final test", reason), []).append(summary.test.round)
+    rows = [Loss(site, step, ranges(rounds), reason) for (site, step, reason), rounds in missed.items()]
     return out + sorted(rows, key=lambda row: (row.step != "training", row.site))
 
 

@@ -34,19 +34,22 @@ class Tested:
     cases: dict[str, int]
 
 
+def with_test_cases(plan: Plan, workers: Mapping[str, Worker]) -> dict[str, Worker]:
+    """The workers whose site has cases in its test fold."""
+    return {site: worker for site, worker in workers.items() if worker.call("describe", plan)[0]["cases"]["test"]}
+
+
 def outcomes_of(
     plan: Plan, workers: Mapping[str, Worker], model: Model, *, round_number: int | None
 ) -> dict[str, Outcomes]:
-    """The outcomes of a model on the test fold of every site that has one.
+    """The outcomes of a model on the test folds of sites that have one (see :func:`with_test_cases`).
 
     `round_number` says which local tensors of a site go with a federation's model; None for a model trained alone.
     """
     found = {}
     for site, worker in workers.items():
-        counts = worker.call("describe", plan)[0]["cases"]
-        if counts["test"]:
-            reply, arrays = worker.call("outcomes", plan, model, round=round_number, fold="test")
-            found[site] = _outcomes(reply["patients"], arrays, site)
+        reply, arrays = worker.call("outcomes", plan, model, round=round_number, fold="test")
+        found[site] = _outcomes(reply["patients"], arrays, site)
     return found
 
 
@@ -85,7 +88,13 @@ class Baselines:
 
 
 def baselines(
-    plan: Plan, sites: Mapping[str, Worker], pooled: Worker, *, parallel: int, told: Callable[[str], None]
+    plan: Plan,
+    sites: Mapping[str, Worker],
+    pooled: Worker,
+    *,
+    tested: Mapping[str, Worker],
+    parallel: int,
+    told: Callable[[str], None],
 ) -> Baselines:
     """Trains the baselines with the plan's own steps: as many optimiser steps as the federation had rounds × steps.
 
@@ -93,6 +102,7 @@ def baselines(
         plan: the plan.
         sites: the workers of the run's sites, by name.
         pooled: a worker over the stores of all sites.
+        tested: those of the sites on whose test folds the models are tested.
         parallel: how many train at once.
         told: called with the name of each model when it is trained.
     """
@@ -103,12 +113,14 @@ def baselines(
         return model
 
     with ThreadPoolExecutor(parallel) as pool:
-        jobs = {name: pool.submit(trained, name, worker) for name, worker in {"pooled": pooled, **sites}.items()}
-        models = {name: job.result() for name, job in jobs.items()}
-    results = {}
-    for name, model in models.items():
-        results[name] = scored(plan, outcomes_of(plan, sites, model, round_number=None))
-    return Baselines(results.pop("pooled"), results)
+        job = pool.submit(trained, "pooled", pooled)
+        jobs = {site: pool.submit(trained, site, worker) for site, worker in sites.items()}
+        whole, alone = job.result(), {site: job.result() for site, job in jobs.items()}
+
+    def measured(model: Model) -> Tested:
+        return scored(plan, outcomes_of(plan, tested, model, round_number=None))
+
+    return Baselines(measured(whole), {site: measured(model) for site, model in alone.items()})
 
 
 def as_metrics(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from locum.simulations.phantoms import Array, Grid
+from locum.simulations.phantoms import Array, Grid, vector
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -241,7 +241,7 @@ def localizer(study: Study, volume: Array, grid: Grid, protocol: Protocol) -> In
         shape=(1, *grid.shape[1:]),
         spacing=grid.spacing,
         row=grid.row,
-        column=_vector(grid.normal),
+        column=vector(grid.normal),
         centre=grid.centre,
     )
     header = _header(study, scout, protocol)
@@ -387,8 +387,3 @@ def _add_pixels(header: Dataset, grid: Grid, protocol: Protocol) -> None:
 def _decimal(value: float) -> str:
     """A decimal string (VR DS, at most 16 characters)."""
     return f"{value + 0.0:.10f}".rstrip("0").rstrip(".") if value % 1 else str(int(value))
-
-
-def _vector(values: NDArray[np.float64]) -> tuple[float, float, float]:
-    x, y, z = (float(value) for value in values)
-    return x, y, z

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,10 @@ from locum.site_client.settings import Settings
 from locum.site_client.worker import Worker
 
 _CACHE_BYTES = 6 << 30
-_ASKED = "simulation.json"
+_PLAN, _ASKED = "plan.yaml", "simulation.json"
+#: What a run's folder holds besides these two.
+_FILES = ("events.jsonl", "run.json", "model.safetensors", "metrics.json", "report.html", "model_card.md")
+_FOLDERS = ("checkpoints", "sites")
 
 
 @dataclass(frozen=True)
@@ -44,28 +47,47 @@ class Simulation:
         sites: the hospitals.
         folder: the run's folder.
         baselines: whether each site alone and pooled data are trained too.
-        policy: the policy of every site.
     """
 
     plan: Plan
     sites: Sequence[Site]
     folder: Path
     baselines: bool = False
-    policy: Policy = field(default_factory=Policy)
 
 
 def open_folder(folder: Path, plan: Plan, asked: Mapping[str, Any], *, force: bool) -> None:
-    """Makes the folder of a new run; raises RunError if it already holds committed rounds."""
+    """Makes the folder of a new run, in place of an earlier run if it holds one.
+
+    Raises:
+        RunError: the folder holds something else, or committed rounds without `force`, or cannot be written.
+    """
+    try:
+        _check_free(folder, force=force)
+        _clear(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / _ASKED, json.dumps(asked, indent=1).encode())
+        replace_file(folder / _PLAN, plan.to_yaml().encode())
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written: {error.strerror}", "choose another --out") from error
+
+
+def _check_free(folder: Path, *, force: bool) -> None:
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / _ASKED).is_file():
+        raise RunError(f"{folder} is not empty and holds no run", "choose another --out")
     rounds = [path.name for path in (folder / "checkpoints").glob("round-*")]
     if any(name != "round-000000" for name in rounds) and not force:
         raise RunError(f"{folder} already holds a run", f"go on with --resume {folder}, or choose another --out")
-    for name in ("checkpoints", "sites"):
+
+
+def _clear(folder: Path) -> None:
+    """Removes an earlier run, and nothing that a run did not write.
+
+    The plan goes first: a run that is half removed is not resumed. _ASKED stays: what is left of it is still a run's.
+    """
+    for name in (_PLAN, *_FILES):
+        (folder / name).unlink(missing_ok=True)
+    for name in _FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
-    for path in [*folder.glob("*.json*"), *folder.glob("*.html"), *folder.glob("*.safetensors"), *folder.glob("*.md")]:
-        path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "plan.yaml", plan.to_yaml().encode())
-    replace_file(folder / _ASKED, json.dumps(asked, indent=1).encode())
 
 
 def asked_of(folder: Path) -> dict[str, Any]:
@@ -90,7 +112,7 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
         begun = background.submit(begin, folder / "checkpoints", plan)
         prepared = prepare(simulation.sites, folder, seed=plan.seed, done=lambda site: tell(_told(site)))
         begun.result()
-    with _agents(simulation, prepared) as agents:
+    with _agents(prepared) as agents:
         _run(simulation, agents, console)
         try:
             return _finish(simulation, prepared, agents, tell=tell, began=began)
@@ -108,9 +130,9 @@ def _told(site: Prepared) -> str:
 
 
 @contextmanager
-def _agents(simulation: Simulation, prepared: Sequence[Prepared]) -> Iterator[dict[str, Agent]]:
+def _agents(prepared: Sequence[Prepared]) -> Iterator[dict[str, Agent]]:
     share = _CACHE_BYTES // len(prepared)
-    agents = {site.name: open_agent(site, simulation.policy, cache_bytes=share) for site in prepared}
+    agents = {site.name: open_agent(site, Policy(), cache_bytes=share) for site in prepared}
     try:
         yield agents
     finally:
@@ -148,12 +170,15 @@ def _finish(
     summary = RunSummary.model_validate_json((folder / "run.json").read_bytes())
     model = load_file(folder / "model.safetensors")
     workers = {name: agents[name].worker for name in summary.sites}
-    federated = results.scored(plan, results.outcomes_of(plan, workers, model, round_number=summary.round))
+    tested = results.with_test_cases(plan, workers)
+    federated = results.scored(plan, results.outcomes_of(plan, tested, model, round_number=summary.round))
     found = None
     if simulation.baselines:
         members = [site for site in prepared if site.name in workers]
         with _pooled(simulation, members) as worker:
-            found = results.baselines(plan, workers, worker, parallel=cores(), told=lambda n: tell(f"trained {n}"))
+            found = results.baselines(
+                plan, workers, worker, tested=tested, parallel=cores(), told=lambda name: tell(f"trained {name}")
+            )
     metrics = results.as_metrics(
         plan,
         federated,
@@ -162,7 +187,8 @@ def _finish(
         round_seconds=[record.seconds for record in summary.history],
     )
     replace_file(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
-    pictures = report.pictures_of(plan, workers, model, round_number=summary.round)
+    count = report.pictures_each(len(workers))
+    pictures = report.pictures_of(plan, tested, model, round_number=summary.round, count=count)
     report.write(folder, plan, summary=summary, metrics=metrics, counts={s.name: s.counts for s in prepared},
                  pictures=pictures)  # fmt: skip
     return metrics

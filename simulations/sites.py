@@ -7,6 +7,7 @@ start at `root`, which starts at the file's own folder).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -67,15 +68,25 @@ def read_sites(path: Path, *, seed: int, count: int | None, root: Path | None = 
             line = source.line((key,))
             raise DataError(f"{path.name} line {line}: unknown key '{key}'", suggestion(str(key), _KEYS))
     if "emulate" in content:
-        return federation(_emulated(path.name, content["emulate"], seed, count))
+        return federation(_emulated(path.name, _mapping(path.name, content, "emulate"), seed, count))
     if count is not None:
         raise DataError(f"--sites counts emulated hospitals, and {path.name} lists real ones", "leave --sites out")
     return _listed(path, content, root)
 
 
-def _emulated(name: str, given: Any, seed: int, count: int | None) -> FederationSpec:
+def _mapping(name: str, content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The mapping under a key; a key without a value has an empty one."""
+    given = content.get(key)
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise DataError(f"{name}: '{key}' is no mapping", "write keys with values below it; see configs/sites")
+    return given
+
+
+def _emulated(name: str, given: Mapping[str, Any], seed: int, count: int | None) -> FederationSpec:
     known = {field.name for field in fields(FederationSpec)}
-    values = {"sites": 4, "seed": seed, **(given if isinstance(given, dict) else {})}
+    values = {"sites": 4, "seed": seed, **given}
     for key in values:
         if key not in known:
             raise DataError(f"{name}: emulate has no key '{key}'", suggestion(str(key), known))
@@ -91,9 +102,14 @@ def _emulated(name: str, given: Any, seed: int, count: int | None) -> Federation
 
 def _listed(path: Path, content: Mapping[str, Any], root: Path | None) -> tuple[RealSite, ...]:
     base = path.parent / str(content.get("root", ".")) if root is None else root
-    defaults, listed = content.get("defaults") or {}, content["sites"]
+    defaults, listed = _mapping(path.name, content, "defaults"), content["sites"]
     if not isinstance(listed, list) or not all(isinstance(item, dict) and "name" in item for item in listed):
         raise DataError(f"{path.name}: 'sites' is a list of sites, each with a name", "see configs/sites")
+    if not listed:
+        raise DataError(f"{path.name}: 'sites' lists no site", "list at least one; see configs/sites")
+    for name, count in Counter(str(item["name"]) for item in listed).items():
+        if count > 1:
+            raise DataError(f"{path.name}: {count} sites are called '{name}'", "give each a name of its own")
     return tuple(RealSite(str(item["name"]), _merged(defaults, item), base) for item in listed)
 
 

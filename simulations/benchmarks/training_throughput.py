@@ -9,7 +9,6 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ import torch
 from locum.common import build
 from locum.common.plan import Plan, changed, load_plan
 from locum.simulations.benchmarks.rows import Row
+from locum.simulations.cli import shipped
 from locum.simulations.preparation import Prepared, prepare_site
 from locum.simulations.sites import read_sites
 from locum.site_client.session import Session, open_session, train_round
@@ -30,7 +30,7 @@ def measure() -> list[Row]:
     """Images a second of both, and their ratio: medians of one run."""
     plan = _plan()
     with tempfile.TemporaryDirectory() as folder:
-        hospital = read_sites(_shipped("sites"), seed=plan.seed, count=None)[0]
+        hospital = read_sites(shipped("sites"), seed=plan.seed, count=None)[0]
         site = prepare_site(hospital, Path(folder), plan.seed)
         session = _session(plan, site)
         train_round(session, build.shared_tensors(session.network, session.roles), 1)
@@ -44,12 +44,8 @@ def measure() -> list[Row]:
     ]
 
 
-def _shipped(kind: str) -> Path:
-    return Path(str(files("locum.configs") / kind / "demo.yaml"))
-
-
 def _plan() -> Plan:
-    plan = load_plan(_shipped("plans"))
+    plan = load_plan(shipped("plans"))
     training = {**plan.model_dump(mode="json")["training"], "local_steps": _STEPS}
     return changed(plan, training=training)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from locum.common import build
+from locum.common.build import check_buildable
 from locum.common.metrics import Outcomes
 from locum.common.plan import Plan, parse_plan
 from locum.server.records import Evaluated, RoundRecord, RunSummary
@@ -24,6 +26,8 @@ from locum.simulations.preparation import Prepared, prepare_site
 from locum.simulations.report_pictures import Picture
 from locum.site_client.gate import Policy
 from locum.site_client.imaging.catalog import Counts
+from locum.site_client.settings import Settings
+from locum.site_client.worker import Worker
 
 SITES = ("north", "riverside", "st-anne", "lakeview")
 VOID = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
@@ -367,6 +371,14 @@ def test_without_baselines_the_report_says_how_to_run_them(tmp_path: Path) -> No
     assert "alone</th>" not in html
 
 
+def test_the_report_says_whether_baselines_were_trained_whatever_was_first_asked_for(tmp_path: Path) -> None:
+    plan = plan_of(CLASSIFY)
+    for asked, trained in ((False, True), (True, False)):
+        (tmp_path / "simulation.json").write_text(json.dumps({"engine": "local", "baselines": asked}))
+        html, _ = write(tmp_path, plan, metrics=metrics_of(plan, with_baselines=trained))
+        assert f"Baselines {'trained' if trained else 'not trained'}" in Page(html).text
+
+
 def test_a_plan_that_releases_nothing_has_a_report(tmp_path: Path) -> None:
     silence = "release: {metrics: [], training_loss: false, case_counts: false}\n"
     plan = plan_of(CLASSIFY.replace("quorum: 2,", "quorum: 2, weighting: equal,") + silence)
@@ -445,6 +457,17 @@ def test_the_card_names_what_the_file_does_not_hold(tmp_path: Path) -> None:
     assert f"does not hold {absent} tensors" in card
 
 
+def test_a_network_that_cannot_be_made_without_memory_has_a_card(tmp_path: Path) -> None:
+    swin = "{name: SwinUNETR, feature_size: 12, depths: [1, 1, 1, 1]}"
+    text = SEGMENT.replace("[16, 16, 16]", "[64, 64, 64]")
+    plan = plan_of(text, network=swin)
+    assert check_buildable(plan) == []
+    _, card = write(tmp_path, plan)
+    shared = build.shared_tensors(*build.initial_state(plan))
+    assert f"{sum(array.size for array in shared.values()):,} in {len(shared)} tensors" in card
+    assert "does not hold" not in card
+
+
 def test_the_card_lists_what_a_person_must_add(written: tuple[Plan, Page, str, str]) -> None:
     card = written[3]
     assert "Not stated by the plan" in card
@@ -464,20 +487,32 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Prep
     return folder, [prepare_site(site, folder / "sites" / site.name, 3) for site in federation(spec)]
 
 
-def test_pictures_come_from_every_site_with_test_cases(hospitals: tuple[Path, list[Prepared]]) -> None:
+SMALL = (
+    CLASSIFY.replace("lesion]}", "lesion], split: {train: 0.4, validation: 0.2, test: 0.4}}")
+    + "transforms: {prepare: [{name: ResizeWithPadOrCropd, spatial_size: [16, 16, 8]}]}\n"
+)
+
+
+@pytest.fixture
+def workers(hospitals: tuple[Path, list[Prepared]]) -> Iterator[list[Worker]]:
+    """The worker of each hospital, and one over the stores of both."""
+    folder, prepared = hospitals
+    made = [open_agent(site, Policy(), cache_bytes=1 << 24).worker for site in prepared]
+    stores = tuple(site.store for site in prepared)
+    made.append(Worker(Settings("pooled", stores, folder / "pooled"), logging.getLogger("locum.test")))
+    yield made
+    for worker in made:
+        worker.stop()
+
+
+def test_pictures_come_from_every_site_with_test_cases(
+    hospitals: tuple[Path, list[Prepared]], workers: list[Worker]
+) -> None:
     prepared = hospitals[1]
-    plan = plan_of(
-        CLASSIFY.replace("lesion]}", "lesion], split: {train: 0.4, validation: 0.2, test: 0.4}}")
-        + "transforms: {prepare: [{name: ResizeWithPadOrCropd, spatial_size: [16, 16, 8]}]}\n"
-    )
-    agents = {site.name: open_agent(site, Policy(), cache_bytes=1 << 24) for site in prepared}
-    try:
-        model = build.shared_tensors(*build.initial_state(plan))
-        workers = {name: agent.worker for name, agent in agents.items()}
-        pictures = report.pictures_of(plan, workers, model, round_number=0)
-    finally:
-        for agent in agents.values():
-            agent.worker.stop()
+    plan = plan_of(SMALL)
+    model = build.shared_tensors(*build.initial_state(plan))
+    sites = {site.name: worker for site, worker in zip(prepared, workers, strict=False)}
+    pictures = report.pictures_of(plan, sites, model, round_number=0, count=3)
     assert [site.name for site in prepared] == list(dict.fromkeys(picture.site for picture in pictures))
     for picture in pictures:
         assert picture.image.shape == (16, 16)
@@ -485,6 +520,21 @@ def test_pictures_come_from_every_site_with_test_cases(hospitals: tuple[Path, li
         assert picture.truth in plan.contract.classes
         assert picture.probability is not None
         assert 0.5 <= picture.probability <= 1
+
+
+def test_a_site_called_pooled_is_a_site_as_any_other(workers: list[Worker]) -> None:
+    plan = plan_of(SMALL, rounds="1", training="{input_size: [16, 16, 8], batch_size: 4, local_steps: 2}")
+    first, second, whole = workers
+    told: list[str] = []
+    found, expected = (
+        results.baselines(plan, {name: first, "b": second}, whole, tested={name: first}, parallel=1, told=told.append)
+        for name in ("pooled", "a")
+    )
+    assert told == ["pooled", "pooled", "b", "pooled", "a", "b"]
+    assert found.pooled.all == expected.pooled.all
+    assert set(found.local) == {"pooled", "b"}
+    assert found.local["pooled"].all == expected.local["a"].all != found.pooled.all
+    assert found.local["b"].cases == {"pooled": found.pooled.cases["pooled"]}
 
 
 def test_emulated_hospitals_are_called_emulated_and_described(hospitals: tuple[Path, list[Prepared]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,13 +155,17 @@ def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], s
         time.sleep(0.02)
 
 
+def _committed(out: Path) -> int:
+    """The last committed round. A round's folder is gone soon after it: who looks for one of them can miss it."""
+    return max((int(path.name.removeprefix("round-")) for path in (out / "checkpoints").glob("round-*")), default=0)
+
+
 def test_kill_9_of_the_whole_run_and_a_resume_give_the_same_model_to_the_bit(tmp_path: Path) -> None:
     plan, sites = _plan(tmp_path, rounds=6), _emulated(tmp_path)
     assert _run(plan, "--sites-file", sites, "--out", tmp_path / "whole") == 0
     command = [*RUNNER, str(plan), "--sites-file", str(sites), "--out", str(tmp_path / "cut")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    checkpoints = tmp_path / "cut" / "checkpoints"
-    _wait_for((checkpoints / "round-000002").exists, process)
+    _wait_for(lambda: _committed(tmp_path / "cut") >= 2, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "cut" / "model.safetensors").exists()
@@ -180,7 +185,7 @@ def test_ctrl_c_stops_at_once_keeps_the_rounds_and_leaves_the_terminal_sane(tmp_
 
     def two_rounds() -> bool:
         shown.extend(_available(ours))
-        return (tmp_path / "out" / "checkpoints" / "round-000002").exists()
+        return _committed(tmp_path / "out") >= 2
 
     _wait_for(two_rounds, process)
     os.write(ours, b"\x03")
@@ -283,6 +288,28 @@ def test_a_missing_or_wrong_sites_file_is_named(tmp_path: Path, capsys: pytest.C
     assert "did you mean 'patients'" in _error(capsys)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"sites": []}, "'sites'"),
+        ({"defaults": ["a"], "sites": [{"name": "a"}]}, "'defaults'"),
+        ({"defaults": 0, "sites": [{"name": "a"}]}, "'defaults'"),
+        ({"sites": [{"name": "a"}, {"name": 1}, {"name": "1"}]}, "2 sites are called '1'"),
+        ({"emulate": 5}, "'emulate'"),
+        ({"emulate": []}, "'emulate'"),
+    ],
+)
+def test_a_sites_file_of_the_wrong_form_is_told_before_anything_is_made(
+    content: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sites = _write(tmp_path / "sites.yaml", content)
+    assert _run(_plan(tmp_path), "--sites-file", sites, "--out", tmp_path / "out") == 2
+    text = _error(capsys)
+    assert "sites.yaml" in text
+    assert said in text
+    assert not (tmp_path / "out").exists()
+
+
 def test_label_rows_that_name_no_image_are_told_and_the_rest_is_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -367,7 +394,7 @@ def test_a_full_disk_loses_no_committed_round_and_the_run_goes_on_when_there_is_
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
-    _wait_for((out / "checkpoints" / "round-000001").exists, process)
+    _wait_for(lambda: _committed(out) >= 1, process)
     with suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
             file.write(b"x" * 4096)
@@ -386,3 +413,56 @@ def test_an_unknown_engine_and_a_resume_of_nothing_are_told(tmp_path: Path, caps
     assert "there is no engine 'warp'" in _error(capsys)
     assert _run("--resume", tmp_path) == 1
     assert "holds no run" in _error(capsys)
+
+
+# --- the run's folder
+
+
+def _gone(folder: Path) -> Path:
+    """Sites whose data is not there: the run's folder is made, and the run ends at once."""
+    return _write(folder / "gone.yaml", {"sites": [{"name": "a", "sources": [{"kind": "dicom", "path": "gone"}]}]})
+
+
+@pytest.mark.parametrize("forced", [[], ["--force"]])
+def test_a_folder_that_holds_something_else_is_left_as_it_is_whether_forced_or_not(
+    forced: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = {"README.md": "mine", "package.json": "{}", "plan.yaml": "mine", "sites/a.txt": "mine"}
+    (tmp_path / "mine" / "sites").mkdir(parents=True)
+    for name, content in mine.items():
+        (tmp_path / "mine" / name).write_text(content)
+    monkeypatch.chdir(tmp_path / "mine")
+    assert _run(_plan(tmp_path), "--sites-file", _gone(tmp_path), "--out", ".", *forced) == 1
+    assert "holds no run" in _error(capsys)
+    files = [path for path in (tmp_path / "mine").rglob("*") if path.is_file()]
+    assert {str(path.relative_to(tmp_path / "mine")): path.read_text() for path in files} == mine
+
+
+def test_force_removes_all_of_the_old_run_and_nothing_else(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished / "out", out, ignore=shutil.ignore_patterns("raw"))
+    mine = {"notes.md", "own.json", "slides.html", "other.safetensors"}
+    for name in mine:
+        (out / name).write_text("mine")
+    assert _run(_plan(tmp_path), "--sites-file", _gone(tmp_path), "--out", out, "--force") == 2
+    assert {path.name for path in out.iterdir()} == mine | {"simulation.json", "plan.yaml", "checkpoints", "sites"}
+    assert [path.name for path in (out / "sites").iterdir()] == ["a"]
+
+
+def test_a_run_that_was_half_made_is_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan, sites, out = _plan(tmp_path), _gone(tmp_path), tmp_path / "out"
+    assert _run(plan, "--sites-file", sites, "--out", out) == 2
+    shutil.rmtree(out / "checkpoints")
+    (out / "plan.yaml").unlink()
+    capsys.readouterr()
+    assert _run(plan, "--sites-file", sites, "--out", out) == 2
+    assert "gone does not exist" in _error(capsys)
+    assert (out / "plan.yaml").is_file()
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "afile").write_text("mine")
+    for out in (tmp_path / "afile", tmp_path / "afile" / "x"):
+        assert _run(_plan(tmp_path), "--sites-file", _gone(tmp_path), "--out", out) == 1
+        assert "cannot be written" in _error(capsys)
+    assert (tmp_path / "afile").read_text() == "mine"
