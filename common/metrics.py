@@ -9,9 +9,8 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -199,10 +198,6 @@ confusion = Metric(
 dice = Metric("Dice", _dice_sums, _by_class_value, _from_sums(_dice_sums, _by_class_value))
 surface_distance = Metric(
     "surface_distance", _surface_sums, _by_class_value, _from_sums(_surface_sums, _by_class_value), -1, "mm"
-)
-
-METRICS: Mapping[str, Metric] = MappingProxyType(
-    {metric.name: metric for metric in (auc, accuracy, confusion, dice, surface_distance)}
 )
 
 

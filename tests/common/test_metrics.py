@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from monai.metrics import compute_roc_auc
 from sklearn.metrics import roc_auc_score
 
-from locum.common.metrics import METRICS, Outcomes, bootstrap, join
+from locum.common import names
+from locum.common.build import metric_of
+from locum.common.metrics import Outcomes, bootstrap, join
 
 EMPTY = np.zeros((0, 0))
 
@@ -36,7 +38,7 @@ def _segmented(seed: int, count: int = 12) -> Outcomes:
 @pytest.mark.parametrize("seed", range(5))
 def test_auc_is_that_of_scikit_learn_and_of_monai(seed: int, ties: bool) -> None:
     found = _classified(seed, ties=ties)
-    ours = METRICS["AUC"].exact(found, 2)
+    ours = metric_of("AUC").exact(found, 2)
     assert ours == pytest.approx(roc_auc_score(found.labels, found.scores[:, 1]), abs=1e-12)
     theirs = compute_roc_auc(torch.from_numpy(found.scores[:, 1]), torch.from_numpy(found.labels))
     assert ours == pytest.approx(float(theirs), abs=1e-6)
@@ -46,13 +48,13 @@ def test_auc_is_that_of_scikit_learn_and_of_monai(seed: int, ties: bool) -> None
 def test_auc_of_several_classes_is_the_mean_of_one_against_the_rest(seed: int) -> None:
     found = _classified(seed, classes=3)
     areas = [roc_auc_score(found.labels == c, found.scores[:, c]) for c in range(3)]
-    assert METRICS["AUC"].exact(found, 3) == pytest.approx(np.mean(areas))
+    assert metric_of("AUC").exact(found, 3) == pytest.approx(np.mean(areas))
 
 
 @given(st.integers(0, 10_000), st.integers(1, 5), st.sampled_from(["AUC", "accuracy", "confusion"]))
 @settings(deadline=None)
 def test_sums_over_sites_give_the_metric_of_all_cases_together(seed: int, sites: int, name: str) -> None:
-    metric = METRICS[name]
+    metric = metric_of(name)
     parts = [_classified(seed + site, count=20 + site, classes=3) for site in range(sites)]
     summed = metric.value(np.sum([metric.sums(part, 3) for part in parts], axis=0), 3)
     assert np.allclose(summed, metric.exact(join(parts), 3), atol=0.02 if name == "AUC" else 1e-12)
@@ -60,7 +62,7 @@ def test_sums_over_sites_give_the_metric_of_all_cases_together(seed: int, sites:
 
 @given(st.integers(0, 10_000), st.sampled_from(["Dice", "surface_distance"]))
 def test_sums_of_segmentations_give_the_mean_over_all_cases(seed: int, name: str) -> None:
-    metric = METRICS[name]
+    metric = metric_of(name)
     parts = [_segmented(seed), _segmented(seed + 1)]
     values = np.concatenate([part.dice if name == "Dice" else part.surface for part in parts])
     summed = metric.value(sum(metric.sums(part, 3) for part in parts), 3)
@@ -69,17 +71,18 @@ def test_sums_of_segmentations_give_the_mean_over_all_cases(seed: int, name: str
 
 def test_the_histogram_auc_of_two_thousand_cases_is_within_two_thousandths_of_the_exact_one() -> None:
     found = _classified(0, count=2000)
-    metric = METRICS["AUC"]
+    metric = metric_of("AUC")
     assert metric.value(metric.sums(found, 2), 2) == pytest.approx(metric.exact(found, 2), abs=0.002)
 
 
 def test_a_metric_that_does_not_exist_is_none_and_not_a_number() -> None:
     one_class = Outcomes(("a", "b"), np.zeros(2, np.int64), np.full((2, 2), 0.5), EMPTY, EMPTY)
-    for metric in (METRICS["AUC"],):
+    for metric in (metric_of("AUC"),):
         assert metric.exact(one_class, 2) is None
         assert metric.value(metric.sums(one_class, 2), 2) is None
     nothing = Outcomes((), np.zeros(0, np.int64), EMPTY, EMPTY, EMPTY)
-    for name, metric in METRICS.items():
+    for name in names.METRICS:
+        metric = metric_of(name)
         if name != "confusion":
             assert metric.value(metric.sums(nothing, 3), 3) is None
             assert metric.exact(nothing, 3) is None
@@ -90,8 +93,8 @@ def test_the_interval_resamples_patients_and_not_images() -> None:
     found = _classified(1, count=40)
     doubled = join([found, found])
     rng = np.random.default_rng
-    assert bootstrap(METRICS["accuracy"], doubled, 2, rng=rng(0)) == pytest.approx(
-        bootstrap(METRICS["accuracy"], found, 2, rng=rng(0)), abs=1e-12
+    assert bootstrap(metric_of("accuracy"), doubled, 2, rng=rng(0)) == pytest.approx(
+        bootstrap(metric_of("accuracy"), found, 2, rng=rng(0)), abs=1e-12
     )
 
 
@@ -102,7 +105,7 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
         right = rng.uniform(size=80) < truth
         scores = np.eye(2)[np.where(right, labels, 1 - labels)]
         found = Outcomes(tuple(map(str, range(80))), labels, scores, EMPTY, EMPTY)
-        interval = bootstrap(METRICS["accuracy"], found, 2, rng=rng, draws=200)
+        interval = bootstrap(metric_of("accuracy"), found, 2, rng=rng, draws=200)
         assert interval is not None
         hits += interval[0] <= truth <= interval[1]
     assert 0.88 <= hits / 150 <= 0.99

@@ -12,7 +12,6 @@ from locum.common import build
 from locum.common.errors import Code
 from locum.common.fab import build_bundle
 from locum.common.messages import DESCRIBE, EVALUATE, TRAIN, DescribeTask, EvaluateTask, TrainTask, pack
-from locum.common.metrics import METRICS
 from locum.simulations.preparation import Prepared
 from locum.site_client.agent import Agent
 from tests.plans import initial
@@ -68,7 +67,7 @@ def test_the_sums_of_an_evaluation_count_the_cases_of_the_fold(agent: Agent) -> 
     assert header.cases == 3
     assert sums["confusion"].sum() == 3
     assert sums["confusion"].reshape(2, 2).sum(axis=1).tolist() == [2, 1]
-    assert METRICS["accuracy"].value(sums["accuracy"], 2) in {0.0, 1 / 3, 2 / 3, 1.0}
+    assert build.metric_of("accuracy").value(sums["accuracy"], 2) in {0.0, 1 / 3, 2 / 3, 1.0}
 
 
 def test_only_released_metrics_leave_an_agent(agent: Agent) -> None:

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from locum.common.build import metric_of
 from locum.common.errors import Code, SiteFailure
-from locum.common.metrics import METRICS, Outcomes
+from locum.common.metrics import Outcomes
 from locum.common.plan import Plan
 from locum.simulations.preparation import Prepared
 from locum.site_client.imaging.catalog import Case
@@ -88,8 +89,8 @@ def test_a_class_that_is_in_neither_picture_is_left_out_and_one_that_is_invented
     assert np.isnan(found.dice[0, 0])
     assert found.dice[1:, 0].tolist() == [0.0, 0.0, 1.0]
     assert np.isnan(found.surface[:3, 0]).all()
-    assert METRICS["Dice"].exact(found, 2) == pytest.approx(1 / 3)
-    assert METRICS["surface_distance"].exact(found, 2) == 0.0
+    assert metric_of("Dice").exact(found, 2) == pytest.approx(1 / 3)
+    assert metric_of("surface_distance").exact(found, 2) == 0.0
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
