@@ -1,0 +1,1 @@
+"""The wire's messages: `locum.proto` and the code generated from it."""

@@ -1,0 +1,1 @@
+"""The gateway: the one door between hospitals and the coordinator."""
