@@ -5,31 +5,36 @@ Rules:
   * A tensor is raw little-endian bytes with a declared dtype and shape; the length must agree. Nothing is unpickled.
   * Every message names the digest of the plan it belongs to.
 
-On the wire a message is a Flower `RecordDict` with the records `header` and `tensors`. Between an agent and its own
-worker it is two frames, the header's JSON and the tensors in safetensors form.
+A message is a Flower `RecordDict` with the one record `locum`: the header's JSON, and the tensors in safetensors form
+or the name of the blob that holds them (see :class:`Carrier`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, RecordDict
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from locum.common.plan import Fold
 
 Tensors = dict[str, NDArray[Any]]
+Arrays = Mapping[str, NDArray[Any]]
+Fields = Mapping[str, Any]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 #: Flower message types, one a task.
 DESCRIBE, TRAIN, EVALUATE = "query.describe", "train", "evaluate"
 
-_RAW = "locum.raw"
-_DTYPES = frozenset({"float16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64"})
+_RECORD, _HEADER, _TENSORS = "locum", "json", "tensors"
+#: The element types that a message carries, as NumPy names them.
+DTYPES = frozenset({"float16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64"})
 _MAX_NAME = 512
 
 
@@ -105,24 +110,51 @@ class EvaluateResult(Header):
 H = TypeVar("H", bound=Header)
 
 
-def pack(header: Header, tensors: Mapping[str, NDArray[np.generic]] | None = None) -> RecordDict:
+class Carrier(Protocol):
+    """How tensors travel: inside the message, or beside it as a blob."""
+
+    def stow(self, tensors: Arrays) -> Fields:
+        """The fields of a message that carry or name `tensors`."""
+
+    def fetch(self, fields: Fields) -> Arrays:
+        """The tensors of a message with these fields; raises MessageError."""
+
+
+@dataclass(frozen=True)
+class Inline:
+    """Tensors travel inside the message, in safetensors form."""
+
+    def stow(self, tensors: Arrays) -> Fields:
+        """The bytes of `tensors`; nothing if there are none."""
+        return {_TENSORS: save({name: np.asarray(array, order="C") for name, array in tensors.items()})}
+
+    def fetch(self, fields: Fields) -> Arrays:
+        """The tensors that the bytes hold; raises MessageError."""
+        content = fields.get(_TENSORS, b"")
+        if set(fields) - {_TENSORS} or not isinstance(content, bytes):
+            raise MessageError("the tensors are not in the message")
+        return tensors_from(content) if content else {}
+
+
+INLINE = Inline()
+
+
+def pack(header: Header, tensors: Arrays | None = None, carrier: Carrier = INLINE) -> RecordDict:
     """Puts a header and tensors into a Flower record."""
-    arrays = {name: _array(value) for name, value in (tensors or {}).items()}
-    config = ConfigRecord({"json": header.model_dump_json().encode()})
-    return RecordDict({"header": config, "tensors": ArrayRecord(arrays)})
+    fields = carrier.stow(tensors) if tensors else {}
+    return RecordDict({_RECORD: ConfigRecord({_HEADER: header.model_dump_json().encode(), **fields})})
 
 
-def unpack(record: RecordDict, kind: type[H]) -> tuple[H, Tensors]:
+def unpack(record: RecordDict, kind: type[H], carrier: Carrier = INLINE) -> tuple[H, Arrays]:
     """Reads a header of `kind` and its tensors; raises :class:`MessageError`."""
-    if set(record) != {"header", "tensors"}:
-        raise MessageError("a message has the records 'header' and 'tensors'")
-    config, arrays = record["header"], record["tensors"]
-    if not isinstance(config, ConfigRecord) or not isinstance(arrays, ArrayRecord):
-        raise MessageError("a record has the wrong kind")
-    content = config.get("json")
-    if not isinstance(content, bytes):
+    if set(record) != {_RECORD}:
+        raise MessageError(f"a message has the one record '{_RECORD}'")
+    config = record[_RECORD]
+    content = config.get(_HEADER) if isinstance(config, ConfigRecord) else None
+    if not isinstance(config, ConfigRecord) or not isinstance(content, bytes):
         raise MessageError("the header is not JSON bytes")
-    return parse_header(content, kind), {name: _tensor(name, array) for name, array in arrays.items()}
+    header = parse_header(content, kind)
+    return header, carrier.fetch({name: config[name] for name in config if name != _HEADER})
 
 
 def parse_header(content: bytes, kind: type[H]) -> H:
@@ -133,17 +165,15 @@ def parse_header(content: bytes, kind: type[H]) -> H:
         raise MessageError(f"not a {kind.__name__}: {error.error_count()} fields are wrong") from error
 
 
-def _array(value: NDArray[np.generic]) -> Array:
-    data = np.asarray(value, order="C")
-    return Array(dtype=data.dtype.name, shape=data.shape, stype=_RAW, data=data.tobytes())
-
-
-def _tensor(name: str, array: Array) -> NDArray[np.generic]:
-    if len(name) > _MAX_NAME:
-        raise MessageError("a tensor's name is too long")
-    if array.stype != _RAW or array.dtype not in _DTYPES:
-        raise MessageError(f"tensor {name!r} has the unknown form {array.stype}/{array.dtype}")
-    dtype = np.dtype(array.dtype)
-    if any(size < 0 for size in array.shape) or math.prod(array.shape) * dtype.itemsize != len(array.data):
-        raise MessageError(f"tensor {name!r} has not the length that its shape says")
-    return np.frombuffer(array.data, dtype=dtype).reshape(tuple(array.shape))
+def tensors_from(content: bytes) -> Tensors:
+    """Tensors in safetensors form, with names and types of this protocol; raises :class:`MessageError`."""
+    try:
+        tensors: Tensors = load(content)
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise MessageError("the tensors are not in safetensors form") from error
+    for name, array in tensors.items():
+        if len(name) > _MAX_NAME:
+            raise MessageError("a tensor's name is too long")
+        if array.dtype.name not in DTYPES:
+            raise MessageError(f"tensor {name!r} has the type {array.dtype.name}, which no message carries")
+    return tensors

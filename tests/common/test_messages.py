@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -29,32 +29,55 @@ def test_a_message_does_not_change_with_the_array_it_was_made_of() -> None:
     assert np.array_equal(unpack(record, TrainTask)[1]["w"], np.ones(3))
 
 
-def _record(array: Array, header: bytes = TASK.model_dump_json().encode()) -> RecordDict:
-    return RecordDict({"header": ConfigRecord({"json": header}), "tensors": ArrayRecord({"w": array})})
+def _record(tensors: object, header: object = TASK.model_dump_json().encode(), **more: object) -> RecordDict:
+    return RecordDict({"locum": ConfigRecord({"json": header, "tensors": tensors, **more})})
+
+
+def _safetensors(header: str, data: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header.encode() + data
 
 
 @pytest.mark.parametrize(
-    "array",
+    "content",
     [
-        Array(dtype="float32", shape=(2,), stype="numpy.ndarray", data=b"\x93NUMPY"),
-        Array(dtype="object", shape=(1,), stype="locum.raw", data=b"12345678"),
-        Array(dtype="float32", shape=(3,), stype="locum.raw", data=b"12345678"),
-        Array(dtype="float32", shape=(-1, -2), stype="locum.raw", data=b"12345678"),
-        Array(dtype="float32", shape=(1 << 40,), stype="locum.raw", data=b""),
+        b"\x80\x04\x95",
+        b"\x93NUMPY",
+        _safetensors('{"w":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}', b"12345678"),
+        _safetensors('{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', b"1234"),
+        _safetensors('{"w":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}}', b"12345678"),
+        _safetensors('{"w":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,0]}}', b""),
+        _safetensors('{"w":{"dtype":"O","shape":[1],"data_offsets":[0,8]}}', b"12345678"),
+        _safetensors('{"w":{"dtype":"BOOL","shape":[8],"data_offsets":[0,8]}}', b"12345678"),
+        _safetensors('{"%s":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}' % ("w" * 513), b"12345678"),
     ],
 )
-def test_a_tensor_that_is_not_raw_bytes_of_its_shape_is_refused(array: Array) -> None:
+def test_a_tensor_that_is_not_raw_bytes_of_its_shape_is_refused(content: bytes) -> None:
     with pytest.raises(MessageError):
-        unpack(_record(array), TrainTask)
+        unpack(_record(content), TrainTask)
+
+
+@given(st.binary(max_size=200), st.integers(0, 200), st.binary(max_size=4))
+def test_no_tensor_bytes_raise_anything_else(junk: bytes, place: int, patch: bytes) -> None:
+    good = bytes(pack(TASK, {"w": np.ones((2, 3), np.float32)})["locum"]["tensors"])
+    for content in (junk, good[:place] + patch + good[place + len(patch) :]):
+        try:
+            unpack(_record(content), TrainTask)
+        except MessageError:
+            continue
 
 
 @pytest.mark.parametrize(
     "record",
     [
         RecordDict({}),
-        RecordDict({"header": ConfigRecord({"json": b"{}"})}),
-        RecordDict({"header": MetricRecord({"json": 1}), "tensors": ArrayRecord({})}),
-        RecordDict({"header": ConfigRecord({"json": "{}"}), "tensors": ArrayRecord({})}),
+        RecordDict({"locum": ConfigRecord({"json": b"{}"})}),
+        RecordDict({"locum": MetricRecord({"json": 1})}),
+        RecordDict({"locum": ConfigRecord({"json": "{}"})}),
+        RecordDict({"locum": ArrayRecord({})}),
+        RecordDict({"locum": ConfigRecord({"json": b"{}"}), "more": ConfigRecord({})}),
+        _record("text"),
+        _record(1),
+        _record(b"", sha256="0" * 64, size=1),
     ],
 )
 def test_a_record_of_another_form_is_refused(record: RecordDict) -> None:

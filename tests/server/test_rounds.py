@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, RecordDict
 
 from locum.common.errors import Code, RunError
 from locum.common.messages import Description, EvaluateTask, Tensors, TrainResult, TrainTask
@@ -123,7 +123,7 @@ def test_a_header_that_lies_is_refused(claims: dict[str, object], told: str, tmp
 
 class _Garbled(Peer):
     def train(self, plan: Plan, content: RecordDict) -> Answer:
-        return RecordDict({"header": ConfigRecord({"json": b"\x80\x04."}), "tensors": ArrayRecord({})})
+        return RecordDict({"locum": ConfigRecord({"json": b"\x80\x04."})})
 
 
 def test_a_reply_that_is_no_message_is_refused(tmp_path: Path) -> None:

@@ -93,9 +93,9 @@ def _garbled() -> list[RecordDict]:
     digest = plan().digest
     return [
         RecordDict({}),
-        RecordDict({"header": ConfigRecord({"json": b"\x80\x04."}), "tensors": ArrayRecord({})}),
-        RecordDict({"header": ConfigRecord({"json": "text"}), "tensors": ArrayRecord({})}),
-        RecordDict({"header": ArrayRecord({}), "tensors": ConfigRecord({})}),
+        RecordDict({"locum": ConfigRecord({"json": b"\x80\x04."})}),
+        RecordDict({"locum": ConfigRecord({"json": "text"})}),
+        RecordDict({"locum": ArrayRecord({})}),
         pack(DescribeTask(plan_digest=digest)),
         pack(EvaluateTask(plan_digest=digest, round=1, fold="test")),
         pack(TrainTask(plan_digest=digest, round=1)),

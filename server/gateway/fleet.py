@@ -1,0 +1,195 @@
+"""The Fleet tunnel: carries an agent's calls to the SuperLink's `/v1/fleet/*`, and to nothing else.
+
+Rules:
+  * The caller's certificate must be that of an enrolled site, and the node key in the call must be the certificate's.
+  * Only the calls of a registered node pass; a site cannot register or remove a node, and no other path is reached.
+  * A pull waits here until there is something to pull. Idle sites cost the SuperLink nothing but a heartbeat.
+  * A site is one agent: a second one with the same key is refused while the first is alive.
+
+Flower's private parts used: the paths, header names and protobuf messages of its Fleet API (flwr 1.41).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import ssl
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import grpc
+import httpx
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse, PushMessagesRequest, PushMessagesResponse
+from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+from google.protobuf.message import DecodeError
+
+from locum.common.errors import RunError
+from locum.common.proto import locum_pb2 as pb
+from locum.common.proto import locum_pb2_grpc as rpc
+from locum.server.gateway.hints import Board
+from locum.server.home import Home, ServerConfig
+from locum.server.superlink import CONTROL_HEADER, address, control_secret
+
+_PREFIX = "/v1/fleet/"
+_ACTIVATE, _PULL = _PREFIX + "activate-node", _PREFIX + "pull-messages"
+_PUSH, _PUSH_OBJECT = _PREFIX + "push-messages", _PREFIX + "push-object"
+_ALLOWED = frozenset(
+    {
+        *(_ACTIVATE, _PULL, _PUSH, _PUSH_OBJECT),
+        *(_PREFIX + name for name in ("deactivate-node", "send-node-heartbeat", "get-run", "get-fab")),
+        *(_PREFIX + name for name in ("pull-object", "confirm-message-received")),
+    }
+)
+_CARRIED = frozenset({"content-type", "accept", "content-encoding"})
+_CARRIED_PREFIX = "flwr-"
+_MAX_BODY = 1 << 20
+_PARKED_SECONDS = 50.0
+_TIMEOUT = httpx.Timeout(30, connect=5)
+
+
+@dataclass
+class _Upload:
+    """A reply on its way: the message that it answers, and the objects that are still to come."""
+
+    reply_to: str
+    missing: set[str] = field(default_factory=set)
+
+
+class Uploads:
+    """Which replies are complete, from what passes through the tunnel."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._open: dict[str, _Upload] = {}
+        self._lock = threading.Lock()
+
+    def pushed(self, request: bytes, answer: bytes) -> None:
+        """A reply was announced; its objects follow."""
+        asked, told = PushMessagesRequest.FromString(request), PushMessagesResponse.FromString(answer)
+        for message in asked.messages_list:
+            upload = _Upload(message.metadata.reply_to_message_id, set(told.objects_to_push))
+            self._keep(told.session_id, upload)
+
+    def stored(self, request: bytes, answer: bytes) -> None:
+        """One object of a reply has arrived."""
+        asked, told = PushObjectRequest.FromString(request), PushObjectResponse.FromString(answer)
+        with self._lock:
+            upload = self._open.get(asked.session_id)
+            if upload is None or not told.stored:
+                return
+            upload.missing.discard(asked.object_id)
+        self._keep(asked.session_id, upload)
+
+    def _keep(self, session: str, upload: _Upload) -> None:
+        with self._lock:
+            if upload.missing:
+                self._open[session] = upload
+                return
+            self._open.pop(session, None)
+        self._board.completed(upload.reply_to)
+
+
+class FleetService(rpc.FleetServicer):
+    """The gRPC service of the tunnel.
+
+    Args:
+        home: the coordinator's folder.
+        config: its configuration.
+        board: who has a message, and which replies are complete.
+        admit: the site behind a call and its node key in PEM, or it aborts the call (UNAUTHENTICATED).
+        claim: whether this instance of a site's agent is the one that counts.
+        register: makes the SuperLink know a site's node key; raises RunError.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        config: ServerConfig,
+        *,
+        board: Board,
+        admit: Callable[[grpc.ServicerContext], tuple[str, bytes]],
+        claim: Callable[[str, str], bool],
+        register: Callable[[str, bytes], None],
+    ) -> None:
+        self._board, self._uploads = board, Uploads(board)
+        self._admit, self._claim, self._register = admit, claim, register
+        trust = ssl.create_default_context(cafile=str(home.superlink / "tls-ca.pem"))
+        limits = httpx.Limits(max_connections=32, max_keepalive_connections=32, keepalive_expiry=60)
+        self._client = httpx.Client(
+            base_url=f"https://{address(config)}",
+            headers={CONTROL_HEADER: control_secret(home)},
+            verify=trust,
+            timeout=_TIMEOUT,
+            limits=limits,
+        )
+
+    def Call(self, request: pb.FleetCall, context: grpc.ServicerContext) -> pb.FleetAnswer:  # noqa: N802
+        """One call of an agent to the Fleet API."""
+        site, key = self._admit(context)
+        _check(request, key, context)
+        if not self._claim(site, request.instance):
+            context.abort(grpc.StatusCode.ALREADY_EXISTS, f"another agent of {site} is at work; stop it first")
+        try:
+            if request.path == _ACTIVATE:
+                self._register(site, key)
+            elif request.path == _PULL:
+                self._park(request.body, context)
+            answer = self._forward(request)
+            if answer.status_code == httpx.codes.OK:
+                self._note(request, answer.content)
+        except DecodeError:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the body is not what this path takes")
+        except (httpx.TransportError, RunError):
+            context.abort(grpc.StatusCode.UNAVAILABLE, "the coordinator's SuperLink does not answer; try again")
+        return pb.FleetAnswer(status=answer.status_code, body=answer.content)
+
+    def _park(self, body: bytes, context: grpc.ServicerContext) -> None:
+        gone = threading.Event()
+        context.add_callback(lambda: self._board.left(gone))
+        self._board.await_message(_node_of(body), _PARKED_SECONDS, gone)
+
+    def _forward(self, request: pb.FleetCall) -> httpx.Response:
+        headers = {name: value for name, value in request.headers.items() if _is_carried(name)}
+        return self._client.post(request.path, content=request.body, headers=headers)
+
+    def _note(self, request: pb.FleetCall, answer: bytes) -> None:
+        if request.path == _PULL:
+            found = bool(PullMessagesResponse.FromString(answer).messages_list)
+            self._board.pulled(_node_of(request.body), found=found)
+        elif request.path == _PUSH:
+            self._uploads.pushed(request.body, answer)
+        elif request.path == _PUSH_OBJECT:
+            self._uploads.stored(request.body, answer)
+
+    def close(self) -> None:
+        """Closes the connections to the SuperLink."""
+        self._client.close()
+
+
+def _check(request: pb.FleetCall, key: bytes, context: grpc.ServicerContext) -> None:
+    if request.path not in _ALLOWED:
+        context.abort(grpc.StatusCode.PERMISSION_DENIED, "the tunnel leads to the calls of a node and nowhere else")
+    if len(request.body) > _MAX_BODY:
+        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "a call is at most 1 MiB; tensors travel as blobs")
+    given = [value for name, value in request.headers.items() if name.lower() == FLEET_HTTP_PUBLIC_KEY_HEADER.lower()]
+    if len(given) != 1 or _decoded(given[0]) != key:
+        context.abort(grpc.StatusCode.PERMISSION_DENIED, "the node key is not that of the site's certificate")
+
+
+def _node_of(body: bytes) -> int:
+    return int(PullMessagesRequest.FromString(body).node.node_id)
+
+
+def _decoded(value: str) -> bytes | None:
+    try:
+        return base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError):
+        return None
+
+
+def _is_carried(name: str) -> bool:
+    lower = name.lower()
+    return lower in _CARRIED or lower.startswith(_CARRIED_PREFIX)
+

@@ -1,0 +1,228 @@
+"""Flower's SuperLink, as it runs here: its own program on loopback, with a lock on what it leaves open.
+
+In open-source Flower the Control API asks nobody who he is: whoever reaches the port starts runs and thereby code. So
+the program is started through its own extension hook with one middleware more: every path but the Runtime API (which
+has Flower's own secret and task tokens) needs the coordinator's control secret in a header. Flower is not changed.
+
+The other half of this module is what the coordinator asks of it: start and stop a run, register and remove a node.
+Flower's private parts used: the extension hook, the Control API's client, and the program's entry point.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import sys
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import httpx
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.error import FlowerError
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+
+from locum.common.errors import RunError
+from locum.server.home import Home, ServerConfig
+
+if TYPE_CHECKING:
+    from starlette.middleware import Middleware
+
+CONTROL_HEADER = "locum-control"
+_HOOK = "flwr.ee.superlink.extensions"
+_OPEN = "/v1/runtime/"
+
+_Scope = MutableMapping[str, Any]
+_Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+_Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+_App = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
+
+
+# --- the lock
+
+
+class ControlLock:
+    """ASGI middleware: answers 401 to every HTTP call outside the Runtime API that does not carry the secret."""
+
+    def __init__(self, app: _App, secret: bytes) -> None:
+        self._app, self._secret = app, secret
+
+    async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+        """Lets a call pass, or answers it."""
+        if scope["type"] == "lifespan" or self._may_pass(scope):
+            await self._app(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": 401, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    def _may_pass(self, scope: _Scope) -> bool:
+        if scope["type"] != "http":
+            return False
+        given = [value for name, value in scope["headers"] if name == CONTROL_HEADER.encode()]
+        return str(scope["path"]).startswith(_OPEN) or (len(given) == 1 and hmac.compare_digest(given[0], self._secret))
+
+
+def _extension(secret: bytes) -> ModuleType:
+    from starlette.middleware import Middleware
+
+    def get_middleware() -> tuple[Middleware, ...]:
+        return (Middleware(ControlLock, secret=secret),)
+
+    module = ModuleType(_HOOK)
+    module.__dict__["get_middleware"] = get_middleware
+    return module
+
+
+def main() -> None:
+    """`python -m locum.server.superlink SECRET-FILE ARGUMENTS…`: flower-superlink with the lock."""
+    from flwr.superlink.cli.flower_superlink import flower_superlink
+
+    secret = Path(sys.argv.pop(1)).read_bytes()
+    sys.modules[_HOOK] = _extension(secret)
+    sys.argv[0] = "flower-superlink"
+    flower_superlink()
+
+
+# --- how it is started
+
+
+def command(home: Home, config: ServerConfig) -> list[str]:
+    """The command line of the SuperLink: loopback, process isolation, a secret, SQLite, registered nodes only."""
+    own = home.superlink
+    return [
+        *(sys.executable, "-m", "locum.server.superlink", str(own / "control.secret")),
+        *("--host", "127.0.0.1", "--port", str(config.superlink_port)),
+        *("--ssl-certfile", str(own / "tls.pem"), "--ssl-keyfile", str(own / "tls.key")),
+        *("--ssl-ca-certfile", str(own / "tls-ca.pem")),
+        *("--isolation", "process", "--superexec-auth-secret-file", str(own / "superexec.secret")),
+        *("--database", str(own / "state.sqlite"), "--enable-supernode-auth"),
+        "--disable-runtime-dependency-installation",
+    ]
+
+
+def executor_command(home: Home, config: ServerConfig, parent: int) -> list[str]:
+    """The command line of the SuperExec, which starts the ServerApp of every run; it ends with its `parent`."""
+    own = home.superlink
+    return [
+        str(Path(sys.executable).with_name("flower-superexec")),
+        *("--runtime-api-address", address(config), "--root-certificates", str(own / "tls-ca.pem")),
+        *("--superexec-auth-secret-file", str(own / "superexec.secret"), "--parent-pid", str(parent)),
+    ]
+
+
+def environment(home: Home) -> dict[str, str]:
+    """What Flower's processes find in their environment."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {
+        **os.environ,
+        "PATH": path,
+        "FLWR_HOME": str(home.superlink),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
+        "LOCUM_SERVER_HOME": str(home.path),
+    }
+
+
+def address(config: ServerConfig) -> str:
+    """Where the SuperLink listens."""
+    return f"127.0.0.1:{config.superlink_port}"
+
+
+# --- what the coordinator asks of it
+
+
+@dataclass(frozen=True)
+class _Secret:
+    """Adds the control secret to every call."""
+
+    value: str
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        context.request.headers[CONTROL_HEADER] = self.value
+        return call_next(context)
+
+
+def control_secret(home: Home) -> str:
+    """The secret that opens the Control and Fleet API; raises OSError."""
+    return (home.superlink / "control.secret").read_text()
+
+
+class Control:
+    """The coordinator's hold on its SuperLink. Every method raises RunError if the SuperLink does not answer."""
+
+    def __init__(self, home: Home, config: ServerConfig) -> None:
+        from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+
+        self._client = ControlHttpClient.from_server_address(
+            address(config),
+            insecure=False,
+            root_certificates=(home.superlink / "tls-ca.pem").read_bytes(),
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="Locum"), _Secret(control_secret(home))],
+        )
+
+    def start_run(self, bundle: bytes, run: str) -> int:
+        """Starts a Flower run of a bundle for the run named `run`; returns Flower's number of it."""
+        from flwr.common.serde import fab_to_proto, user_config_to_proto
+        from flwr.proto.control_pb2 import StartRunRequest
+        from flwr.supercore.fab import Fab
+
+        from locum.common.canonical import sha256_hex
+
+        request = StartRunRequest(
+            fab=fab_to_proto(Fab(sha256_hex(bundle), bundle, {})), override_config=user_config_to_proto({"run": run})
+        )
+        answer = self._ask(self._client.StartRun, request)
+        if not answer.HasField("run_id"):
+            raise RunError("the SuperLink did not accept the run", "see superlink.log in the coordinator's logs")
+        return int(answer.run_id)
+
+    def stop_run(self, number: int) -> None:
+        """Stops a Flower run; one that has ended is left as it is."""
+        from flwr.proto.control_pb2 import StopRunRequest
+
+        self._ask(self._client.StopRun, StopRunRequest(run_id=number), tolerated=True)
+
+    def register_node(self, public_key: bytes) -> int | None:
+        """Registers a site's key (SEC1 or PEM bytes as Flower has them); None if it is registered already."""
+        from flwr.proto.control_pb2 import RegisterNodeRequest
+
+        answer = self._ask(self._client.RegisterNode, RegisterNodeRequest(public_key=public_key), tolerated=True)
+        return None if answer is None else int(answer.node_id)
+
+    def nodes(self) -> dict[bytes, int]:
+        """The registered nodes' numbers by public key."""
+        from flwr.proto.control_pb2 import ListNodesRequest
+
+        answer = self._ask(self._client.ListNodes, ListNodesRequest())
+        return {bytes(node.public_key): int(node.node_id) for node in answer.nodes_info if not node.unregistered_at}
+
+    def unregister_node(self, number: int) -> None:
+        """Removes a node; one that is not there is left so."""
+        from flwr.proto.control_pb2 import UnregisterNodeRequest
+
+        self._ask(self._client.UnregisterNode, UnregisterNodeRequest(node_id=number), tolerated=True)
+
+    def _ask(self, call: Callable[[Any], Any], request: Any, *, tolerated: bool = False) -> Any:
+        try:
+            return call(request)
+        except httpx.HTTPStatusError as error:
+            if tolerated and error.response.status_code in {400, 404, 409, 412}:
+                return None
+            told = FlowerError.from_json(error.response.text)
+            words = told.message if told is not None else f"HTTP {error.response.status_code}"
+            raise RunError(f"the SuperLink refused: {words}", "see superlink.log in the coordinator's logs") from error
+        except httpx.TransportError as error:
+            reason = f"the SuperLink does not answer: {type(error).__name__}"
+            raise RunError(reason, "start the coordinator with `locum server start`, or wait a moment") from error
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self._client.close()
+
+
+if __name__ == "__main__":
+    main()
