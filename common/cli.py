@@ -20,9 +20,17 @@ from locum.common.errors import DataError, LocumError, PlanError
 _HELP = {
     "plan": "Check, show and identify a plan.",
     "simulate": "Run a plan over several hospitals on this machine.",
-    "site": "At a hospital: ingest images, look at the catalog.",
+    "site": "At a hospital: join a federation, ingest images, look at the catalog.",
+    "server": "The coordinator: begin a federation, invite, list and revoke sites.",
+    "propose": "Put a plan before the sites.",
+    "run": "Run a plan that sites have approved.",
+    "watch": "Follow a run: each site's state, progress and losses.",
+    "stop": "End a run; what was committed stays.",
+    "resume": "Go on with a run that was paused or stopped.",
+    "pull": "Fetch a run's model, metrics and report.",
 }
-_EXTRA = {"simulate": "site,server", "site": "site", "server": "server"}
+_SERVER = ("server", "propose", "run", "watch", "stop", "resume", "pull")
+_EXTRA = {"simulate": "site,server", "site": "site", **dict.fromkeys(_SERVER, "server")}
 
 
 class _Groups(click.Group):

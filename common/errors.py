@@ -55,6 +55,7 @@ class Code(IntEnum):
     DISK_FULL = 110
     MESSAGE_UNREADABLE = 111
     PLAN_UNBUILDABLE = 112
+    NOT_APPROVED = 113
 
 
 #: What a code means to the ML team, and what they can do about it without seeing the site's log.
@@ -80,6 +81,10 @@ MEANING: dict[Code, tuple[str, str]] = {
     Code.PLAN_UNBUILDABLE: (
         "the plan's parts cannot be built here",
         "compare package versions with the site",
+    ),
+    Code.NOT_APPROVED: (
+        "the site has not approved this plan, or took its approval back",
+        "ask the site's steward to review it: locum site review",
     ),
 }
 

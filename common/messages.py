@@ -32,6 +32,9 @@ Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 #: Flower message types, one a task.
 DESCRIBE, TRAIN, EVALUATE = "query.describe", "train", "evaluate"
 
+#: Tensors of up to so many bytes travel inside a message also between hospitals.
+BLOB_THRESHOLD = 128 << 10
+
 _RECORD, _HEADER, _TENSORS = "locum", "json", "tensors"
 #: The element types that a message carries, as NumPy names them.
 DTYPES = frozenset({"float16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64"})

@@ -9,7 +9,7 @@ from flwr.app import Message
 
 from locum.common.build import Model
 from locum.common.errors import MEANING, Code
-from locum.common.messages import H, Header, MessageError, Tensors, TrainResult, unpack
+from locum.common.messages import INLINE, Arrays, Carrier, H, Header, MessageError, TrainResult, unpack
 from locum.common.plan import Plan
 from locum.common.updates import update_problem
 
@@ -27,15 +27,15 @@ class Update:
     """An admitted update: the change to the shared tensors, and its weight in the mean."""
 
     header: TrainResult
-    tensors: Tensors
+    tensors: Arrays
 
 
-def read(reply: Message, kind: type[H], plan: Plan) -> tuple[H, Tensors] | Refused:
+def read(reply: Message, kind: type[H], plan: Plan, carrier: Carrier = INLINE) -> tuple[H, Arrays] | Refused:
     """A reply's header and tensors, or why it cannot be used."""
     if reply.has_error():
         return _failure(reply.error.code, reply.error.reason)
     try:
-        header, tensors = unpack(reply.content, kind)
+        header, tensors = unpack(reply.content, kind, carrier)
     except MessageError as error:
         return Refused(f"unreadable reply: {error}", Code.MESSAGE_UNREADABLE)
     return _belongs(header, plan) or (header, tensors)
@@ -58,9 +58,11 @@ def _failure(number: int, reason: str | None) -> Refused:
     return Refused(MEANING[code][0] + shown, code)
 
 
-def admit(reply: Message, plan: Plan, *, round_number: int, model: Model) -> Update | Refused:
+def admit(
+    reply: Message, plan: Plan, *, round_number: int, model: Model, carrier: Carrier = INLINE
+) -> Update | Refused:
     """An update that may be folded into `model`, or why not: form, round, finite, norm bound, weight cap."""
-    answer = read(reply, TrainResult, plan)
+    answer = read(reply, TrainResult, plan, carrier)
     if isinstance(answer, Refused):
         return answer
     header, tensors = answer

@@ -1,6 +1,7 @@
 """The Flower ServerApp: reads the run's plan, drives the rounds, writes the result.
 
-Run configuration: `run-dir`, the run's folder, which holds `plan.yaml`. Checkpoints that are there are continued.
+Run configuration: `run-dir`, the folder of a run on one machine, or `run`, the name of a run of the coordinator whose
+folder the environment variable `LOCUM_SERVER_HOME` names. Checkpoints that are there are continued.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from flwr.serverapp import Grid, ServerApp
 from safetensors.numpy import save
 
 from locum.common.durable import replace_file
-from locum.common.errors import RunError
-from locum.common.plan import load_plan
+from locum.common.errors import LocumError, RunError
+from locum.common.plan import Plan, load_plan
 from locum.server.checkpoints import Checkpoints
+from locum.server.link import Direct, Link
 from locum.server.records import Events, RunSummary
 from locum.server.rounds import Finished, open_engine, run
 
@@ -23,18 +25,49 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Runs the plan in the run's folder to its end."""
-    folder = Path(str(context.run_config["run-dir"]))
-    plan = load_plan(folder / "plan.yaml")
-    events = Events(folder / "events.jsonl")
+    """Runs a plan to its end."""
+    if "run-dir" in context.run_config:
+        folder = Path(str(context.run_config["run-dir"]))
+        events = Events(folder / "events.jsonl")
+        try:
+            _run(folder, load_plan(folder / "plan.yaml"), grid, Direct(), events)
+        finally:
+            events.close()
+    else:
+        _between_hospitals(str(context.run_config["run"]), grid)
+
+
+def _between_hospitals(name: str, grid: Grid) -> None:
+    """Runs a run of the coordinator. Whatever ends it is told in the run's folder; a process that dies says nothing."""
+    from locum.server.begin import begin
+    from locum.server.home import Home, default_home, read_config
+    from locum.server.runs import find
+    from locum.server.wire import StoppedError, Wire
+
+    home = Home(default_home())
+    found = find(home, name)
+    with found.hold():
+        events = Events(found.events)
+        try:
+            begin(found.folder)
+            wire = Wire(home, read_config(home), run=found, events=events)
+            _run(found.folder, found.plan, grid, wire, events)
+        except StoppedError:
+            events.emit("stopped")
+        except LocumError as error:
+            found.fail(error.message, error.remedy)
+            events.emit("failed", reason=error.message, remedy=error.remedy)
+        finally:
+            events.close()
+
+
+def _run(folder: Path, plan: Plan, grid: Grid, link: Link, events: Events) -> None:
     try:
-        engine = open_engine(plan, grid, Checkpoints(folder / "checkpoints", plan), events)
+        engine = open_engine(plan, grid, Checkpoints(folder / "checkpoints", plan), events, link)
         write_result(folder, run(engine))
     except OSError as error:
         reason = f"{folder} cannot be written: {error.strerror}; committed rounds are kept"
         raise RunError(reason, "free space or mend the disk, then resume") from error
-    finally:
-        events.close()
 
 
 def write_result(folder: Path, finished: Finished) -> None:

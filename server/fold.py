@@ -7,12 +7,17 @@ that comes before its turn waits; memory is the sum plus the updates that wait.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from locum.common.build import Model
+from locum.common.tensor_files import forget_part
 from locum.server.admission import Update
+
+#: Elements that are added at once.
+_BLOCK = 1 << 16
 
 
 class Fold:
@@ -43,6 +48,14 @@ class Fold:
             return
         weight = update.header.weight
         for name, tensor in update.tensors.items():
-            self._totals[name] += weight * tensor.astype(np.float64)
+            _add_weighted(self._totals[name].reshape(-1), weight, tensor.reshape(-1))
         self.weight += weight
         self.count += 1
+
+
+def _add_weighted(total: NDArray[np.float64], weight: float, tensor: NDArray[Any]) -> None:
+    """total += weight · tensor, block by block; of a mapped tensor, pages are given back as they were read."""
+    for start in range(0, total.size, _BLOCK):
+        part = tensor[start : start + _BLOCK]
+        total[start : start + _BLOCK] += np.multiply(part, weight, dtype=np.float64)
+        forget_part(part)

@@ -6,14 +6,16 @@
 
 Rules:
   * A site that fails, refuses or is late costs one contribution, and its reason is recorded; never the run.
-  * A round below quorum is void: nothing of it is committed, and it is tried again.
+  * A round below quorum is void: nothing of it is committed, and it is tried again. Between hospitals a run that has
+    used up its attempts pauses until sites return or somebody stops it; on one machine it ends with the reasons.
   * A round counts only once it is on disk. Whatever dies, the run goes on from the last committed round.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,7 +24,6 @@ from flwr.serverapp import Grid
 
 from locum.common import build
 from locum.common.build import Model
-from locum.common.canonical import sha256_hex
 from locum.common.errors import MEANING, Code, RunError
 from locum.common.messages import (
     DESCRIBE,
@@ -42,10 +43,9 @@ from locum.common.updates import l2_norm
 from locum.server.admission import Refused, Update, admit, read
 from locum.server.checkpoints import Checkpoints, Committed
 from locum.server.fold import Fold
+from locum.server.link import Link
 from locum.server.records import Evaluated, Events, RoundRecord
 from locum.server.strategies import Strategy, strategy_of
-
-_FIRST_WAIT, _LONGEST_WAIT = 0.001, 0.2
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Engine:
     strategy: Strategy
     checkpoints: Checkpoints
     events: Events
+    link: Link
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def run(engine: Engine) -> Finished:
     plan, events = engine.plan, engine.events
     committed = engine.checkpoints.latest() or commit_initial(plan, engine.checkpoints)
     events.emit("started", plan=plan.name, digest=plan.digest, rounds=plan.rounds, round=committed.round)
-    roster = _same_roster(committed, open_roster(engine, build.configuration(plan, committed.model)))
+    roster = _gathered(engine, committed)
     committed = replace(committed, roster=tuple(roster.nodes))
     committed = _measured(engine, roster, committed)
     while committed.round < plan.rounds:
@@ -113,12 +114,26 @@ def run(engine: Engine) -> Finished:
 # --- before round 1
 
 
+class TooFewError(RunError):
+    """There are fewer sites than the quorum."""
+
+
 def commit_initial(plan: Plan, checkpoints: Checkpoints) -> Committed:
     """Commits round 0, the model that the plan's seed gives. Only this step of a run needs torch at the coordinator."""
     initial = build.shared_tensors(*build.initial_state(plan))
     committed = Committed(0, initial, strategy_of(plan).start(initial), (), ())
     checkpoints.commit(committed)
     return committed
+
+
+def _gathered(engine: Engine, committed: Committed) -> Roster:
+    """The roster, once there are sites enough for the quorum; raises RunError where nobody waits for more."""
+    expected = build.configuration(engine.plan, committed.model)
+    while True:
+        try:
+            return _same_roster(engine, committed, open_roster(engine, expected))
+        except TooFewError as error:
+            engine.link.wait(error, ())
 
 
 def open_roster(engine: Engine, expected: Mapping[str, str]) -> Roster:
@@ -128,25 +143,30 @@ def open_roster(engine: Engine, expected: Mapping[str, str]) -> Roster:
         RunError: a site's configuration differs, two nodes have one name, or too few sites are left for the quorum.
     """
     plan = engine.plan
-    nodes = sorted(engine.grid.get_node_ids())
-    outgoing = {str(node): (node, pack(DescribeTask(plan_digest=plan.digest))) for node in nodes}
+    certified = engine.link.nodes(sorted(engine.grid.get_node_ids()))
+    names = {(name or f"node {node}"): node for node, name in certified.items()}
+    content = pack(DescribeTask(plan_digest=plan.digest))
     described: dict[str, tuple[int, Description]] = {}
     excluded: dict[str, str] = {}
-    for node, reply in exchange(engine, DESCRIBE, outgoing, group="0"):
+    for name, reply in exchange(engine, DESCRIBE, {name: (node, content) for name, node in names.items()}, group="0"):
         answer = read(reply, Description, plan)
         if isinstance(answer, Refused):
-            excluded[f"node {node}"] = answer.reason
+            excluded[name] = answer.reason
             continue
-        found = answer[0]
+        node, found = names[name], answer[0]
+        if certified[node] not in {None, found.site}:
+            excluded[name] = f"it calls itself '{found.site}', which is not the name in its certificate"
+            continue
         if found.site in described:
             raise RunError(f"two agents call themselves '{found.site}'", "give every site its own name")
-        described[found.site] = (int(node), found)
+        described[found.site] = (node, found)
     _agree(expected, {site: found for site, (_, found) in described.items()})
     excluded |= {site: found.reason for site, (_, found) in described.items() if not found.able}
     able = {site: node for site, (node, found) in sorted(described.items()) if found.able}
     _announce(engine, described, excluded)
     if len(able) < plan.participation.quorum:
-        raise RunError(_too_few(able, plan, excluded), "mend these sites, or lower participation.quorum in the plan")
+        reason = _too_few(able, plan, excluded)
+        raise TooFewError(reason, "mend these sites, or lower participation.quorum in the plan")
     return Roster(able, excluded)
 
 
@@ -181,34 +201,44 @@ def _announce(engine: Engine, described: Mapping[str, tuple[int, Description]], 
     engine.events.emit("roster", cases=cases, excluded=dict(excluded), notices=notices)
 
 
-def _same_roster(committed: Committed, roster: Roster) -> Roster:
-    """The roster that a resumed run began with: it refuses to lose a site, and a site that is new stays outside."""
+def _same_roster(engine: Engine, committed: Committed, roster: Roster) -> Roster:
+    """The roster that a resumed run began with: a site that is new stays outside, one that is away keeps its place.
+
+    Raises:
+        RunError: a site is gone for good.
+    """
     if not committed.roster:
         return roster
-    lost = sorted(set(committed.roster) - set(roster.nodes))
+    nodes = {**engine.link.registered(set(committed.roster) - set(roster.nodes)), **roster.nodes}
+    lost = sorted(set(committed.roster) - set(nodes))
     if lost:
         raise RunError(f"the run was started with sites that are missing now: {', '.join(lost)}", "bring them back")
     late = dict.fromkeys(sorted(set(roster.nodes) - set(committed.roster)), "was not there when the run began")
-    return Roster({site: roster.nodes[site] for site in committed.roster}, {**roster.excluded, **late})
+    excluded = {site: reason for site, reason in roster.excluded.items() if site not in committed.roster}
+    return Roster({site: nodes[site] for site in committed.roster}, {**excluded, **late})
 
 
 # --- one round
 
 
 def _next_round(engine: Engine, roster: Roster, committed: Committed) -> Committed:
-    """Tries the next round until it has a quorum; raises RunError when the plan's attempts are used up."""
-    attempts = engine.plan.participation.attempts
-    missing: dict[str, Refused] = {}
-    for attempt in range(1, attempts + 1):
+    """Tries the next round until it has a quorum; raises RunError where nobody waits for sites to come back."""
+    attempt = 0
+    while True:
+        attempt += 1
         result = one_round(engine, roster, committed, attempt)
         if isinstance(result, Committed):
             return result
-        missing = result
+        if attempt % engine.plan.participation.attempts == 0:
+            engine.link.wait(_below_quorum(engine.plan, committed, result, attempt), list(roster.nodes))
+
+
+def _below_quorum(plan: Plan, committed: Committed, missing: Mapping[str, Refused], attempts: int) -> RunError:
     reasons = "".join(f"\n  {site}: {refused.reason}" for site, refused in sorted(missing.items()))
     codes = {refused.code for refused in missing.values() if refused.code is not None}
     remedy = "; ".join(sorted(MEANING[code][1] for code in codes)) or "bring the sites back"
-    raise RunError(
-        f"round {committed.round + 1} stayed below its quorum of {engine.plan.participation.quorum} in {attempts} "
+    return TooFewError(
+        f"round {committed.round + 1} stayed below its quorum of {plan.participation.quorum} in {attempts} "
         f"attempts; {committed.round} committed rounds are kept{reasons}",
         f"{remedy}; then resume",
     )
@@ -218,13 +248,14 @@ def one_round(engine: Engine, roster: Roster, committed: Committed, attempt: int
     """One attempt at a round; returns the committed state, or why each missing site is missing."""
     began, number, plan = time.monotonic(), committed.round + 1, engine.plan
     engine.events.emit("round", round=number, attempt=attempt)
-    content = pack(TrainTask(plan_digest=plan.digest, round=number), committed.model)
-    outgoing = {site: (node, content) for site, node in roster.nodes.items()}
+    link = engine.link
+    content = pack(TrainTask(plan_digest=plan.digest, round=number), committed.model, link.outgoing(committed.model))
+    refused = _away(engine, roster, number)
+    outgoing = {site: (node, content) for site, node in roster.nodes.items() if site not in refused}
     fold = Fold(committed.model, list(roster.nodes))
     admitted: dict[str, Update] = {}
-    refused: dict[str, Refused] = {}
     for site, reply in exchange(engine, TRAIN, outgoing, group=str(number)):
-        verdict = admit(reply, plan, round_number=number, model=committed.model)
+        verdict = admit(reply, plan, round_number=number, model=committed.model, carrier=link.incoming(site))
         fold.offer(site, verdict if isinstance(verdict, Update) else None)
         if isinstance(verdict, Update):
             admitted[site] = replace(verdict, tensors={})
@@ -234,6 +265,8 @@ def one_round(engine: Engine, roster: Roster, committed: Committed, attempt: int
             engine.events.emit("refused", round=number, site=site, reason=verdict.reason)
     refused |= {site: Refused("no answer by the deadline") for site in roster.nodes if site not in admitted | refused}
     totals = fold.close()
+    for site in outgoing:
+        link.taken(site)
     if fold.count < plan.participation.quorum:
         engine.events.emit("void", round=number, attempt=attempt, admitted=fold.count)
         return refused
@@ -248,28 +281,40 @@ def one_round(engine: Engine, roster: Roster, committed: Committed, attempt: int
     return after
 
 
+def _away(engine: Engine, roster: Roster, number: int) -> dict[str, Refused]:
+    """The sites that nothing is sent to now, because they are not there."""
+    away = engine.link.away(roster.nodes)
+    for site, reason in away.items():
+        engine.events.emit("refused", round=number, site=site, reason=reason)
+    return {site: Refused(reason) for site, reason in away.items()}
+
+
 def exchange(
     engine: Engine, kind: str, outgoing: Mapping[str, tuple[int, RecordDict]], *, group: str
 ) -> Iterator[tuple[str, Message]]:
     """Sends one message to each site and yields replies as they arrive, until the plan's deadline.
 
-    An error reply names its site only by the message it answers, so replies are matched by message id.
+    An error reply names its site only by the message it answers, so replies are matched by message id. A message that
+    its site has not taken by the deadline is dropped by Flower (its time to live), so a late site gets the next one.
     """
-    grid = engine.grid
-    deadline = time.monotonic() + engine.plan.participation.deadline
-    names = list(outgoing)
-    messages = [Message(content, node, kind, group_id=group) for node, content in outgoing.values()]
-    waiting = dict(zip(grid.push_messages(messages), names, strict=True))
-    pause = _FIRST_WAIT
+    grid, link = engine.grid, engine.link
+    seconds = engine.plan.participation.deadline
+    deadline = time.monotonic() + seconds
+    messages = [Message(content, node, kind, group_id=group, ttl=seconds) for node, content in outgoing.values()]
+    ids = list(grid.push_messages(messages)) if messages else []
+    waiting = dict(zip(ids, outgoing, strict=True))
+    link.sent({number: outgoing[site][0] for number, site in waiting.items()})
     while waiting and time.monotonic() < deadline:
-        replies = list(grid.pull_messages(list(waiting)))
-        for reply in replies:
+        for reply in _pulled(grid, link.ready(waiting)):
             site = waiting.pop(reply.metadata.reply_to_message_id, None)
             if site is not None:
                 yield site, reply
-        pause = _FIRST_WAIT if replies else min(pause * 1.5, _LONGEST_WAIT)
-        if waiting:
-            time.sleep(pause)
+        gone = link.away(waiting.values())
+        waiting = {number: site for number, site in waiting.items() if site not in gone}
+
+
+def _pulled(grid: Grid, ids: Collection[str]) -> list[Message]:
+    return list(grid.pull_messages(ids)) if ids else []
 
 
 def _record(
@@ -278,7 +323,7 @@ def _record(
 ) -> RoundRecord:  # fmt: skip
     size = sum(tensor.nbytes for tensor in model.values())
     order = sorted(admitted)
-    moved = {name: model[name].astype(np.float64) - before.model[name] for name in model}
+    moved = {name: model[name] - before.model[name] for name in model}
     return RoundRecord(
         round=before.round + 1,
         attempt=attempt,
@@ -295,7 +340,10 @@ def _record(
 
 
 def _model_digest(model: Model) -> str:
-    return sha256_hex(b"".join(model[name].tobytes() for name in sorted(model)))
+    digest = hashlib.sha256()
+    for name in sorted(model):
+        digest.update(np.ascontiguousarray(model[name]).data)
+    return digest.hexdigest()
 
 
 # --- evaluation
@@ -318,11 +366,11 @@ def evaluate(engine: Engine, roster: Roster, model: Model, *, round_number: int,
     """The plan's metrics of a model on one fold, over all sites by adding up their sums, and per site."""
     plan = engine.plan
     task = EvaluateTask(plan_digest=plan.digest, round=round_number, fold=fold)
-    content = pack(task, model)
-    outgoing = {site: (node, content) for site, node in roster.nodes.items()}
+    content = pack(task, model, engine.link.outgoing(model))
+    excluded = {site: refused.reason for site, refused in _away(engine, roster, round_number).items()}
+    outgoing = {site: (node, content) for site, node in roster.nodes.items() if site not in excluded}
     sums: dict[str, Tensors] = {}
     cases: dict[str, int | None] = {}
-    excluded: dict[str, str] = {}
     for site, reply in exchange(engine, EVALUATE, outgoing, group=str(round_number)):
         answer = _read_sums(reply, plan)
         if isinstance(answer, Refused):
@@ -377,6 +425,6 @@ def _chosen(engine: Engine, committed: Committed) -> Committed:
     return engine.checkpoints.load(best)
 
 
-def open_engine(plan: Plan, grid: Grid, checkpoints: Checkpoints, events: Events) -> Engine:
+def open_engine(plan: Plan, grid: Grid, checkpoints: Checkpoints, events: Events, link: Link) -> Engine:
     """Everything a run of `plan` needs."""
-    return Engine(plan, grid, strategy_of(plan), checkpoints, events)
+    return Engine(plan, grid, strategy_of(plan), checkpoints, events, link)

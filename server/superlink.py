@@ -26,6 +26,7 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 
 from locum.common.errors import RunError
 from locum.server.home import Home, ServerConfig
+from locum.server.parent import end_with_parent
 
 if TYPE_CHECKING:
     from starlette.middleware import Middleware
@@ -79,6 +80,7 @@ def main() -> None:
     """`python -m locum.server.superlink SECRET-FILE ARGUMENTS…`: flower-superlink with the lock."""
     from flwr.superlink.cli.flower_superlink import flower_superlink
 
+    end_with_parent()
     secret = Path(sys.argv.pop(1)).read_bytes()
     sys.modules[_HOOK] = _extension(secret)
     sys.argv[0] = "flower-superlink"

@@ -28,7 +28,7 @@ def simulate(
     sites: Annotated[int | None, typer.Option(help="How many emulated hospitals.", min=1, max=200)] = None,
     sites_file: Annotated[Path | None, typer.Option(help="Which hospitals, real or emulated.")] = None,
     data: Annotated[Path | None, typer.Option(help="Where the data of a sites file lies, instead of its root.")] = None,
-    engine: Annotated[str, typer.Option(help="How to run it: local.")] = "local",
+    engine: Annotated[str, typer.Option(help="How to run it: local, or rehearse.")] = "local",
     seed: Annotated[int | None, typer.Option(help="Instead of the plan's seed.", min=0)] = None,
     baselines: Annotated[bool, typer.Option("--baselines", help="Also train each site alone, and pooled.")] = False,
     out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME if left out.")] = None,
@@ -40,8 +40,8 @@ def simulate(
 
     Without PLAN: four emulated hospitals with CT lesions. The result lies in the run's folder; open report.html.
     """
-    _check_engine(engine)
     process_context()  # first of all: it loads torch meanwhile
+    _check_engine(engine)
     from locum.simulations.simulate import Simulation
     from locum.simulations.simulate import simulate as run
 
@@ -54,13 +54,14 @@ def simulate(
     else:
         chosen = _plan(plan, seed)
         folder = out or Path("runs") / chosen.name
-        asked = _asked(sites, sites_file, data, baselines)
+        asked = {"engine": engine, **_asked(sites, sites_file, data, baselines)}
     hospitals = _hospitals(asked, chosen)
     if resume is None:
         from locum.simulations.simulate import open_folder
 
         open_folder(folder, chosen, asked, force=force)
-    wanted = Simulation(chosen, hospitals, folder, baselines=bool(asked["baselines"]) or baselines)
+    both = bool(asked["baselines"]) or baselines
+    wanted = Simulation(chosen, hospitals, folder, baselines=both, engine=asked["engine"])
     try:
         metrics = run(wanted, console)
     except KeyboardInterrupt:
@@ -76,9 +77,10 @@ def simulate(
 
 
 def _check_engine(engine: str) -> None:
-    known: Literal["local"] = "local"
-    if engine != known:
-        raise PlanError(f"there is no engine '{engine}'", "use --engine local")
+    from locum.simulations.simulate import ENGINES
+
+    if engine not in ENGINES:
+        raise PlanError(f"there is no engine '{engine}'", f"use --engine {' or --engine '.join(ENGINES)}")
 
 
 def _plan(path: Path | None, seed: int | None) -> Plan:
@@ -95,7 +97,6 @@ def shipped(kind: Literal["plans", "sites"]) -> Path:
 
 def _asked(sites: int | None, sites_file: Path | None, data: Path | None, baselines: bool) -> dict[str, Any]:
     return {
-        "engine": "local",
         "sites": sites,
         "sites_file": str(sites_file.absolute()) if sites_file else None,
         "data": str(data.absolute()) if data else None,

@@ -10,27 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from locum.common.durable import replace_file
 from locum.common.plan import Plan
+from locum.server import report_charts as charts
+from locum.server import report_words as words
+from locum.server.model_card import MODEL_FILE, model_card, model_file
 from locum.server.records import RunSummary
-from locum.simulations import report_charts as charts
-from locum.simulations import report_words as words
-from locum.simulations.model_card import MODEL_FILE, model_card, model_file
-from locum.simulations.report_charts import Chart
+from locum.server.report_charts import Chart
+from locum.server.report_results import Results, label, number, results_of, scalar_metrics, undefined
+from locum.server.templates import html
 from locum.simulations.report_data import asked_words, data_of, quarantined
 from locum.simulations.report_pictures import Picture, pictures_each, pictures_of, shown
-from locum.simulations.report_results import Results, label, number, results_of, scalar_metrics, undefined
 from locum.site_client.imaging.catalog import Counts
 
 __all__ = ["Picture", "pictures_each", "pictures_of", "write"]
-
-_MARKS = "●■▲◆▼✚✖★"
 
 
 def write(
@@ -57,15 +53,9 @@ def write(
         DataError: a site's catalog is damaged.
     """
     context = _context(folder, plan, summary, metrics, counts)
-    page = _page({**context, "pictures": [shown(picture) for picture in pictures]})
-    replace_file(folder / "report.html", page)
-    replace_file(folder / "model_card.md", model_card(context))
-
-
-def _page(context: dict[str, Any]) -> bytes:
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    source = (files("locum.simulations") / "report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(**context, **_charts(context)).encode()
+    page = {**context, **_charts(context), "pictures": [shown(picture) for picture in pictures]}
+    replace_file(folder / "report.html", html("locum.simulations/report.html.j2", page))
+    replace_file(folder / "model_card.md", model_card("locum.simulations/model_card.md.j2", context))
 
 
 def _context(
@@ -118,9 +108,9 @@ def _charts(context: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "models_charts": _models_charts(results),
         "sites_charts": _sites_charts(results),
-        "curves": _curves(summary, results),
+        "curves": charts.all_curves(summary.history, summary.sites, results.metrics),
         "costs": [charts.time_chart(summary.history), charts.bytes_chart(summary.history)] if summary.history else [],
-        "legend": list(zip(_MARKS, summary.sites, strict=False)) if len(summary.sites) <= len(_MARKS) else [],
+        "legend": charts.legend(summary.sites),
     }
 
 
@@ -133,11 +123,3 @@ def _models_charts(results: Results) -> list[Chart]:
 def _sites_charts(results: Results) -> list[Chart]:
     overall = results.federated.scores
     return [charts.sites_chart(results.sites, index, overall[index]) for index in range(len(results.metrics))]
-
-
-def _curves(summary: RunSummary, results: Results) -> list[Chart]:
-    found = [charts.curves_chart(charts.loss_curves(summary.history, summary.sites), "loss")]
-    for index, metric in enumerate(results.metrics):
-        curves = charts.validation_curves(summary.history, summary.sites, metric)
-        found.append(charts.curves_chart(curves, f"validation{index}"))
-    return [chart for chart in found if chart is not None]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from locum.common.plan import Plan
-from locum.simulations.report_words import many
+from locum.server.report_words import many
 from locum.site_client.imaging.catalog import FILE_NAME, Catalog, Counts, Facts
 from locum.site_client.imaging.reasons import SENTENCE, Reason
 

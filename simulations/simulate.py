@@ -14,16 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from rich.console import Console
+from rich.text import Text
 
 from locum.common.durable import replace_file
 from locum.common.errors import MEANING, RunError, SiteFailure
 from locum.common.fab import build_bundle
 from locum.common.plan import Plan
+from locum.server.watch import Watch
 from locum.simulations.institutions import begin, open_agent, site_log
-from locum.simulations.live import Watch, step
 from locum.simulations.preparation import Prepared, cores, prepare
 from locum.simulations.sites import Site
 from locum.site_client.agent import Agent
@@ -34,8 +35,16 @@ from locum.site_client.worker import Worker
 _CACHE_BYTES = 6 << 30
 _PLAN, _ASKED = "plan.yaml", "simulation.json"
 #: What a run's folder holds besides these two.
-_FILES = ("events.jsonl", "run.json", "model.safetensors", "metrics.json", "report.html", "model_card.md")
-_FOLDERS = ("checkpoints", "sites")
+_FILES = (
+    *("events.jsonl", "run.json", "model.safetensors", "metrics.json", "report.html", "model_card.md"),
+    *("rehearsal.json", "coordinator.log"),
+)
+_FOLDERS = ("checkpoints", "sites", "coordinator")
+
+
+#: `local`: agents in this process. `rehearse`: a real coordinator and real agents, on loopback.
+Engine = Literal["local", "rehearse"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 
 @dataclass(frozen=True)
@@ -47,12 +56,14 @@ class Simulation:
         sites: the hospitals.
         folder: the run's folder.
         baselines: whether each site alone and pooled data are trained too.
+        engine: how the rounds are run.
     """
 
     plan: Plan
     sites: Sequence[Site]
     folder: Path
     baselines: bool = False
+    engine: Engine = "local"
 
 
 def open_folder(folder: Path, plan: Plan, asked: Mapping[str, Any], *, force: bool) -> None:
@@ -105,21 +116,30 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
     Raises:
         LocumError: with the remedy; committed rounds stay in the folder.
     """
-    tell = step(console)
+    tell = _step(console)
     began = time.monotonic()
     plan, folder = simulation.plan, simulation.folder
     with ThreadPoolExecutor(1) as background:
         begun = background.submit(begin, folder / "checkpoints", plan)
         prepared = prepare(simulation.sites, folder, seed=plan.seed, done=lambda site: tell(_told(site)))
         begun.result()
+    if simulation.engine == "rehearse":
+        _rehearse(simulation, prepared, console)
     with _agents(prepared) as agents:
-        _run(simulation, agents, console)
+        if simulation.engine == "local":
+            _run(simulation, agents, console)
         try:
             return _finish(simulation, prepared, agents, tell=tell, began=began)
         except SiteFailure as failure:
             what, remedy = MEANING[failure.code]
             reason = f"the run is complete and its model is in {folder}, but testing or a baseline failed: {what}"
             raise RunError(reason, f"{remedy}; then `locum simulate --resume {folder}` tests it again") from failure
+
+
+def _step(console: Console) -> Callable[[str], None]:
+    """Prints what was just done, with the seconds since the start."""
+    began = time.monotonic()
+    return lambda text: console.print(Text(f"{time.monotonic() - began:6.1f} s  {text}"), soft_wrap=True)
 
 
 def _told(site: Prepared) -> str:
@@ -151,6 +171,13 @@ def _run(simulation: Simulation, agents: Mapping[str, Agent], console: Console) 
     except RunError as error:
         where = simulation.folder / "sites" / "NAME" / "site.log"
         raise RunError(error.message, f"{error.remedy} (what each site saw is in {where})") from error
+
+
+def _rehearse(simulation: Simulation, prepared: Sequence[Prepared], console: Console) -> None:
+    from locum.simulations.engines.rehearse import Rehearsal, run_rehearsal
+
+    names = [site.name for site in prepared]
+    run_rehearsal(Rehearsal(simulation.folder, simulation.plan, names), lambda events: Watch(events, console))
 
 
 def _finish(

@@ -1,10 +1,11 @@
-"""`locum site`: what a hospital does with its own images.
+"""`locum site`: what a hospital does with its own images, and what it lets others do.
 
 Errors with a remedy are printed by the `locum` command; nothing here catches them.
 """
 
 from __future__ import annotations
 
+import getpass
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,13 +18,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from locum.common.errors import DataError
+from locum.common.errors import DataError, RunError
+from locum.site_client.enrol_cli import enrol
+from locum.site_client.identity import default_home
+from locum.site_client.start_cli import start
 
 if TYPE_CHECKING:
+    from locum.site_client.approvals import Approvals
     from locum.site_client.imaging import ingest as imaging
     from locum.site_client.imaging.catalog import Catalog, Counts
 
-app = typer.Typer(help="At a hospital: ingest images, look at the catalog.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="At a hospital: join, ingest images, review and approve plans, run the agent.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+app.command()(enrol)
+app.command()(start)
 
 _SITE_HELP = "A site.yaml: where the images and labels are."
 _SiteFile = Annotated[Path, typer.Argument(metavar="SITE.yaml", show_default=False, help=_SITE_HELP)]
@@ -33,6 +44,22 @@ _KeyFile = Annotated[
     typer.Option("--key-file", help="The site's secret key; drawn and kept in the store as split.key if absent."),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+_Home = Annotated[
+    Path,
+    typer.Option(
+        "--home",
+        metavar="DIR",
+        default_factory=default_home,
+        show_default="$LOCUM_SITE_HOME or ./locum-site",
+        help="The agent's folder.",
+    ),
+]
+_Digest = Annotated[
+    str, typer.Argument(metavar="DIGEST", show_default=False, help="The plan's digest, or at least 6 first digits.")
+]
+_Steward = Annotated[
+    str | None, typer.Option("--steward", metavar="NAME", help="Who decides; the login name unless given.")
+]
 
 #: The split that `catalog` shows; a plan states its own.
 _SPLIT = (0.8, 0.1, 0.1)
@@ -42,11 +69,11 @@ _SPLIT = (0.8, 0.1, 0.1)
 def ingest(site: _SiteFile, store: _Store, key_file: _KeyFile = None, as_json: _Json = False) -> None:
     """Bring the store up to date: read, check, convert and catalogue the site's images."""
     # The imaging libraries take most of a second to load: not for `--help`.
+    from locum.site_client.configuration import read_data
     from locum.site_client.imaging.ingest import ingest as run
     from locum.site_client.imaging.keys import load_or_create_key
-    from locum.site_client.imaging.sources import load_site
 
-    data = load_site(site)
+    data = read_data(site)
     key = load_or_create_key(key_file or store / "split.key")
     with _bars(visible=not as_json) as tell:
         counts = run(data, store, key=key, progress=tell)
@@ -78,6 +105,139 @@ def catalog(
         console.print(_two_columns(title, rows))
     for name, reason, detail in held:
         console.print(f"{name}: {reason}{f' ({detail})' if detail else ''}", soft_wrap=True, markup=False)
+
+
+# --- plans
+
+
+@app.command()
+def review(
+    home: _Home,
+    digest: Annotated[
+        str | None, typer.Argument(metavar="[DIGEST]", show_default=False, help="A plan; without it, all are listed.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Show what was proposed; for one plan, in words, what it would do here."""
+    from locum.site_client.status import proposal_as_dict
+
+    with _approvals(home) as approvals:
+        if digest is not None:
+            found = approvals.review(approvals.find(digest))
+            typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else found.text())
+            return
+        listed = [proposal_as_dict(approvals, held) for held in approvals.proposals()]
+    if as_json:
+        typer.echo(json.dumps({"proposals": listed}, indent=2))
+        return
+    _print_proposals(listed)
+    if listed:
+        typer.echo("next: locum site review DIGEST")
+
+
+@app.command()
+def approve(
+    digest: _Digest,
+    home: _Home,
+    steward: _Steward = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Let a plan run here: show it, ask, and sign its digest with the site's key."""
+    if as_json and not yes:
+        raise typer.BadParameter("--json asks no question: add --yes")
+    with _approvals(home) as approvals:
+        whole, name = approvals.find(digest), _steward_name(steward)
+        if not yes:
+            typer.echo(approvals.review(whole).text() + "\n")
+            typer.confirm(f"{name}, shall this plan run here?", abort=True)
+        standing = approvals.approve(whole, name)
+    if as_json:
+        typer.echo(json.dumps({"digest": whole, **standing.as_dict()}, indent=2))
+        return
+    typer.echo(f"plan {whole[:12]}: {standing.in_words()}")
+    if not standing.stands:
+        typer.echo(f"next: another steward: locum site approve {whole[:12]} --steward NAME")
+
+
+@app.command()
+def revoke(digest: _Digest, home: _Home, steward: _Steward = None, as_json: _Json = False) -> None:
+    """Take an approval back: the agent refuses the plan from its next message on."""
+    from locum.site_client.approvals import open_approvals
+    from locum.site_client.gate import Policy
+
+    with _usable(home):
+        approvals = open_approvals(home, Policy())  # to take back needs no policy: a broken site.yaml must not stop it
+        whole = approvals.find(digest)
+        standing = approvals.revoke(whole, _steward_name(steward))
+    told = json.dumps({"digest": whole, **standing.as_dict()}, indent=2)
+    typer.echo(told if as_json else f"plan {whole[:12]}: {standing.in_words()}")
+
+
+@app.command()
+def status(home: _Home, as_json: _Json = False) -> None:
+    """Show who this site is, what was proposed and approved, and whether the agent runs."""
+    from locum.site_client.status import status as look
+
+    with _usable(home):
+        found = look(home)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    until = "valid until" if found["certificate_valid"] else "EXPIRED at"
+    typer.echo(f"site {found['site']} of {found['federation']} at {found['address']}")
+    typer.echo(f"certificate {until} {found['certificate_ends'][:16].replace('T', ' ')} UTC")
+    typer.echo(f"the agent {found['agent']['state']}")
+    if found["configuration"] != "ok":
+        typer.echo(f"site.yaml: {found['configuration']}")
+    for path in found["damaged"]:
+        typer.echo(f"does not count, for it was not written by this site or its federation: {path}")
+    _print_proposals(found["proposals"])
+
+
+@contextmanager
+def _usable(home: Path) -> Iterator[None]:
+    """Turns a folder that cannot be read or written into words; raises RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{error.filename or home} cannot be used: {error.strerror}", "mend its permissions") from error
+
+
+@contextmanager
+def _approvals(home: Path) -> Iterator[Approvals]:
+    from locum.site_client.approvals import open_approvals
+    from locum.site_client.configuration import FILE, read_policy
+    from locum.site_client.identity import load_identity
+
+    with _usable(home):
+        load_identity(home)  # who is not enrolled should hear that first
+        yield open_approvals(home, read_policy(home / FILE))
+
+
+def _steward_name(given: str | None) -> str:
+    if given is not None:
+        return given
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError) as error:
+        raise RunError("this account has no name to sign with", "give yours: --steward NAME") from error
+
+
+def _print_proposals(listed: list[dict[str, Any]]) -> None:
+    from locum.site_client.review import day_and_time, printable
+
+    if not listed:
+        typer.echo("nothing is proposed")
+    for one in listed:
+        forbidden = (
+            f"; forbidden by this site's policy: {', '.join(one['forbidden_by'])}" if one["forbidden_by"] else ""
+        )
+        proposed = f"by {printable(one['proposed_by'])}, {day_and_time(one['proposed_at'])}"
+        typer.echo(f"{one['digest'][:12]}  {one['name']}  {proposed}: {one['state']}{forbidden}")
+
+
+# --- images
 
 
 @contextmanager

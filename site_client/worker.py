@@ -2,7 +2,8 @@
 
 The agent and its worker speak over a pipe in two frames a message: JSON, then tensors in safetensors form. Nothing is
 pickled. A worker stays warm across rounds; if it dies, its agent gets `WORKER_DIED` and the next call starts another.
-Workers are forked from a server process that has loaded torch and MONAI once.
+Workers are forked from a server process that has loaded torch and MONAI once. A worker puts the site's limits on itself
+before it looks at a request; memory beyond its limit is `OUT_OF_MEMORY`, and the worker lives on.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import errno
 import json
 import logging
 import os
+import resource
 import signal
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -39,6 +41,11 @@ _PRELOADED = ("locum.site_client.operations", "torch._dynamo")
 _context = get_context("forkserver")
 #: What the pipe raises when the other side is gone or has sent what is no message.
 _NO_MESSAGE = (EOFError, OSError, ValueError, safetensors.SafetensorError)
+#: With this a worker ends whose memory does not hold the request.
+_NO_ROOM = 64 + errno.ENOMEM
+_END_SECONDS = 2
+#: How torch's and C++'s allocators say that memory ran out, in an error that has no type of its own.
+_NO_MEMORY_WORDS = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc")
 
 
 def process_context() -> ForkServerContext:
@@ -61,20 +68,39 @@ def serve(connection: Connection, settings: Settings) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
     _keep_output(settings)
+    _limit(settings)
     session: Session | None = None
     while True:
         try:
             request, tensors = _receive(connection)
+        except MemoryError:
+            raise SystemExit(_NO_ROOM) from None  # half a message is read: what follows in the pipe makes no sense
         except _NO_MESSAGE:
             return  # what is no message ends the worker: nothing after it can be trusted to be whole
         try:
             session = operations.session_for(session, settings, request)
-            reply, arrays = operations.OPERATIONS[request["operation"]](session, request, tensors)
-        except SiteFailure as failure:
-            reply, arrays = {"failure": int(failure.code), "detail": failure.detail}, {}
+            answer = _frames(*operations.OPERATIONS[request["operation"]](session, request, tensors))
         except Exception as error:  # noqa: BLE001 - the loop must answer; the agent logs the text, only the code leaves
-            reply, arrays = {"failure": int(_code_of(error)), "detail": traceback.format_exc()}, {}
-        _send(connection, reply, arrays)
+            answer = _frames(_failure(error), {})
+        _send(connection, answer)
+
+
+def _limit(settings: Settings) -> None:
+    """Takes no more of the machine than the site allows; raises OSError if that cannot be."""
+    if settings.cpus:
+        os.sched_setaffinity(0, settings.cpus)
+    os.nice(settings.nice)
+    if settings.memory_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (settings.memory_bytes, settings.memory_bytes))
+    if settings.gpu_memory_fraction is not None and settings.device != "cpu":
+        _limit_gpu(settings.gpu_memory_fraction, settings.device)
+
+
+def _limit_gpu(fraction: float, device: str) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(fraction, torch.device("cuda" if device == "auto" else device))
 
 
 def _keep_output(settings: Settings) -> None:
@@ -85,17 +111,42 @@ def _keep_output(settings: Settings) -> None:
         os.dup2(file.fileno(), 2)
 
 
-def _code_of(error: Exception) -> Code:
-    import torch
+def _failure(error: Exception) -> dict[str, Any]:
+    detail = error.detail if isinstance(error, SiteFailure) else traceback.format_exc()
+    return {"failure": int(_code_of(error)), "detail": detail}
 
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+
+def _code_of(error: Exception) -> Code:
+    if any(map(_is_out_of_memory, _with_causes(error))):
         return Code.OUT_OF_MEMORY
+    if isinstance(error, SiteFailure):
+        return error.code
     return Code.DISK_FULL if isinstance(error, OSError) and error.errno == errno.ENOSPC else Code.INTERNAL
 
 
-def _send(connection: Connection, header: Mapping[str, Any], tensors: Tensors) -> None:
-    connection.send_bytes(json.dumps(header, default=float).encode())
-    connection.send_bytes(save(tensors) if tensors else b"")
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it was raised for: MONAI and our own code wrap what goes wrong in a transform."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY_WORDS)
+    return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+def _frames(header: Mapping[str, Any], tensors: Tensors) -> tuple[bytes, bytes]:
+    return json.dumps(header, default=float).encode(), save(tensors) if tensors else b""
+
+
+def _send(connection: Connection, frames: tuple[bytes, bytes]) -> None:
+    for frame in frames:
+        connection.send_bytes(frame)
 
 
 def _receive(connection: Connection) -> tuple[dict[str, Any], Tensors]:
@@ -156,9 +207,10 @@ class Worker:
         try:
             reply, arrays = self._exchange(header, tensors)
         except _NO_MESSAGE as error:
+            code = _code_of_end(self._process, error)
             self.stop()
             self.log.exception("the worker died during %s", operation)
-            raise SiteFailure(Code.WORKER_DIED, operation) from error
+            raise SiteFailure(code, operation) from error
         if "failure" in reply:
             self.log.error("%s failed: %s", operation, reply["detail"])
             raise SiteFailure(Code(reply["failure"]), reply["detail"])
@@ -168,7 +220,7 @@ class Worker:
     def _exchange(self, header: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
         if self._connection is None:
             raise EOFError
-        _send(self._connection, header, tensors)
+        _send(self._connection, _frames(header, tensors))
         return _receive(self._connection)
 
     def stop(self) -> None:
@@ -183,3 +235,10 @@ class Worker:
                 process.join()
         if connection is not None:
             connection.close()  # last: whoever waits for an answer must see its end, not a closed file
+
+
+def _code_of_end(process: BaseProcess | None, error: Exception) -> Code:
+    """Why a worker is gone: its exit code says whether the request was too large for its memory."""
+    if process is not None and isinstance(error, EOFError | OSError):
+        process.join(timeout=_END_SECONDS)
+    return Code.OUT_OF_MEMORY if process is not None and process.exitcode == _NO_ROOM else Code.WORKER_DIED

@@ -27,6 +27,7 @@ from locum.common.messages import (
 from locum.common.plan import Plan
 from locum.server.checkpoints import Checkpoints
 from locum.server.records import Events
+from locum.server.link import Direct
 from locum.server.rounds import Finished, open_engine, run
 from locum.simulations.engines.local import LocalGrid
 from tests.plans import initial
@@ -129,7 +130,7 @@ def run_peers(plan: Plan, peers: list[Peer], folder: Path) -> Finished:
     grid = LocalGrid(agents, build_bundle(plan), len(peers))  # type: ignore[arg-type]
     events = Events(folder / "events.jsonl")
     try:
-        return run(open_engine(plan, grid, Checkpoints(folder / "checkpoints", plan), events))
+        return run(open_engine(plan, grid, Checkpoints(folder / "checkpoints", plan), events, Direct()))
     finally:
         events.close()
         grid.close()

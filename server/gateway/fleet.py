@@ -192,4 +192,3 @@ def _decoded(value: str) -> bytes | None:
 def _is_carried(name: str) -> bool:
     lower = name.lower()
     return lower in _CARRIED or lower.startswith(_CARRIED_PREFIX)
-

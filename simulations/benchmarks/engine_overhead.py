@@ -25,6 +25,7 @@ from locum.common.fab import build_bundle
 from locum.common.messages import Tensors
 from locum.common.plan import Plan, parse_plan
 from locum.server.checkpoints import Checkpoints
+from locum.server.link import Direct
 from locum.server.records import Events
 from locum.server.rounds import open_engine, run
 from locum.simulations.benchmarks.rows import Row
@@ -106,7 +107,7 @@ def _engine(plan: Plan, model: Mapping[str, Any], folder: Path) -> Iterator[Any]
     grid = LocalGrid(agents, build_bundle(plan), 2)
     events = Events(folder / "events.jsonl")
     try:
-        yield open_engine(plan, grid, Checkpoints(folder / "checkpoints", plan), events)
+        yield open_engine(plan, grid, Checkpoints(folder / "checkpoints", plan), events, Direct())
     finally:
         events.close()
         grid.close()

@@ -9,7 +9,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -164,20 +164,22 @@ class SiteData(BaseModel):
         return self
 
 
-def load_site(source: Path | str | Mapping[str, Any], *, base: Path | None = None) -> SiteData:
+def load_site(source: Path | str | Mapping[str, Any] | Document, *, base: Path | None = None) -> SiteData:
     """Read and check a site file, or the same content as a mapping.
 
     Args:
-        source: path of a YAML file, or a mapping.
-        base: the folder at which a mapping's relative `root` starts; the working folder unless told.
+        source: path of a YAML file, a mapping, or what was read from a file.
+        base: the folder at which a relative `root` starts if no path is given; the working folder unless told.
 
     Raises:
         DataError: the content is not as described, or a folder, file, column, row or code that it names is absent.
     """
-    if isinstance(source, Mapping):
+    if isinstance(source, Document):
+        document, folder = source, base or Path.cwd()
+    elif isinstance(source, Mapping):
         document, folder = Document(dict(source), name="the site's entry"), base or Path.cwd()
     else:
-        document, folder = _read(Path(source)), Path(source).parent
+        document, folder = read_site_file(Path(source)), Path(source).parent
     site = _resolve(_validate(_from_dataset(document, folder)), folder.absolute())
     _check_folders(site)
     _check_tables(site)
@@ -241,7 +243,8 @@ def label_rows(labels: Labels) -> tuple[Row, ...]:
     return rows
 
 
-def _read(path: Path) -> Document:
+def read_site_file(path: Path) -> Document:
+    """A site file as it stands, with the lines of its keys; raises DataError if it is no mapping in YAML."""
     try:
         document = read_yaml(path)
     except OSError as error:
@@ -257,16 +260,24 @@ def _validate(document: Document) -> SiteData:
     try:
         return SiteData.model_validate(document.data)
     except ValidationError as error:
-        # A misspelt key is two errors, unknown and missing: the first of them helps.
-        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-        # A union adds the kind of its member to the place; the file has no such key.
-        place = tuple(part for part in first["loc"] if part not in ("dicom", "nifti", "npz"))
-        line = f", line {document.line(place)}" if document.lines else ""
-        key = ".".join(str(part) for part in place) or "the file as a whole"
-        message = f"{document.name}{line}, {key}: {first['msg'].removeprefix('Value error, ')}"
-        misspelt = first["type"] == "extra_forbidden"
-        remedy = suggestion(str(place[-1]), _keys_beside(first["loc"])) if misspelt else "mend it in the site file"
-        raise DataError(message, remedy) from None
+        raise mistake(document, error, _keys_beside) from None
+
+
+def mistake(
+    document: Document, error: ValidationError, keys_beside: Callable[[tuple[int | str, ...]], Iterable[str]]
+) -> DataError:
+    """The first thing wrong with a site file: its line and key, and for a misspelt key the nearest one beside it."""
+    # A misspelt key is two errors, unknown and missing: the first of them helps.
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+    # A union adds the kind of its member to the place; the file has no such key.
+    place = tuple(part for part in first["loc"] if part not in ("dicom", "nifti", "npz"))
+    line = f", line {document.line(place)}" if document.lines else ""
+    key = ".".join(str(part) for part in place) or "the file as a whole"
+    message = f"{document.name}{line}, {key}: {first['msg'].removeprefix('Value error, ')}"
+    misspelt = first["type"] == "extra_forbidden"
+    return DataError(
+        message, suggestion(str(place[-1]), keys_beside(first["loc"])) if misspelt else "mend it in the site file"
+    )
 
 
 def _keys_beside(location: tuple[int | str, ...]) -> tuple[str, ...]:

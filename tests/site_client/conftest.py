@@ -15,6 +15,7 @@ from locum.simulations.preparation import Prepared, prepare_site
 from locum.site_client.agent import Agent
 from locum.site_client.gate import Policy
 from locum.site_client.settings import Settings
+from tests.site_client.enrolled import Hospital, copy_of, enrol_hospital
 
 _SMALL = FederationSpec(sites=2, seed=3, patients=12, shape=(8, 16, 16), spacing=(10.0, 8.0, 8.0))
 
@@ -73,3 +74,14 @@ def employ(hospitals: dict[str, Prepared], tmp_path: Path) -> Iterator[Callable[
     yield start
     for agent in agents:
         agent.worker.stop()
+
+
+@pytest.fixture(scope="session")
+def _enrolled(tmp_path_factory: pytest.TempPathFactory) -> Hospital:
+    return enrol_hospital(tmp_path_factory.mktemp("federation"))
+
+
+@pytest.fixture
+def hospital(_enrolled: Hospital, tmp_path: Path) -> Hospital:
+    """An enrolled site with a folder of its own, to which nothing was proposed yet."""
+    return copy_of(_enrolled, tmp_path / "locum-site")

@@ -1,28 +1,23 @@
 """The model card: what the model is, what it was trained on, how it did, and what nobody should assume of it.
 
-After Mitchell et al., Model Cards for Model Reporting (FAT* 2019).
-
-Rules:
-  * What the plan does not state is listed as not stated; nothing is filled in.
-  * Emulated data is called emulated.
+After Mitchell et al., Model Cards for Model Reporting (FAT* 2019). What the plan does not state is listed as not stated;
+nothing is filled in.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from safetensors import safe_open
 
 from locum.common import build
-from locum.common.canonical import sha256_hex
 from locum.common.plan import Plan
+from locum.server.templates import markdown
 
 MODEL_FILE = "model.safetensors"
 
@@ -58,12 +53,13 @@ class ModelFile:
 
 def model_file(path: Path, plan: Plan) -> ModelFile:
     """Reads the header of a model's file and compares it with the plan's network; raises OSError."""
-    content = path.read_bytes()
     with safe_open(path, "numpy") as opened:
         shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return ModelFile(
-        digest=sha256_hex(content),
-        size=len(content),
+        digest=digest,
+        size=path.stat().st_size,
         tensors=len(shapes),
         parameters=sum(math.prod(shape) for shape in shapes.values()),
         absent=tuple(name for name in _tensor_names(plan) if name not in shapes),
@@ -76,19 +72,6 @@ def _tensor_names(plan: Plan) -> list[str]:
     return [name for name, tensor in state.items() if tensor.is_floating_point()]
 
 
-def markdown(value: object) -> str:
-    """A value as Markdown text: nothing of it is read as markup, and it stays on its line."""
-    if isinstance(value, Markup):
-        return str(value)
-    text = re.sub(r"\s+", " ", str(value))
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", text)
-
-
-def model_card(context: dict[str, Any]) -> bytes:
-    """The card from the report's context (see :mod:`locum.simulations.report`)."""
-    environment = Environment(  # noqa: S701 (Markdown: `finalize` escapes every value)
-        finalize=markdown, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
-    )
-    source = (files("locum.simulations") / "model_card.md.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(**context, not_stated=NOT_STATED).encode()
+def model_card(template: str, context: Mapping[str, Any]) -> bytes:
+    """The card from a report's context, by a template that extends `card.md.j2`."""
+    return markdown(template, {**context, "not_stated": NOT_STATED})

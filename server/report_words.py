@@ -15,7 +15,7 @@ from typing import Any
 
 from locum.common.plan import Part, Plan
 from locum.server.records import RunSummary
-from locum.simulations.report_results import Results, Score
+from locum.server.report_results import Results, Score
 
 
 def many(count: int, noun: str) -> str:
@@ -48,15 +48,20 @@ def size(value: float) -> str:
     raise AssertionError
 
 
+def spans(rounds: Iterable[int]) -> list[tuple[int, int]]:
+    """Round numbers as runs without a gap, first and last of each."""
+    found: list[tuple[int, int]] = []
+    for number in sorted(rounds):
+        if found and number == found[-1][1] + 1:
+            found[-1] = (found[-1][0], number)
+        else:
+            found.append((number, number))
+    return found
+
+
 def ranges(rounds: Iterable[int]) -> str:
     """Round numbers with runs joined: `3–5, 8`."""
-    spans: list[list[int]] = []
-    for number in sorted(rounds):
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(str(low) if low == high else f"{low}–{high}" for low, high in spans)
+    return ", ".join(str(low) if low == high else f"{low}–{high}" for low, high in spans(rounds))
 
 
 # --- what was lost
@@ -99,7 +104,7 @@ def repeated(summary: RunSummary) -> str:
 
 
 def status_of(summary: RunSummary) -> str:
-    """The status with who was lost when, in words."""
+    """The status of a run that has ended, with who was lost when, in words."""
     rounds = many(len(summary.history), "round")
     if not summary.lost and not summary.excluded:
         return f"Completed: all {len(summary.sites)} sites contributed to all of {rounds}."
@@ -114,16 +119,18 @@ def status_of(summary: RunSummary) -> str:
 # --- what came out
 
 
-def headline(results: Results) -> str:
-    """The first metric of the federated model, overall and at the worst site, and against the baselines."""
+def headline(results: Results, fold: str = "test") -> str:
+    """The first metric of the federated model, overall and at the worst site."""
     if not results.metrics:
         return ""
     score = results.federated.scores[0]
     name = results.metrics[0].name.replace("_", " ")
-    text = f"{name} {score.full_text} on {many(results.cases, 'test case')} of {many(len(results.sites), 'site')}."
+    told = f"the {fold} cases" if results.cases is None else many(results.cases, f"{fold} case")
+    text = f"{name} {score.full_text} on {told} of {many(len(results.sites), 'site')}."
     if results.worst is not None:
         worst = results.worst
-        text += f" The worst site is {worst.site} with {worst.scores[0].full_text}, {many(worst.cases, 'case')}."
+        cases = "" if worst.cases is None else f", {many(worst.cases, 'case')}"
+        text += f" The worst site is {worst.site} with {worst.scores[0].full_text}{cases}."
     return text
 
 

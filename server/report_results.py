@@ -1,4 +1,4 @@
-"""What a simulation measured, as rows for tables and charts.
+"""What a run measured, as rows for tables and charts.
 
 Rules:
   * Every value keeps its interval and, where there is one, its number of cases.
@@ -97,14 +97,14 @@ class SiteRow:
     """One site's own test cases: the federated model, and what was trained without the federation.
 
     Attributes:
-        cases: test cases; 0 if the site has none.
+        cases: test cases; 0 if the site has none, None if it does not tell.
         scores: of the federated model, one a scalar metric.
         alone: of the site's own model on the same cases, without intervals; empty without baselines.
         worst: whether no other site's first metric is worse.
     """
 
     site: str
-    cases: int
+    cases: int | None
     scores: tuple[Score, ...]
     alone: tuple[Score, ...] = ()
     worst: bool = False
@@ -140,9 +140,10 @@ class Results:
         return [row for row in self.models if row.kind == "alone"]
 
     @property
-    def cases(self) -> int:
-        """Test cases of all sites."""
-        return sum(row.cases for row in self.sites)
+    def cases(self) -> int | None:
+        """Test cases of all sites; None if one of them does not tell."""
+        told = [row.cases for row in self.sites if row.cases is not None]
+        return sum(told) if len(told) == len(self.sites) else None
 
     @property
     def worst(self) -> SiteRow | None:
@@ -150,9 +151,16 @@ class Results:
         return next((row for row in self.sites if row.worst), None)
 
 
-def results_of(plan: Plan, metrics: Mapping[str, Any], sites: tuple[str, ...]) -> Results:
-    """Rows from the content of `metrics.json`; `sites` are those of the roster."""
-    scalars = scalar_metrics(plan)
+def released_metrics(plan: Plan) -> list[Metric]:
+    """Those of :func:`scalar_metrics` whose sums the sites release."""
+    return [metric for metric in scalar_metrics(plan) if metric.name in plan.released_metrics]
+
+
+def results_of(
+    plan: Plan, metrics: Mapping[str, Any], sites: tuple[str, ...], *, scalars: list[Metric] | None = None
+) -> Results:
+    """Rows from the content of `metrics.json`; `sites` are those of the roster, `scalars` some of the plan's."""
+    scalars = scalar_metrics(plan) if scalars is None else scalars
     test = metrics["test"]
     rows = [_site_row(scalars, test, site) for site in sites]
     return Results(

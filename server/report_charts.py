@@ -22,7 +22,8 @@ from matplotlib.ticker import MaxNLocator
 
 from locum.common.metrics import Metric
 from locum.server.records import RoundRecord
-from locum.simulations.report_results import ModelRow, Score, SiteRow, label, number
+from locum.server.report_results import ModelRow, Score, SiteRow, label, number
+from locum.server.report_words import spans
 
 #: Colours in the figure that stand for a colour of the page: matplotlib needs a number, the page has the value.
 _TOKENS = {
@@ -43,6 +44,7 @@ _STYLE: dict[str, Any] = {
 }  # fmt: skip
 _WIDTH = 5.8  # inches of 72 units
 _MOST_ROWS = 40
+_MARKS = "●■▲◆▼✚✖★"
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,8 @@ def sites_chart(rows: Sequence[SiteRow], index: int, overall: Score) -> Chart:
         if overall.value is not None:
             axes.axvline(overall.value, color=MUTED, linewidth=1, linestyle=(0, (3, 3)), zorder=1)
         _limits(axes, [overall, *(row.scores[index] for row in rows), *(row.alone[index] for row in rows if row.alone)])
-        axes.set_xlabel(f"{label(metric)}, 95 % interval; dashed line: all sites together")
+        interval = ", 95 % interval" if any(row.scores[index].interval for row in rows) else ""
+        axes.set_xlabel(f"{label(metric)}{interval}; dashed line: all sites together")
         told = "; ".join(f"{row.site} {row.scores[index].full_text}" for row in rows)
         title = f"{label(metric)} at " + (
             f"the {_MOST_ROWS} worst of {len(rows) + left_out} sites" if left_out else "each site"
@@ -240,6 +243,50 @@ def curves_chart(curves: Curves, name: str) -> Chart | None:
         axes.yaxis.set_major_locator(MaxNLocator(5))
         alt = f"{curves.title}, all sites: {values[0]:.3f} in round {rounds[0]}, {values[-1]:.3f} in round {rounds[-1]}"
         return _chart(figure, name, curves.title, alt)
+
+
+def all_curves(history: Sequence[RoundRecord], sites: Sequence[str], metrics: Sequence[Metric]) -> list[Chart]:
+    """The loss and every metric over the rounds, as far as they were released."""
+    found = [curves_chart(loss_curves(history, sites), "loss")]
+    for index, metric in enumerate(metrics):
+        found.append(curves_chart(validation_curves(history, sites, metric), f"validation{index}"))
+    return [chart for chart in found if chart is not None]
+
+
+def legend(sites: Sequence[str]) -> list[tuple[str, str]]:
+    """The mark of each site's curve; none where the sites are too many to tell apart."""
+    return list(zip(_MARKS, sites, strict=False)) if len(sites) <= len(_MARKS) else []
+
+
+# --- who contributed
+
+
+def contributions_chart(history: Sequence[RoundRecord], sites: Sequence[str]) -> Chart:
+    """Which site contributed to which round: a thick bar where it did, a thin line with a cross where it did not.
+
+    Of many sites those that missed the most.
+    """
+    missed = {site: [r.round for r in history if site not in r.weights] for site in sites}
+    shown = sorted(sites, key=lambda site: (-len(missed[site]), site))[:_MOST_ROWS]
+    first, last = history[0].round, history[-1].round
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(0.65 + 0.3 * len(shown))
+        for at, site in enumerate(shown):
+            for low, high in spans(r.round for r in history if site in r.weights):
+                axes.broken_barh([(low - 0.5, high - low + 1)], (at - 0.22, 0.44), color=FEDERATED)
+            for low, high in spans(missed[site]):
+                axes.plot([low - 0.5, high + 0.5], [at, at], color=ALONE, linewidth=1.2)
+                axes.plot([(low + high) / 2], [at], color=ALONE, marker="x", markersize=7, markeredgewidth=1.8)
+        counted = [f"{len(history) - len(missed[site])} of {len(history)}" for site in shown]
+        _rows(axes, shown, counted, bold=[bool(missed[site]) for site in shown])
+        axes.set_xlim(first - 0.6, last + 0.6)
+        axes.set_xlabel("round")
+        axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+        told = "; ".join(f"{site} {text} rounds" for site, text in zip(shown, counted, strict=True))
+        title = "Rounds to which each site contributed" if len(shown) == len(sites) else (
+            f"Rounds to which the {len(shown)} sites contributed that missed the most"
+        )  # fmt: skip
+        return _chart(figure, "contributions", title, f"Contributions: {told}")
 
 
 # --- cost of the rounds

@@ -1,0 +1,214 @@
+"""The gateway's service Registry: enrolment, renewal, reports, proposals and approvals.
+
+Rules:
+  * `Enrol` is for an invitation's certificate, everything else for an enrolled site's; nobody else is answered.
+  * An invitation enrols the site that it names, with one key, once. Who asks again with that key gets the same answer.
+  * A site reports and approves for itself only, and an approval counts by its signature, not by the connection.
+  * Tokens, keys and whole requests are never logged.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+from cryptography import x509
+
+from locum.common.envelope import MOST_BYTES, Approval, EnvelopeError, open_approval
+from locum.common.errors import RunError
+from locum.common.identity import (
+    IdentityError,
+    PublicKey,
+    Subject,
+    certificate_pem,
+    certified_key,
+    parse_request,
+    renewal_due,
+    request_mac,
+    serial_of,
+    subject_of,
+    utc_now,
+)
+from locum.common.proto import locum_pb2 as pb
+from locum.common.proto.locum_pb2_grpc import RegistryServicer
+from locum.server.authority import Authority
+from locum.server.gateway.live import LEASE_SECONDS, Live
+from locum.server.gateway.peers import Peer, Refusal, invited, refuse, site_of, site_peer
+from locum.server.registry import InvitationRow, RefusedError, Registry, RegistryError
+
+log = logging.getLogger("locum.gateway")
+
+_MOST_REQUEST = 16 << 10
+_MOST_WORD = 100
+#: All proposals go in one message, the newest first; what is beyond stays behind. A client takes 32 MiB.
+_MOST_PROPOSALS = 24 << 20
+#: How far ahead of ours a site's clock may be when it dates an approval: one from the far future could not be ended.
+_MOST_AHEAD_SECONDS = 86_400.0
+
+_WRONG = grpc.StatusCode.INVALID_ARGUMENT
+_Reply = TypeVar("_Reply")
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What the service works with."""
+
+    registry: Registry
+    authority: Authority
+    log_certificate: x509.Certificate
+    live: Live
+
+
+class RegistryService(RegistryServicer):
+    """Answers the five calls; what decides is below, without a connection."""
+
+    def __init__(self, federation: Federation) -> None:
+        self._federation = federation
+
+    def Enrol(self, request: pb.EnrolRequest, context: grpc.ServicerContext) -> pb.Certificates:  # noqa: N802
+        """A new site: certificate request, proof of the token."""
+        invitation = invited(context, self._federation.registry)
+        return _answer(context, lambda: enrol(self._federation, invitation, request))
+
+    def Renew(self, request: pb.RenewRequest, context: grpc.ServicerContext) -> pb.Certificates:  # noqa: N802
+        """The same key, for longer."""
+        peer = site_peer(context, self._federation.registry)
+        return _answer(context, lambda: renew(self._federation, peer, request))
+
+    def Report(self, request: pb.ReportRequest, context: grpc.ServicerContext) -> pb.ReportReply:  # noqa: N802
+        """What the agent does."""
+        site = site_of(context, self._federation.registry)
+        return _answer(context, lambda: report(self._federation, site, request))
+
+    def Proposals(self, request: pb.ProposalsRequest, context: grpc.ServicerContext) -> pb.ProposalsReply:  # noqa: N802
+        """Every proposal, the newest first."""
+        del request
+        site_of(context, self._federation.registry)
+        return _answer(context, lambda: proposals(self._federation))
+
+    def Approve(self, request: pb.ApproveRequest, context: grpc.ServicerContext) -> pb.ApproveReply:  # noqa: N802
+        """A site's word on a plan."""
+        peer = site_peer(context, self._federation.registry)
+        return _answer(context, lambda: approve(self._federation, peer, request))
+
+
+def enrol(federation: Federation, invitation: InvitationRow, request: pb.EnrolRequest) -> pb.Certificates:
+    """Makes a site of who was invited; raises Refusal, RefusedError, IdentityError or RegistryError."""
+    _check_size(request.request, _MOST_REQUEST)
+    if not hmac.compare_digest(request_mac(invitation.token_sha256, request.request), request.mac):
+        raise Refusal(grpc.StatusCode.PERMISSION_DENIED, "the request is not authenticated by the invitation's token")
+    key = _requested(federation, request.request, invitation.name)
+    certificate = federation.registry.redeem(
+        invitation.fingerprint,
+        key=key,
+        issue=lambda: federation.authority.issue_site(invitation.name, key),
+    )
+    log.info("%s is enrolled with certificate %s", invitation.name, serial_of(certificate))
+    return _certificates(federation, certificate)
+
+
+def renew(federation: Federation, peer: Peer, request: pb.RenewRequest) -> pb.Certificates:
+    """A new certificate of the site's key, once less than a third of the newest one's time is left."""
+    _check_size(request.request, _MOST_REQUEST)
+    key = _requested(federation, request.request, peer.name)
+    if key != peer.public_key:
+        raise Refusal(grpc.StatusCode.PERMISSION_DENIED, "a certificate is renewed under the key that it has")
+
+    def issue(newest: x509.Certificate) -> x509.Certificate | None:
+        return federation.authority.issue_site(peer.name, key) if renewal_due(newest, utc_now()) else None
+
+    certificate = federation.registry.renew(peer.name, key=key, issue=issue)
+    log.info("%s has certificate %s", peer.name, serial_of(certificate))
+    return _certificates(federation, certificate)
+
+
+def report(federation: Federation, site: str, said: pb.ReportRequest) -> pb.ReportReply:
+    """Notes what an agent does; refuses a second agent of the same site."""
+    words = (said.instance, said.activity, said.run, said.version)
+    if not all(len(word) <= _MOST_WORD and word.isprintable() for word in words) or not said.instance:
+        raise Refusal(_WRONG, f"the words of a report are printable and at most {_MOST_WORD} letters")
+    if not math.isfinite(said.clock):
+        raise Refusal(_WRONG, "the clock of a report is a finite number")
+    if not federation.live.report(site, said):
+        sentence = f"another agent with this site's key was heard in the last {LEASE_SECONDS:.0f} s"
+        raise Refusal(grpc.StatusCode.ALREADY_EXISTS, sentence)
+    return pb.ReportReply(clock=time.time(), registry_state=federation.registry.state())
+
+
+def proposals(federation: Federation) -> pb.ProposalsReply:
+    """The newest proposals that fit into one message."""
+    return pb.ProposalsReply(envelopes=_fitting(federation.registry.proposals()))
+
+
+def _fitting(envelopes: Iterable[bytes]) -> list[bytes]:
+    found, total = [], 0
+    for envelope in envelopes:
+        total += len(envelope)
+        if total > _MOST_PROPOSALS:
+            break
+        found.append(envelope)
+    return found
+
+
+def approve(federation: Federation, peer: Peer, request: pb.ApproveRequest) -> pb.ApproveReply:
+    """Notes a site's approval of a plan or its end; one that is older than what is known changes nothing."""
+    _check_size(request.envelope, MOST_BYTES)
+    approval = open_approval(request.envelope, peer.public_key)
+    _check_approval(federation.registry, peer, approval)
+    newest = federation.registry.record_approval(
+        peer.name,
+        approval.digest,
+        approved=approval.decision == "approve",
+        at=approval.at,
+        envelope=request.envelope,
+    )
+    log.info("%s: %s %s%s", peer.name, approval.decision, approval.digest[:12], "" if newest else " (older than known)")
+    return pb.ApproveReply()
+
+
+def _check_approval(registry: Registry, peer: Peer, approval: Approval) -> None:
+    if approval.site != peer.name:
+        raise Refusal(grpc.StatusCode.PERMISSION_DENIED, "a site approves for itself only")
+    ahead = approval.at - time.time()
+    if ahead > _MOST_AHEAD_SECONDS:
+        raise Refusal(_WRONG, f"the approval is dated {ahead / 3600:.0f} h ahead of the coordinator's clock")
+    try:
+        registry.proposal(approval.digest)
+    except RunError as error:
+        raise Refusal(grpc.StatusCode.NOT_FOUND, error.message) from error
+
+
+def _answer(context: grpc.ServicerContext, call: Callable[[], _Reply]) -> _Reply:
+    try:
+        return call()
+    except (IdentityError, EnvelopeError) as error:
+        refuse(context, Refusal(_WRONG, str(error)))
+    except (Refusal, RefusedError, RegistryError) as error:
+        refuse(context, error)
+
+
+def _check_size(content: bytes, most: int) -> None:
+    if len(content) > most:
+        raise Refusal(_WRONG, f"the request is larger than {most} bytes")
+
+
+def _requested(federation: Federation, content: bytes, name: str) -> PublicKey:
+    """The key of a certificate request that asks for this name and no other."""
+    request = parse_request(content)
+    if subject_of(request) != Subject(federation.authority.federation, "site", name):
+        raise Refusal(grpc.StatusCode.PERMISSION_DENIED, f"the certificate asked for is not that of {name}")
+    return certified_key(request)
+
+
+def _certificates(federation: Federation, certificate: x509.Certificate) -> pb.Certificates:
+    return pb.Certificates(
+        certificate=certificate_pem(certificate),
+        authority=certificate_pem(federation.authority.certificate),
+        log_certificate=certificate_pem(federation.log_certificate),
+    )

@@ -1,0 +1,98 @@
+"""What the round engine needs of the way to the sites, besides Flower's grid.
+
+In one process (`Direct`) messages carry their tensors and replies are polled. Between hospitals (`server.wire.Wire`)
+tensors travel as blobs, the gateway hints which replies are complete, and a run that has too few sites pauses.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from locum.common.errors import RunError
+from locum.common.messages import INLINE, Arrays, Carrier
+
+_FIRST_WAIT, _LONGEST_WAIT = 0.001, 0.2
+
+
+class Link(Protocol):
+    """The way between the engine and its sites."""
+
+    def nodes(self, known: Iterable[int]) -> Mapping[int, str | None]:
+        """The nodes that may take part, of those that Flower knows; by number, with the name in the certificate."""
+
+    def registered(self, sites: Collection[str]) -> dict[str, int]:
+        """Of sites that did not answer, the nodes of those that may come back."""
+
+    def outgoing(self, model: Arrays) -> Carrier:
+        """How `model` goes out."""
+
+    def incoming(self, site: str) -> Carrier:
+        """How the tensors of a site's reply come in."""
+
+    def taken(self, site: str) -> None:
+        """What the site sent is folded or refused, and can go."""
+
+    def sent(self, messages: Mapping[str, int]) -> None:
+        """These messages (id, node) are on their way."""
+
+    def ready(self, waiting: Collection[str]) -> list[str]:
+        """Messages whose replies are worth pulling now; returns after a moment at the latest."""
+
+    def away(self, sites: Iterable[str]) -> dict[str, str]:
+        """Of these sites, those that were not heard from for long, with the reason in words."""
+
+    def wait(self, refusal: RunError, sites: Collection[str]) -> None:
+        """Too few sites for the quorum: returns when trying again is worth it, or raises `refusal`."""
+
+
+@dataclass
+class Direct:
+    """Agents in this process: tensors inside the messages, replies polled with a growing pause."""
+
+    _pause: float = field(default=_FIRST_WAIT)
+
+    def nodes(self, known: Iterable[int]) -> Mapping[int, str | None]:
+        """All of them; they say their names themselves."""
+        return dict.fromkeys(known)
+
+    def registered(self, sites: Collection[str]) -> dict[str, int]:
+        """None: who did not answer is not there."""
+        del sites
+        return {}
+
+    def outgoing(self, model: Arrays) -> Carrier:
+        """Inside the message."""
+        del model
+        return INLINE
+
+    def incoming(self, site: str) -> Carrier:
+        """Inside the message."""
+        del site
+        return INLINE
+
+    def taken(self, site: str) -> None:
+        """Nothing was kept."""
+
+    def sent(self, messages: Mapping[str, int]) -> None:
+        """Replies are looked for at once."""
+        del messages
+        self._pause = _FIRST_WAIT
+
+    def ready(self, waiting: Collection[str]) -> list[str]:
+        """All, after a pause that grows."""
+        time.sleep(self._pause)
+        self._pause = min(self._pause * 1.5, _LONGEST_WAIT)
+        return list(waiting)
+
+    def away(self, sites: Iterable[str]) -> dict[str, str]:
+        """None: they live in this process."""
+        del sites
+        return {}
+
+    def wait(self, refusal: RunError, sites: Collection[str]) -> None:
+        """Nobody will come back: the run ends here."""
+        del sites
+        raise refusal

@@ -1,0 +1,275 @@
+"""The way between the round engine and real hospitals: blobs in the spool, hints from the gateway, sites that pause.
+
+Rules:
+  * A site is the name in its certificate. The registry says which node is whose; nobody names himself.
+  * Only sites that have approved the plan are asked.
+  * A model goes out as one file of the spool; an update is mapped where the gateway has put it. Neither is copied.
+  * A site that was not heard from for `SILENT_SECONDS` costs its contribution; it is back when it is heard again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import threading
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import grpc
+
+from locum.common.durable import replace_file
+from locum.common.errors import LocumError, RunError
+from locum.common.messages import BLOB_THRESHOLD, INLINE, Arrays, Carrier, Fields, MessageError
+from locum.common.proto import locum_pb2 as pb
+from locum.common.proto import locum_pb2_grpc as rpc
+from locum.common.tensor_files import Mapped, map_tensors, write_tensors
+from locum.server.gateway.hints import HEADER
+from locum.server.home import Home, ServerConfig
+from locum.server.records import Events
+from locum.server.registry import Registry
+from locum.server.runs import Run
+
+SILENT_SECONDS = 300.0
+_LOOK_SECONDS = 0.5
+_FIRST_PAUSE, _LONGEST_PAUSE = 15.0, 300.0
+_HEADER_ROOM = 1 << 20
+
+
+class StoppedError(LocumError):
+    """Somebody wanted the run to stop; committed rounds are kept."""
+
+
+class Wire:
+    """The link of a run between hospitals (see :class:`locum.server.link.Link`).
+
+    Args:
+        home: the coordinator's folder.
+        config: its configuration.
+        run: the run; its name is its folder in the spool, and `wanted.json` in its own folder can stop it.
+        events: where pauses are told.
+    """
+
+    def __init__(self, home: Home, config: ServerConfig, *, run: Run, events: Events) -> None:
+        self._home, self._run, self._events = home, run, events
+        self._plan = run.plan
+        self._registry = Registry(home.registry)
+        self._spool = home.spool / run.id
+        self._hints = _Hints(config, (home.superlink / "hints.secret").read_text())
+        self._pause = _FIRST_PAUSE
+        self._since = time.time()
+
+    # --- who
+
+    def nodes(self, known: Iterable[int]) -> Mapping[int, str | None]:
+        """The connected nodes of sites that have approved the plan, by the name in the certificate."""
+        names, approved = self._registry.nodes(), self._registry.approvals(self._plan.digest)
+        return {node: names[node] for node in known if names.get(node) in approved}
+
+    def registered(self, sites: Collection[str]) -> dict[str, int]:
+        """The nodes of enrolled sites that are not there now."""
+        return {name: node for node, name in self._registry.nodes().items() if name in sites}
+
+    def away(self, sites: Iterable[str]) -> dict[str, str]:
+        """The sites that were not heard from for too long."""
+        heard, now = _heard(self._home.live), time.time()
+        last = {site: max(heard.get(site, 0.0), self._since) for site in sites}
+        return {site: _silence(heard.get(site)) for site, at in last.items() if now - at > SILENT_SECONDS}
+
+    # --- tensors
+
+    def outgoing(self, model: Arrays) -> Carrier:
+        """The model as a file of the spool, linked where it lies already; a small one inside the message."""
+        size = sum(array.nbytes for array in model.values())
+        if size <= BLOB_THRESHOLD:
+            return INLINE
+        down = self._spool / "down"
+        if not down.exists():
+            down.mkdir(parents=True)
+            limit = {"upload_bytes": size + _HEADER_ROOM, "plan": self._plan.digest}
+            replace_file(self._spool / "limit.json", json.dumps(limit).encode())
+        return Outgoing(down)
+
+    def incoming(self, site: str) -> Carrier:
+        """What the site has uploaded."""
+        return Incoming(self._spool / "up" / site)
+
+    def taken(self, site: str) -> None:
+        """Removes what the site has uploaded."""
+        for path in (self._spool / "up" / site).glob("*"):
+            if not path.name.endswith(".part"):
+                path.unlink(missing_ok=True)
+
+    # --- messages
+
+    def sent(self, messages: Mapping[str, int]) -> None:
+        """Tells the gateway which nodes have a message waiting."""
+        self._hints.sent(list(messages.values()))
+
+    def ready(self, waiting: Collection[str]) -> list[str]:
+        """The replies that the gateway says are complete; all of them after the hints were interrupted."""
+        self._check()
+        return self._hints.complete(waiting, _LOOK_SECONDS)
+
+    def wait(self, refusal: RunError, sites: Collection[str]) -> None:
+        """Pauses the run until a site comes back, or for a while; raises StoppedError."""
+        self._events.emit("paused", reason=refusal.message, missing=sorted(self.away(sites)))
+        before, until = self._present(), time.monotonic() + self._pause
+        self._pause = min(self._pause * 2, _LONGEST_PAUSE)
+        while time.monotonic() < until and not self._present() - before:
+            self._check()
+            time.sleep(_LOOK_SECONDS)
+        self._events.emit("resumed")
+
+    def _present(self) -> set[str]:
+        """The sites that are there now and may take part."""
+        now = time.time()
+        heard = {site for site, at in _heard(self._home.live).items() if now - at < 3 * _LOOK_SECONDS + 15}
+        return heard & set(self._registry.approvals(self._plan.digest))
+
+    def _check(self) -> None:
+        wanted = self._run.wanted
+        if wanted is not None and wanted.want == "stop":
+            raise StoppedError(f"the run {self._run.id} was stopped", f"`locum resume {self._run.id}` goes on with it")
+
+    def close(self) -> None:
+        """Ends the hints."""
+        self._hints.close()
+
+
+def _heard(live: Path) -> dict[str, float]:
+    """When each site was last heard from; nothing if the gateway has written nothing yet."""
+    try:
+        return {site: float(said["at"]) for site, said in json.loads(live.read_bytes()).items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
+def _silence(at: float | None) -> str:
+    if at is None:
+        return "it has not been heard from"
+    return f"it has not been heard from since {datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC"
+
+
+# --- blobs
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """Tensors go out as a file in the spool, named by its digest."""
+
+    folder: Path
+
+    def stow(self, tensors: Arrays) -> Fields:
+        """Links the file that the tensors are mapped from, or writes one; raises OSError."""
+        if isinstance(tensors, Mapped):
+            digest, size = tensors.sha256, tensors.size
+            _link(tensors.path, self.folder / digest)
+        else:
+            beside = self.folder / f".{os.getpid()}.tmp"
+            digest, size = write_tensors(beside, tensors)
+            beside.replace(self.folder / digest)
+        for other in self.folder.glob("*"):
+            if other.name != digest:
+                other.unlink(missing_ok=True)
+        return {"sha256": digest, "size": size}
+
+    def fetch(self, fields: Fields) -> Arrays:
+        """Nothing comes in by this way."""
+        raise MessageError(f"{len(fields)} fields that nobody asked for")
+
+
+def _link(path: Path, target: Path) -> None:
+    if not target.exists():
+        beside = target.with_name(f".{target.name}.tmp")
+        beside.unlink(missing_ok=True)
+        os.link(path, beside)
+        beside.replace(target)
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """Tensors come in as a file that the gateway has checked against its digest and put in the site's folder."""
+
+    folder: Path
+
+    def stow(self, tensors: Arrays) -> Fields:
+        """A small thing goes inside the message."""
+        return INLINE.stow(tensors)
+
+    def fetch(self, fields: Fields) -> Arrays:
+        """Maps the file that a reply names; raises MessageError."""
+        if "sha256" not in fields:
+            return INLINE.fetch(fields)
+        digest = str(fields["sha256"])
+        path = self.folder / digest
+        if set(fields) != {"sha256", "size"} or not (len(digest) == 64 and digest.isalnum()) or not path.is_file():
+            raise MessageError("it names a blob that was not uploaded")
+        try:
+            return map_tensors(path, digest)
+        except ValueError as error:
+            raise MessageError(f"its blob is not tensors: {error}") from error
+
+
+# --- hints
+
+
+class _Hints:
+    """The engine's end of the hint stream; connects again for ever."""
+
+    def __init__(self, config: ServerConfig, secret: str) -> None:
+        self._target, self._secret = f"127.0.0.1:{config.hints_port}", secret
+        self._outgoing: queue.SimpleQueue[pb.Sent | None] = queue.SimpleQueue()  # of the stream that is open now
+        self._complete: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._seen: set[str] = set()
+        self._last: list[int] = []
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="hints", daemon=True)
+        self._thread.start()
+
+    def sent(self, nodes: list[int]) -> None:
+        self._last = nodes
+        self._outgoing.put(pb.Sent(nodes=nodes))
+
+    def complete(self, waiting: Collection[str], seconds: float) -> list[str]:
+        """Of `waiting`, those that are complete; waits up to `seconds` for the first."""
+        found = [number for number in waiting if number in self._seen]
+        until = time.monotonic() + seconds
+        while not found and (left := until - time.monotonic()) > 0:
+            try:
+                number = self._complete.get(timeout=left)
+            except queue.Empty:
+                break
+            if number is None:
+                return list(waiting)
+            self._seen.add(number)
+            found = [number] if number in waiting else []
+        self._seen.difference_update(found)
+        return found
+
+    def _follow(self) -> None:
+        while not self._closed.is_set():
+            self._outgoing.put(None)
+            self._outgoing = queue.SimpleQueue()
+            requests = _until_none(self._outgoing)
+            self._outgoing.put(pb.Sent(nodes=self._last))
+            with grpc.insecure_channel(self._target) as channel:
+                stream = rpc.HintsStub(channel).Follow(requests, metadata=((HEADER, self._secret),))
+                try:
+                    for replied in stream:
+                        self._complete.put(replied.reply_to)
+                except grpc.RpcError:
+                    self._complete.put(None)  # what was completed meanwhile is not known: pull all once
+            self._closed.wait(_LOOK_SECONDS)
+
+    def close(self) -> None:
+        self._closed.set()
+        self._outgoing.put(None)
+
+
+def _until_none(hints: queue.SimpleQueue[pb.Sent | None]) -> Iterator[pb.Sent]:
+    while (hint := hints.get()) is not None:
+        yield hint

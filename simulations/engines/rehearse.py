@@ -1,0 +1,220 @@
+"""The `rehearse` engine: a coordinator and one agent a site as real processes on loopback, by the commands of people.
+
+What runs is what will run at the hospitals: `locum server init` and `start`, `invite` and `enrol`, `locum site start`,
+`propose`, `approve`, `run`. The plan, data and seeds are those of the `local` engine, so the model is the same, to the
+bit. A rehearsal that was interrupted goes on: who is enrolled stays so, and the run is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from locum.common.errors import RunError
+from locum.common.plan import Plan
+from locum.server.home import Home
+from locum.server.runs import Run, find
+
+_READY_SECONDS = 90.0
+_LOOK_SECONDS = 0.1
+_END_SECONDS = 20.0
+_RUN = "rehearsal.json"
+#: What the simulation's folder gets of the run's.
+_RESULTS = ("run.json", "model.safetensors")
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A rehearsal's folder: `coordinator/`, and in `sites/NAME/` each agent's.
+
+    Attributes:
+        folder: the simulation's folder.
+        plan: the plan, which lies there as `plan.yaml`.
+        sites: the sites' names; the store of each is `sites/NAME/store`.
+    """
+
+    folder: Path
+    plan: Plan
+    sites: Sequence[str]
+
+    @property
+    def home(self) -> Path:
+        """The coordinator's folder."""
+        return self.folder / "coordinator"
+
+    def site(self, name: str) -> Path:
+        """An agent's folder."""
+        return self.folder / "sites" / name
+
+
+def run_rehearsal(rehearsal: Rehearsal, watch: Callable[[Path], Any]) -> None:
+    """Runs the plan to its end and leaves `run.json` and the model in the simulation's folder.
+
+    Args:
+        rehearsal: what to rehearse.
+        watch: gets the file of the run's events, and is a context in which they are shown.
+
+    Raises:
+        RunError: a command failed, or the run did.
+    """
+    _establish(rehearsal)
+    with ExitStack() as processes:
+        processes.enter_context(_coordinator(rehearsal))
+        _enrol_all(rehearsal)
+        for name in rehearsal.sites:
+            processes.enter_context(_agent(rehearsal, name))
+        _approve_all(rehearsal)
+        run = _asked(rehearsal)
+        with watch(run.events):
+            _await_end(run)
+    for name in _RESULTS:
+        shutil.copyfile(run.folder / name, rehearsal.folder / name)
+
+
+def _establish(rehearsal: Rehearsal) -> None:
+    if not (rehearsal.home / "server.yaml").exists():
+        shutil.rmtree(rehearsal.home, ignore_errors=True)
+        ports = ("--port", str(_free_port()), "--listen", "127.0.0.1")
+        _locum("server", "init", "--name", "rehearsal", "--host", "localhost", *ports, "--home", str(rehearsal.home))
+
+
+def _enrol_all(rehearsal: Rehearsal) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: _enrol(rehearsal, name), rehearsal.sites))
+
+
+def _enrol(rehearsal: Rehearsal, name: str) -> None:
+    """Enrols a site that is not, and writes its configuration: one thread, as the `local` engine has."""
+    folder = rehearsal.site(name)
+    (folder / "site.yaml").write_text("stores: [store]\nresources: {threads: 1}\n")
+    if (folder / "identity").exists():
+        return
+    invitation = folder / "invitation.json"
+    invitation.unlink(missing_ok=True)
+    _locum("server", "invite", name, "--out", str(invitation), "--home", str(rehearsal.home))
+    _locum("site", "enrol", str(invitation), "--home", str(folder))
+    invitation.unlink()
+
+
+def _approve_all(rehearsal: Rehearsal) -> None:
+    """Proposes the plan, and approves it at every site as soon as it is there."""
+    _locum("propose", str(rehearsal.folder / "plan.yaml"), "--home", str(rehearsal.home))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: _approve(rehearsal, name), rehearsal.sites))
+    _until(lambda: _all_approved(rehearsal), "the sites' approvals did not reach the coordinator")
+
+
+def _approve(rehearsal: Rehearsal, name: str) -> None:
+    folder, digest = rehearsal.site(name), rehearsal.plan.digest
+    proposal = folder / "proposals" / f"{digest}.json"
+    _until(proposal.exists, f"the proposal did not reach {name}; see {folder / 'agent.log'}")
+    _locum("site", "approve", digest, "--steward", "rehearsal", "--yes", "--home", str(folder))
+
+
+def _all_approved(rehearsal: Rehearsal) -> bool:
+    from locum.server.proposals import sites_of
+
+    approved, _ = sites_of(Home(rehearsal.home), rehearsal.plan.digest)
+    return set(rehearsal.sites) <= set(approved)
+
+
+def _asked(rehearsal: Rehearsal) -> Run:
+    """The rehearsal's run: the one that was begun, or a new one."""
+    note = rehearsal.folder / _RUN
+    if note.exists():
+        run = find(Home(rehearsal.home), json.loads(note.read_bytes())["run"])
+        if not run.summary.exists():
+            run.want("run", by="rehearsal")
+        return run
+    told = _locum("run", rehearsal.plan.digest, "--json", "--home", str(rehearsal.home))
+    name = json.loads(told)["run"]
+    note.write_text(json.dumps({"run": name}))
+    return find(Home(rehearsal.home), name)
+
+
+def _await_end(run: Run) -> None:
+    while not (status := run.status()).ended:
+        time.sleep(_LOOK_SECONDS)
+    if status.state not in {"completed", "completed with losses"}:
+        raise RunError(status.reason or f"the run {run.id} was {status.state}", status.remedy)
+
+
+# --- processes
+
+
+@contextmanager
+def _coordinator(rehearsal: Rehearsal) -> Iterator[None]:
+    command = ("server", "start", "--home", str(rehearsal.home))
+    with _process(command, rehearsal.folder / "coordinator.log") as process:
+        _until(lambda: _is_ready(rehearsal, process), f"the coordinator did not start; see {rehearsal.home / 'logs'}")
+        yield
+
+
+def _is_ready(rehearsal: Rehearsal, process: subprocess.Popen[bytes]) -> bool:
+    if process.poll() is not None:
+        raise RunError("the coordinator ended at once", f"see {rehearsal.folder / 'coordinator.log'}")
+    return b"ready:" in (rehearsal.folder / "coordinator.log").read_bytes()
+
+
+@contextmanager
+def _agent(rehearsal: Rehearsal, name: str) -> Iterator[None]:
+    folder = rehearsal.site(name)
+    with _process(("site", "start", "--home", str(folder)), folder / "agent.log"):
+        yield
+
+
+@contextmanager
+def _process(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A `locum` command that stays; ended with everything it started."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(  # noqa: S603 - our own command
+            _command(*command), stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _locum(*words: str) -> str:
+    """Runs a `locum` command; returns what it printed. Raises RunError with what it said."""
+    done = subprocess.run(_command(*words), check=False, capture_output=True, text=True)  # noqa: S603 - our own command
+    if done.returncode:
+        said = done.stderr.strip() or done.stdout.strip()
+        raise RunError(f"`locum {' '.join(words[:2])}` failed: {said}", "mend what it says, then resume")
+    return done.stdout
+
+
+def _command(*words: str) -> list[str]:
+    return [sys.executable, "-c", "import sys; from locum.common.cli import main; sys.exit(main())", *words]
+
+
+def _until(holds: Callable[[], bool], otherwise: str) -> None:
+    end = time.monotonic() + _READY_SECONDS
+    while not holds():
+        if time.monotonic() > end:
+            raise RunError(otherwise, "look there, then resume")
+        time.sleep(_LOOK_SECONDS)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,265 @@
+"""A plan in words, for the steward who decides whether it may run here.
+
+Rules:
+  * The words are made from the plan and the policy alone, so that what is shown is what the gate does.
+  * Where there is no protection, that is said in the first word.
+  * Text of other people is shown without control characters: it cannot move a terminal's cursor or hide what follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from locum.common.envelope import Approval, Proposal
+from locum.common.plan import Part, Plan
+from locum.site_client import gate
+from locum.site_client.gate import Policy
+
+Words = tuple[str, ...]
+
+
+def printable(text: str) -> str:
+    """The text with every control, format and line-break character replaced."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
+def day_and_time(seconds: float) -> str:
+    """A time in seconds since 1970, by the clock on the wall."""
+    return f"{datetime.fromtimestamp(seconds, UTC).astimezone():%Y-%m-%d %H:%M}"
+
+
+@dataclass(frozen=True)
+class Held:
+    """A proposal that this site holds, and its plan."""
+
+    proposal: Proposal
+    plan: Plan
+
+    @property
+    def digest(self) -> str:
+        """The plan's digest."""
+        return self.proposal.digest
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a plan stands at this site.
+
+    Attributes:
+        approvals: since the last revocation, one a steward.
+        revoked: the last revocation, if nothing was approved since.
+        needed: how many different stewards must approve.
+    """
+
+    approvals: tuple[Approval, ...]
+    revoked: Approval | None
+    needed: int
+
+    @property
+    def stands(self) -> bool:
+        """Whether enough stewards approve."""
+        return len(self.approvals) >= self.needed
+
+    def in_words(self) -> str:
+        """One line for a person."""
+        names = ", ".join(f"{printable(one.steward)} ({day_and_time(one.at)})" for one in self.approvals)
+        if self.stands:
+            return f"approved by {names}"
+        if self.approvals:
+            return f"waits for another steward; approved by {names}"
+        if self.revoked is not None:
+            return f"revoked by {printable(self.revoked.steward)} ({day_and_time(self.revoked.at)})"
+        return "not approved"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same for scripts."""
+        return {
+            "stands": self.stands,
+            "stewards_needed": self.needed,
+            "approvals": [{"steward": one.steward, "at": one.at} for one in self.approvals],
+            "revoked_at": None if self.revoked is None else self.revoked.at,
+        }
+
+
+@dataclass(frozen=True)
+class Review:
+    """A proposal in words.
+
+    Attributes:
+        held: the proposal.
+        standing: what this site said to it.
+        policy: what the site allows.
+    """
+
+    held: Held
+    standing: Standing
+    policy: Policy
+
+    @property
+    def sections(self) -> dict[str, Words]:
+        """What the plan does, and what the policy says to it, under headings."""
+        plan = self.held.plan
+        return {**plan_in_words(plan, self.policy), "This site's policy": policy_in_words(self.policy, plan)}
+
+    def text(self) -> str:
+        """All of it, for a terminal."""
+        proposal, plan = self.held.proposal, self.held.plan
+        head = [
+            f"plan {plan.name}  {proposal.digest}",
+            f"proposed by {printable(proposal.by)}, {day_and_time(proposal.proposed_at)}",
+            f"purpose: {printable(plan.purpose)}",
+        ]
+        body = [line for title, words in self.sections.items() for line in ("", title, *(f"  {one}" for one in words))]
+        return "\n".join([*head, *body, "", f"State: {self.standing.in_words()}"])
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, for scripts."""
+        proposal, plan, standing = self.held.proposal, self.held.plan, self.standing
+        return {
+            "digest": proposal.digest,
+            "name": plan.name,
+            "purpose": plan.purpose,
+            "proposed_by": proposal.by,
+            "proposed_at": proposal.proposed_at,
+            **standing.as_dict(),
+            "sections": {title: list(words) for title, words in self.sections.items()},
+        }
+
+
+def plan_in_words(plan: Plan, policy: Policy) -> dict[str, Words]:
+    """What the plan does with a site's data, under headings; `policy` may keep back what the plan would release."""
+    return {
+        "Data": _data(plan),
+        "Network": _network(plan),
+        "Rounds": _rounds(plan),
+        "What leaves this site": _leaves(plan, policy),
+        "What stays": _stays(plan, policy),
+        "Privacy": _privacy(plan),
+    }
+
+
+def policy_in_words(policy: Policy, plan: Plan) -> Words:
+    """What the site's policy says to the plan."""
+    forbidden = tuple(f"Forbids it ({refusal.clause}): {refusal.detail}." for refusal in gate.refusals(policy, plan))
+    hours = f"Lets it run in these hours: {_listed(map(str, policy.hours))}." if policy.hours is not None else ""
+    stewards = f"Asks for the approval of {policy.stewards} different stewards." if policy.stewards > 1 else ""
+    return _kept(*(forbidden or ("Allows it.",)), hours, stewards)
+
+
+def _data(plan: Plan) -> Words:
+    contract = plan.contract
+    spacing, split = contract.spacing, contract.split
+    narrowed = (spacing.least, spacing.most) != (0.0, 1000.0)
+    return _kept(
+        f"Task: {contract.task} of {_listed(contract.modality) or 'images of any modality'}, "
+        f"{contract.dimensions}D, {_number(contract.channels, 'channel')}.",
+        f"Classes: {_listed(contract.classes)}.",
+        f"Voxel spacing from {spacing.least:g} to {spacing.most:g} mm." if narrowed else "",
+        f"At least {_number(contract.least_patients, 'patient')} for training.",
+        "A site whose cases are all of one class is left out." if contract.single_class == "exclude" else "",
+        f"Patients: {split.train:.0%} to train, {split.validation:.0%} to choose the model, {split.test:.0%} to test.",
+        f"Prepared by: {_parts(plan.transforms.prepare) or 'nothing'}.",
+        f"Varied at random by: {_parts(plan.transforms.augment) or 'nothing'}.",
+    )
+
+
+def _network(plan: Plan) -> Words:
+    roles = plan.tensors
+    return _kept(
+        f"{_parts([plan.network])}, with new weights drawn from the seed {plan.seed}.",
+        f"Loss: {_parts([plan.loss])}. Optimiser: {_parts([plan.optimiser])}.",
+        f"Weights that never change: {_listed(roles.frozen)}." if roles.frozen else "",
+    )
+
+
+def _rounds(plan: Plan) -> Words:
+    training, taking_part = plan.training, plan.participation
+    work = f"{_number(training.local_steps, 'step')}" if training.local_steps else f"{training.local_epochs} epochs"
+    return (
+        f"{_number(plan.rounds, 'round')} of {plan.strategy.name}; in each, {work} of {training.batch_size} cases.",
+        f"A round counts with the updates of at least {_number(taking_part.quorum, 'site')}.",
+        f"It waits up to {taking_part.deadline / 60:g} minutes for a site.",
+    )
+
+
+def _leaves(plan: Plan, policy: Policy) -> Words:
+    counts = plan.release.case_counts and policy.release_case_counts
+    loss = plan.release.training_loss and policy.release_training_loss
+    by_cases = plan.participation.weighting == "cases"
+    metrics, shared = _listed(plan.released_metrics), plan.tensors.shared
+    return _kept(
+        "Before round 1: versions of the installed packages, names and shapes of the network's tensors, and whether "
+        "this site fits the contract.",
+        "Before round 1: the number of cases in each fold, and classes without a case." if counts else "",
+        f"After each round: the update, which is the change of the shared weights (L2 norm up to "
+        f"{plan.admission.norm_bound:g}), and the seconds it took.",
+        f"Shared by name, running statistics too where a name covers them: {_listed(shared)}." if shared else "",
+        "After each round: the number of training cases, as the update's weight." if by_cases else "",
+        "After each round: the mean training loss." if loss else "",
+        f"{_every(plan.evaluation.every_rounds)} and at the end: sums over the cases from which {metrics} "
+        f"{'is' if len(plan.released_metrics) == 1 else 'are'} computed; with few cases sums can tell of single ones."
+        if metrics
+        else "",
+        "When something fails: a code, no text.",
+    )
+
+
+def _stays(plan: Plan, policy: Policy) -> Words:
+    counted = plan.release.case_counts and policy.release_case_counts
+    loss = plan.release.training_loss and policy.release_training_loss
+    local = plan.tensors.local
+    return _kept(
+        "Images, masks, labels, results of single cases, identifiers of patients, file names, texts of errors.",
+        "Running statistics of normalisation layers." if not plan.tensors.shared else "",
+        f"Weights that the plan keeps at each site: {_listed(local)}." if local else "",
+        "The number of cases." if not counted else "",
+        "The mean training loss." if not loss else "",
+    )
+
+
+def _privacy(plan: Plan) -> Words:
+    private = plan.protection.differential_privacy
+    budget = (
+        f"Differential privacy per patient: epsilon {private.epsilon:g}, delta {private.delta:g}."
+        if private is not None
+        else "NONE in the update: no differential privacy. An update can give away something of single images."
+    )
+    secure = (
+        "Secure aggregation: the coordinator sees the sum over sites, not this site's update."
+        if plan.protection.secure_aggregation == "required"
+        else "NONE towards the coordinator: no secure aggregation. It sees this site's update by itself."
+    )
+    clipped = plan.training.gradient_clip is not None and private is None
+    return _kept(budget, secure, "Gradients are clipped; that is not differential privacy." if clipped else "")
+
+
+def _parts(parts: Sequence[Part]) -> str:
+    return ", ".join(map(_part, parts))
+
+
+def _part(part: Part) -> str:
+    parameters = ", ".join(f"{key} {_value(value)}" for key, value in part.parameters.items())
+    return printable(f"{part.name} ({parameters})" if parameters else part.name)
+
+
+def _value(value: object) -> str:
+    return f"[{', '.join(map(_value, value))}]" if isinstance(value, list | tuple) else str(value)
+
+
+def _listed(items: Iterable[str]) -> str:
+    return printable(", ".join(items))
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _every(rounds: int) -> str:
+    return "After each round" if rounds == 1 else f"Every {rounds} rounds"
+
+
+def _kept(*sentences: str) -> Words:
+    return tuple(sentence for sentence in sentences if sentence)

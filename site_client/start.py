@@ -1,0 +1,111 @@
+"""`locum site start`: puts an agent together from its folder, and runs it until it is told to end.
+
+home/  site.yaml  identity/  proposals/  approvals/  journal/  work/ (blobs on their way)  run/ (local tensors)
+       site.log  agent.json  agent.lock
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+import grpc
+
+from locum.common.errors import DataError, RunError
+from locum.common.identity import IdentityError
+from locum.common.plan import Plan
+from locum.site_client import gate
+from locum.site_client.agent import Agent
+from locum.site_client.approvals import open_approvals
+from locum.site_client.configuration import FILE, SiteConfiguration, read_configuration
+from locum.site_client.enrolment import connection_error, needs_renewal, open_channel, renew
+from locum.site_client.gate import Policy
+from locum.site_client.identity import load_identity
+from locum.site_client.pulse import News, Pulse
+from locum.site_client.service import Service
+from locum.site_client.worker import Worker, process_context
+
+_LOG_BYTES, _LOG_FILES = 16 << 20, 5
+
+
+def start(home: Path) -> None:
+    """Runs the agent of a folder until SIGTERM or SIGINT; raises LocumError if it cannot begin."""
+    identity = load_identity(home)
+    configuration = read_configuration(home / FILE)
+    with _alone(home):
+        process_context()  # loads torch meanwhile
+        log = _log(home, identity.site, configuration)
+        service = open_service(home, configuration, log)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: service.end())
+        log.info("the agent of %s starts", identity.site)
+        service.pulse.start()
+        try:
+            service.run()
+        finally:
+            service.agent.worker.stop()
+            log.info("the agent of %s has ended", identity.site)
+
+
+def open_service(home: Path, configuration: SiteConfiguration, log: logging.Logger) -> Service:
+    """The agent of a folder, not yet connected; raises DataError."""
+    identity = load_identity(home)
+    approvals = open_approvals(home, configuration.policy)
+    worker = Worker(configuration.settings(identity.site, home / "run"), log)
+
+    def admit(policy: Policy, plan: Plan) -> None:
+        gate.admit_run(policy, plan, approved=approvals.standing(plan.digest), now=datetime.now().astimezone())
+
+    def renewed(channel: grpc.Channel) -> bool:
+        current = load_identity(home)
+        if not needs_renewal(current):
+            return False
+        try:
+            renew(current, home, channel)
+        except grpc.RpcError as error:
+            raise connection_error(error, current.membership.address) from error
+        except IdentityError as error:
+            raise DataError(f"the renewed certificate cannot be used: {error}", "ask the coordinator") from error
+        log.info("the certificate was renewed")
+        return True
+
+    return Service(
+        home=home,
+        agent=Agent(identity.site, configuration.policy, worker, log, admit),
+        connect=lambda: open_channel(load_identity(home), configuration.proxy),
+        identity=lambda: load_identity(home),
+        log=log,
+        pulse=Pulse(News(approvals.receive, approvals.unsent, approvals.sent, renewed), log),
+    )
+
+
+def _log(home: Path, site: str, configuration: SiteConfiguration) -> logging.Logger:
+    """The site's own log, in its folder and on standard error; nothing of it goes anywhere else."""
+    log = logging.getLogger(f"locum.site.{site}.{home}")
+    log.propagate = False
+    log.setLevel(configuration.log_level.upper())
+    handlers = (
+        RotatingFileHandler(home / "site.log", maxBytes=_LOG_BYTES, backupCount=_LOG_FILES),
+        logging.StreamHandler(),
+    )
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+    return log
+
+
+@contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """One agent a folder."""
+    with (home / "agent.lock").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"an agent runs in {home} already", "stop that one first") from error
+        yield
