@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 
@@ -28,11 +28,15 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def replace_file(path: Path, content: bytes) -> None:
+#: Writes a file at the path it is given and flushes it to the disk.
+Write = Callable[[Path], object]
+
+
+def replace_file(path: Path, content: bytes | Write) -> None:
     """Replaces `path` by `content`, atomically and durably; raises OSError and then leaves the old file."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write_synced(beside, content)
+        _written(beside, content)
         beside.replace(path)
     except OSError:
         beside.unlink(missing_ok=True)
@@ -40,8 +44,8 @@ def replace_file(path: Path, content: bytes) -> None:
     flush(path.parent)
 
 
-def create_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Creates the folder `path` with `files`, atomically and durably; raises OSError.
+def create_folder(path: Path, files: Mapping[str, bytes | Write]) -> None:
+    """Creates the folder `path` with `files`, written in their order, atomically and durably; raises OSError.
 
     One that is there is replaced, and a crash between its end and the rename leaves neither.
     """
@@ -50,7 +54,7 @@ def create_folder(path: Path, files: Mapping[str, bytes]) -> None:
     try:
         beside.mkdir(parents=True)
         for name, content in files.items():
-            write_synced(beside / name, content)
+            _written(beside / name, content)
         flush(beside)
         if path.exists():
             shutil.rmtree(path)
@@ -59,3 +63,10 @@ def create_folder(path: Path, files: Mapping[str, bytes]) -> None:
         shutil.rmtree(beside, ignore_errors=True)
         raise
     flush(path.parent)
+
+
+def _written(path: Path, content: bytes | Write) -> None:
+    if isinstance(content, bytes):
+        write_synced(path, content)
+    else:
+        content(path)

@@ -226,10 +226,10 @@ def _views(content: _Map, specs: Iterable[_Spec], offset: int) -> Arrays:
 
 def _chunks(array: NDArray[Any]) -> Iterator[memoryview]:
     """The bytes of an array in C order and little-endian, in pieces; a piece is copied only where it must be."""
-    pieces = np.nditer(
+    pieces = np.nditer(  # type: ignore[call-overload]  # NumPy's own types misspell "contig"
         array,
         flags=["external_loop", "buffered", "zerosize_ok"],
-        op_flags=["readonly", "contig"],  # type: ignore[list-item]  # numpy's own types misspell it
+        op_flags=["readonly", "contig"],
         op_dtypes=array.dtype.newbyteorder("<"),
         casting="equiv",
         order="C",

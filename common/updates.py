@@ -24,7 +24,7 @@ _BLOCK = 1 << 16
 def l2_norm(tensors: Arrays) -> float:
     """The L2 norm over all tensors together, in float64; infinite or NaN if an element is.
 
-    Memory is a few blocks, whatever the tensors' size: of a mapped one, pages are given back as they were read.
+    Memory is a few blocks for contiguous tensors of any size; pages of a mapped one are given back as they were read.
     """
     # Not a dot product: BLAS would start its own threads, which fight with those of the sites.
     total = sum((_square_sum(array.ravel(order="K")) for array in tensors.values()), 0.0)

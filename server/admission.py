@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from flwr.app import Message
 
-from locum.common.build import Model
 from locum.common.errors import MEANING, Code
 from locum.common.messages import INLINE, Arrays, Carrier, H, Header, MessageError, TrainResult, unpack
 from locum.common.plan import Plan
@@ -59,7 +58,7 @@ def _failure(number: int, reason: str | None) -> Refused:
 
 
 def admit(
-    reply: Message, plan: Plan, *, round_number: int, model: Model, carrier: Carrier = INLINE
+    reply: Message, plan: Plan, *, round_number: int, model: Arrays, carrier: Carrier = INLINE
 ) -> Update | Refused:
     """An update that may be folded into `model`, or why not: form, round, finite, norm bound, weight cap."""
     answer = read(reply, TrainResult, plan, carrier)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from safetensors.numpy import save
 
 from locum.common.durable import replace_file
 from locum.common.errors import LocumError, RunError
 from locum.common.plan import Plan, load_plan
+from locum.common.tensor_files import write_tensors
 from locum.server.checkpoints import Checkpoints
 from locum.server.link import Direct, Link
 from locum.server.records import Events, RunSummary
@@ -72,7 +72,7 @@ def _run(folder: Path, plan: Plan, grid: Grid, link: Link, events: Events) -> No
 
 def write_result(folder: Path, finished: Finished) -> None:
     """Writes `model.safetensors` and `run.json` (status, rounds, test metrics) durably; raises OSError."""
-    replace_file(folder / "model.safetensors", save(finished.model))
+    replace_file(folder / "model.safetensors", lambda path: write_tensors(path, finished.model, flush=True))
     summary = RunSummary(
         status=finished.status,
         round=finished.round,

@@ -7,22 +7,24 @@ beside, flushed and renamed, so a crash at any byte leaves the round before it. 
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
-from locum.common.build import Model
-from locum.common.canonical import sha256_hex
-from locum.common.durable import create_folder, replace_file
+from locum.common.blobs import Blob
+from locum.common.durable import Write, create_folder, replace_file, write_synced
 from locum.common.errors import RunError
+from locum.common.messages import Arrays
 from locum.common.plan import Plan
+from locum.common.tensor_files import TensorFileError, map_tensors, write_tensors
 from locum.server.records import Evaluated, RoundRecord
 
 _KEPT = 2
+_MODEL, _STRATEGY = "model.safetensors", "strategy.safetensors"
 
 
 class _State(BaseModel):
@@ -41,8 +43,8 @@ class Committed:
     """A run after some round: what the next round starts from."""
 
     round: int
-    model: Model
-    strategy: Model
+    model: Arrays
+    strategy: Arrays
     roster: tuple[str, ...]
     history: tuple[RoundRecord, ...]
 
@@ -64,26 +66,38 @@ class Checkpoints:
         """The rounds that are on disk, ascending."""
         return sorted(int(path.name.removeprefix("round-")) for path in self._folder.glob("round-*"))
 
-    def commit(self, committed: Committed, *, keep: int | None = None) -> None:
-        """Writes a round durably, then forgets rounds that are neither recent nor `keep`; raises OSError."""
-        model, strategy = save(committed.model), save(committed.strategy)
-        state = _State(
-            round=committed.round,
-            plan_digest=self._plan.digest,
-            model_sha256=sha256_hex(model),
-            strategy_sha256=sha256_hex(strategy),
-            roster=committed.roster,
-            history=committed.history,
-        )
-        files = {
-            "model.safetensors": model,
-            "strategy.safetensors": strategy,
-            "state.json": state.model_dump_json(indent=1).encode(),
-        }
-        create_folder(self._path(committed.round), files)
+    def commit(self, committed: Committed, *, keep: int | None = None) -> Committed:
+        """Writes a round durably, then forgets rounds that are neither recent nor `keep`; raises OSError.
+
+        Returns the round with its tensors mapped from the disk: what is committed takes no memory.
+        """
+        blobs: dict[str, Blob] = {}
+
+        def tensors(name: str, arrays: Arrays) -> Write:
+            return lambda path: blobs.update({name: write_tensors(path, arrays, flush=True)})
+
+        def state(path: Path) -> None:
+            write_synced(path, self._state_of(committed, blobs).model_dump_json(indent=1).encode())
+
+        parts = {_MODEL: committed.model, _STRATEGY: committed.strategy}
+        files = {name: tensors(name, arrays) for name, arrays in parts.items()} | {"state.json": state}
+        folder = self._path(committed.round)
+        create_folder(folder, files)
         for old in self.rounds()[:-_KEPT]:
             if old != keep:
                 shutil.rmtree(self._path(old))
+        model, strategy = (map_tensors(folder / name, blobs[name].sha256) for name in parts)
+        return replace(committed, model=model, strategy=strategy)
+
+    def _state_of(self, committed: Committed, blobs: Mapping[str, Blob]) -> _State:
+        return _State(
+            round=committed.round,
+            plan_digest=self._plan.digest,
+            model_sha256=blobs[_MODEL].sha256,
+            strategy_sha256=blobs[_STRATEGY].sha256,
+            roster=committed.roster,
+            history=committed.history,
+        )
 
     def add_evaluation(self, evaluated: Evaluated) -> None:
         """Adds the metrics of a committed round; raises OSError."""
@@ -101,20 +115,24 @@ class Checkpoints:
         remedy = f"remove {folder} to go on from the round before it"
         try:
             state = _State.model_validate_json((folder / "state.json").read_bytes())
-            model = (folder / "model.safetensors").read_bytes()
-            strategy = (folder / "strategy.safetensors").read_bytes()
+            digests = _sha256_of(folder / _MODEL), _sha256_of(folder / _STRATEGY)
             history = _with_evaluation(folder / "evaluation.json", state.history)
         except (OSError, ValidationError) as error:
             raise RunError(f"the checkpoint {folder} cannot be read", remedy) from error
         if state.plan_digest != self._plan.digest:
             raise RunError(f"{folder} belongs to another plan", "resume with the plan.yaml of that folder")
-        if (sha256_hex(model), sha256_hex(strategy)) != (state.model_sha256, state.strategy_sha256):
+        if digests != (state.model_sha256, state.strategy_sha256):
             raise RunError(f"the checkpoint {folder} is damaged: a digest does not match", remedy)
         try:
-            tensors = load(model), load(strategy)
-        except SafetensorError as error:
+            tensors = map_tensors(folder / _MODEL, digests[0]), map_tensors(folder / _STRATEGY, digests[1])
+        except TensorFileError as error:
             raise RunError(f"the checkpoint {folder} cannot be read", remedy) from error
         return Committed(state.round, *tensors, state.roster, history)
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _with_evaluation(path: Path, history: tuple[RoundRecord, ...]) -> tuple[RoundRecord, ...]:

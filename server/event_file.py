@@ -1,6 +1,7 @@
 """Reading `events.jsonl` while a run writes it, or after something killed who wrote it.
 
-Only whole lines count; a line that is no event (the disk was full, the writer died in the middle of it) is passed over.
+Only whole lines count. Of a line that its writer did not finish (it died, the disk was full) what the next writer added
+is read, and nothing else: an event begins with {"at", and inside a string that quotation mark would be escaped.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 Event = dict[str, Any]
 
+_BEGIN = b'{"at"'
 _TAIL = 1 << 18
 
 
@@ -57,6 +59,10 @@ def end_of(path: Path) -> int:
 
 
 def _event(line: bytes) -> Event | None:
+    return _parsed(line) or _parsed(line[max(0, line.rfind(_BEGIN)) :])
+
+
+def _parsed(line: bytes) -> Event | None:
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from locum.common.build import Model
+from locum.common.messages import Arrays
 from locum.common.tensor_files import forget_part
 from locum.server.admission import Update
 
@@ -23,7 +23,7 @@ _BLOCK = 1 << 16
 class Fold:
     """Σ wᵢ·Δᵢ in float64 and Σ wᵢ over the sites of a roster."""
 
-    def __init__(self, model: Model, order: Sequence[str]) -> None:
+    def __init__(self, model: Arrays, order: Sequence[str]) -> None:
         self._totals = {name: np.zeros(tensor.shape, np.float64) for name, tensor in model.items()}
         self._pending = list(order)
         self._waiting: dict[str, Update | None] = {}
@@ -54,7 +54,7 @@ class Fold:
 
 
 def _add_weighted(total: NDArray[np.float64], weight: float, tensor: NDArray[Any]) -> None:
-    """total += weight · tensor, block by block; of a mapped tensor, pages are given back as they were read."""
+    """Adds weight · tensor to total, block by block; of a mapped tensor, pages are given back as they were read."""
     for start in range(0, total.size, _BLOCK):
         part = tensor[start : start + _BLOCK]
         total[start : start + _BLOCK] += np.multiply(part, weight, dtype=np.float64)

@@ -1,7 +1,7 @@
 """The model card: what the model is, what it was trained on, how it did, and what nobody should assume of it.
 
-After Mitchell et al., Model Cards for Model Reporting (FAT* 2019). What the plan does not state is listed as not stated;
-nothing is filled in.
+After Mitchell et al., Model Cards for Model Reporting (FAT* 2019). What the plan does not state is listed as not
+stated; nothing is filled in.
 """
 
 from __future__ import annotations

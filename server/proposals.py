@@ -6,16 +6,21 @@ What stands in a proposal is the plan as data, so that a site checks and shows w
 from __future__ import annotations
 
 import time
+from contextlib import closing
+
+from rfc8785 import CanonicalizationError
 
 from locum.common.build import check_buildable
 from locum.common.envelope import EnvelopeError, Proposal, open_proposal, seal_proposal
-from locum.common.errors import RunError
+from locum.common.errors import DataError, PlanError, RunError
 from locum.common.identity import certified_key
 from locum.common.plan import Plan, plan_error
 from locum.common.yaml_source import Source
 from locum.server.authority import load_log_certificate, load_log_key
 from locum.server.home import Home
 from locum.server.registry import Registry
+
+_MOST_BY = 200
 
 
 def propose(home: Home, plan: Plan, by: str, *, source: Source | None = None) -> str:
@@ -32,19 +37,32 @@ def propose(home: Home, plan: Plan, by: str, *, source: Source | None = None) ->
 
     Raises:
         PlanError: a part of the plan cannot be built here, or parts do not fit together.
-        DataError: the log's key cannot be read.
+        DataError: the log's key cannot be read, or `by` is empty or long.
         RunError: the registry cannot be written.
     """
     found = check_buildable(plan)
     if found:
         raise plan_error(source or Source(plan.model_dump(mode="json"), name=plan.name), found)
-    body = Proposal(digest=plan.digest, plan=plan.model_dump(mode="json"), proposed_at=time.time(), by=by)
-    registry = Registry(home.registry)
-    try:
-        registry.propose(plan.digest, seal_proposal(body, load_log_key(home)))
-    finally:
-        registry.close()
+    envelope = _sealed(home, plan, by)
+    with closing(Registry(home.registry)) as registry:
+        registry.propose(plan.digest, envelope)
     return plan.digest
+
+
+def _sealed(home: Home, plan: Plan, by: str) -> bytes:
+    """The signed proposal, which a site can open; raises PlanError or DataError."""
+    if not 0 < len(by) <= _MOST_BY:
+        raise DataError("who proposes a plan is told in 1 to 200 characters", "give another --by")
+    key = load_log_key(home)
+    try:
+        body = Proposal(digest=plan.digest, plan=plan.model_dump(mode="json"), proposed_at=time.time(), by=by)
+        envelope = seal_proposal(body, key)
+        open_proposal(envelope, key.public_key())
+    except (EnvelopeError, CanonicalizationError) as error:
+        raise PlanError(
+            f"{plan.name} cannot be signed: {error}", "use smaller numbers, and a plan below 1 MiB"
+        ) from error
+    return envelope
 
 
 def proposed(home: Home, digest: str) -> tuple[Proposal, Plan]:
@@ -54,11 +72,8 @@ def proposed(home: Home, digest: str) -> tuple[Proposal, Plan]:
         RunError: no such proposal, several, or one that the log key did not sign.
         PlanError: this version of Locum does not know the plan.
     """
-    registry = Registry(home.registry)
-    try:
+    with closing(Registry(home.registry)) as registry:
         _, envelope = registry.proposal(digest)
-    finally:
-        registry.close()
     try:
         proposal = open_proposal(envelope, certified_key(load_log_certificate(home)))
     except EnvelopeError as error:
@@ -68,10 +83,7 @@ def proposed(home: Home, digest: str) -> tuple[Proposal, Plan]:
 
 def sites_of(home: Home, digest: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The sites whose approval of a plan stands, and the other sites of the federation; raises RunError."""
-    registry = Registry(home.registry)
-    try:
+    with closing(Registry(home.registry)) as registry:
         approved = tuple(registry.approvals(digest))
         members = (site.name for site in registry.sites() if site.revoked_at is None)
         return approved, tuple(name for name in members if name not in approved)
-    finally:
-        registry.close()

@@ -14,6 +14,7 @@ Rules:
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,18 +24,17 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from locum.common import build
-from locum.common.build import Model
 from locum.common.errors import MEANING, Code, RunError
 from locum.common.messages import (
     DESCRIBE,
     EVALUATE,
     TRAIN,
+    Arrays,
     DescribeTask,
     Description,
     EvaluateResult,
     EvaluateTask,
     MeasuredFold,
-    Tensors,
     TrainTask,
     pack,
 )
@@ -75,7 +75,7 @@ class Engine:
 class Finished:
     """A run that reached its last round: the chosen model, its round, the final test, and what was lost."""
 
-    model: Model
+    model: Arrays
     round: int
     history: tuple[RoundRecord, ...]
     test: Evaluated
@@ -121,9 +121,7 @@ class TooFewError(RunError):
 def commit_initial(plan: Plan, checkpoints: Checkpoints) -> Committed:
     """Commits round 0, the model that the plan's seed gives. Only this step of a run needs torch at the coordinator."""
     initial = build.shared_tensors(*build.initial_state(plan))
-    committed = Committed(0, initial, strategy_of(plan).start(initial), (), ())
-    checkpoints.commit(committed)
-    return committed
+    return checkpoints.commit(Committed(0, initial, strategy_of(plan).start(initial), (), ()))
 
 
 def _gathered(engine: Engine, committed: Committed) -> Roster:
@@ -276,7 +274,7 @@ def one_round(engine: Engine, roster: Roster, committed: Committed, attempt: int
         return {site: Refused("the sum is not finite", Code.UPDATE_REFUSED) for site in roster.nodes}
     record = _record(committed, model, admitted, refused, began=began, attempt=attempt)
     after = Committed(number, model, strategy, committed.roster, (*committed.history, record))
-    engine.checkpoints.commit(after, keep=_best_round(engine.plan, after.history))
+    after = engine.checkpoints.commit(after, keep=_best_round(engine.plan, after.history))
     engine.events.emit("committed", round=number, loss=record.loss, seconds=record.seconds)
     return after
 
@@ -318,12 +316,11 @@ def _pulled(grid: Grid, ids: Collection[str]) -> list[Message]:
 
 
 def _record(
-    before: Committed, model: Model, admitted: Mapping[str, Update], refused: Mapping[str, Refused], *,
+    before: Committed, model: Arrays, admitted: Mapping[str, Update], refused: Mapping[str, Refused], *,
     began: float, attempt: int,
 ) -> RoundRecord:  # fmt: skip
     size = sum(tensor.nbytes for tensor in model.values())
     order = sorted(admitted)
-    moved = {name: model[name] - before.model[name] for name in model}
     return RoundRecord(
         round=before.round + 1,
         attempt=attempt,
@@ -331,7 +328,7 @@ def _record(
         losses={site: admitted[site].header.loss for site in order},
         train_seconds={site: admitted[site].header.seconds for site in order},
         excluded={site: refused[site].reason for site in sorted(refused)},
-        update_norm=l2_norm(moved),
+        update_norm=_distance(model, before.model),
         bytes_down=size * (len(admitted) + len(refused)),
         bytes_up=size * len(admitted),
         seconds=time.monotonic() - began,
@@ -339,7 +336,12 @@ def _record(
     )
 
 
-def _model_digest(model: Model) -> str:
+def _distance(model: Arrays, other: Arrays) -> float:
+    """The L2 norm of the difference, tensor by tensor."""
+    return math.hypot(*(l2_norm({name: tensor - other[name]}) for name, tensor in model.items()))
+
+
+def _model_digest(model: Arrays) -> str:
     digest = hashlib.sha256()
     for name in sorted(model):
         digest.update(np.ascontiguousarray(model[name]).data)
@@ -362,14 +364,14 @@ def _measured(engine: Engine, roster: Roster, committed: Committed) -> Committed
     return replace(committed, history=(*committed.history[:-1], record))
 
 
-def evaluate(engine: Engine, roster: Roster, model: Model, *, round_number: int, fold: MeasuredFold) -> Evaluated:
+def evaluate(engine: Engine, roster: Roster, model: Arrays, *, round_number: int, fold: MeasuredFold) -> Evaluated:
     """The plan's metrics of a model on one fold, over all sites by adding up their sums, and per site."""
     plan = engine.plan
     task = EvaluateTask(plan_digest=plan.digest, round=round_number, fold=fold)
     content = pack(task, model, engine.link.outgoing(model))
     excluded = {site: refused.reason for site, refused in _away(engine, roster, round_number).items()}
     outgoing = {site: (node, content) for site, node in roster.nodes.items() if site not in excluded}
-    sums: dict[str, Tensors] = {}
+    sums: dict[str, Arrays] = {}
     cases: dict[str, int | None] = {}
     for site, reply in exchange(engine, EVALUATE, outgoing, group=str(round_number)):
         answer = _read_sums(reply, plan)
@@ -391,7 +393,7 @@ def evaluate(engine: Engine, roster: Roster, model: Model, *, round_number: int,
     return Evaluated(round=round_number, fold=fold, overall=overall, per_site=per_site, cases=cases, excluded=excluded)
 
 
-def _read_sums(reply: Message, plan: Plan) -> tuple[EvaluateResult, Tensors] | Refused:
+def _read_sums(reply: Message, plan: Plan) -> tuple[EvaluateResult, Arrays] | Refused:
     """A site's metric sums: of the released metrics, finite float64 vectors of each metric's length."""
     answer = read(reply, EvaluateResult, plan)
     if isinstance(answer, Refused):

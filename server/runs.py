@@ -56,7 +56,7 @@ _ENDS: dict[str, State] = {"completed": "completed", "completed with losses": "c
 ID = re.compile(r"[a-z0-9][a-z0-9-]{0,80}")
 
 #: A look at the lock holds it for some microseconds; who wants it waits this long before it is called taken.
-_LOCK_SECONDS = 2.0
+_LOCK_SECONDS = 1.0
 
 
 class Created(BaseModel):
@@ -240,7 +240,9 @@ class Run:
             return "failed", failure.reason, failure.remedy, failure.at
         wanted = self._will()
         if wanted.want == "stop":
-            return "stopped" if process is None else "stopping", "", f"locum resume {self.id}", wanted.at
+            if process is not None:
+                return "stopping", "", "", wanted.at
+            return "stopped", "", f"`locum resume {self.id}` goes on with it", wanted.at
         return None
 
     def _going(self, process: int | None) -> tuple[State, str, str, float]:

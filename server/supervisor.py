@@ -11,6 +11,7 @@ own state of an earlier one does not matter, so a dead ServerApp is replaced at 
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import shutil
@@ -50,25 +51,27 @@ class Child:
     delay: float = _FIRST_DELAY
     next_start: float = 0.0
 
-    def keep(self, home: Home) -> None:
-        """Starts the process if it is not running and its delay is over."""
+    def keep(self, home: Home) -> bool:
+        """Starts the process if it is not running and its delay is over; returns whether it did."""
         if self.process is not None and self.process.poll() is None:
-            return
+            return False
         now = time.monotonic()
         if self.process is not None:
             self._ended(self.process.returncode, now)
-        if now >= self.next_start:
-            with (home.logs / f"{self.name}.log").open("ab") as file:
-                self.process = subprocess.Popen(  # noqa: S603 - our own command line
-                    self.command(),
-                    stdin=subprocess.DEVNULL,
-                    stdout=file,
-                    stderr=file,
-                    env=superlink.environment(home),
-                    cwd=home.path,
-                    start_new_session=True,
-                )
-            self.began = now
+        if now < self.next_start:
+            return False
+        with (home.logs / f"{self.name}.log").open("ab") as file:
+            self.process = subprocess.Popen(  # noqa: S603 - our own command line
+                self.command(),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                env=superlink.environment(home),
+                cwd=home.path,
+                start_new_session=True,
+            )
+        self.began = now
+        return True
 
     def _ended(self, code: int, now: float) -> None:
         steady = now - self.began > _STEADY_SECONDS
@@ -193,13 +196,20 @@ def supervise(home: Home, config: ServerConfig, ended: threading.Event) -> None:
     with _alone(home):
         try:
             while not ended.wait(_LOOK_SECONDS):
-                for process in processes:
-                    process.keep(home)
+                started = [child.keep(home) for child in processes]  # each of them, so no short cut
+                if any(started):
+                    _tell(home, processes)
                 conductor.look()
         finally:
             conductor.stop()
-            for process in reversed(processes):
-                process.stop()
+            for child in reversed(processes):
+                child.stop()
+
+
+def _tell(home: Home, processes: list[Child]) -> None:
+    """Writes the numbers of the processes down, for people and for tests."""
+    numbers = {child.name: child.process.pid for child in processes if child.process is not None}
+    (home.path / "processes.json").write_text(json.dumps(numbers))
 
 
 @contextmanager

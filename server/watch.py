@@ -35,7 +35,7 @@ from locum.server.registry import RegistryError
 from locum.server.runs import Run, Status
 from locum.server.site_states import Look, SiteEvents, SiteRow, duration, plain, site_rows
 
-_POLL_SECONDS = 0.1
+_POLL_SECONDS = 0.2
 _LOOK_SECONDS = 1.0
 _APPROVAL_SECONDS = 5.0
 _PATIENCE_SECONDS = 10.0

@@ -28,6 +28,7 @@ from locum.common.proto import locum_pb2 as pb
 from locum.common.proto import locum_pb2_grpc as rpc
 from locum.common.tensor_files import Mapped, map_tensors, write_tensors
 from locum.server.gateway.hints import HEADER
+from locum.server.gateway.live import read_live
 from locum.server.home import Home, ServerConfig
 from locum.server.records import Events
 from locum.server.registry import Registry
@@ -141,11 +142,8 @@ class Wire:
 
 
 def _heard(live: Path) -> dict[str, float]:
-    """When each site was last heard from; nothing if the gateway has written nothing yet."""
-    try:
-        return {site: float(said["at"]) for site, said in json.loads(live.read_bytes()).items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return {}
+    """When each site was last heard from."""
+    return {site: said.at for site, said in read_live(live).items()}
 
 
 def _silence(at: float | None) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from locum.common.activity import Activity
 from locum.common.messages import BLOB_THRESHOLD, INLINE, Arrays, Fields, MessageError
 from locum.common.tensor_files import Mapped, map_tensors, write_tensors
 
@@ -45,7 +46,7 @@ class SiteCarrier:
     blobs: Blobs
     run: str
     folder: Path
-    told: Callable[[str, int, int], None]
+    told: Callable[[Activity, int, int], None]
 
     def stow(self, tensors: Arrays) -> Fields:
         """Puts tensors into the message or beside it, as a file that :meth:`deliver` sends; raises OSError."""
@@ -89,7 +90,7 @@ class SiteCarrier:
         """Removes what was sent."""
         _clear(self.folder / "up")
 
-    def _telling(self, activity: str) -> Progress:
+    def _telling(self, activity: Activity) -> Progress:
         return lambda done, total: self.told(activity, done, total)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import grpc
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from locum.common.blobs import OPTIONS
 from locum.common.durable import flush
 from locum.common.errors import DataError, RunError
 from locum.common.identity import (
@@ -67,6 +68,7 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 500),
     ("grpc.max_reconnect_backoff_ms", 15_000),
+    *((name, value) for name, value in OPTIONS if name != "grpc.max_receive_message_length"),
     ("grpc.max_receive_message_length", 32 << 20),
 )
 

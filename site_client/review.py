@@ -181,7 +181,7 @@ def _rounds(plan: Plan) -> Words:
     return (
         f"{_number(plan.rounds, 'round')} of {plan.strategy.name}; in each, {work} of {training.batch_size} cases.",
         f"A round counts with the updates of at least {_number(taking_part.quorum, 'site')}.",
-        f"It waits up to {taking_part.deadline / 60:g} minutes for a site.",
+        f"It waits up to {taking_part.deadline / 60:g} min for a site.",
     )
 
 

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ from flwr.app import ConfigRecord, Message
 
 from locum.common.activity import Activity
 from locum.common.durable import replace_file
-from locum.common.errors import Code, SiteFailure
+from locum.common.errors import SiteFailure
 from locum.site_client import gate
 from locum.site_client.agent import Agent
-from locum.site_client.blobs import BlobClient
+from locum.site_client.blobs import BlobClient, Stopping
 from locum.site_client.carrier import SiteCarrier
 from locum.site_client.fleet import AwayError, Fleet, RefusedError
 from locum.site_client.identity import SiteIdentity
@@ -37,10 +38,6 @@ from locum.site_client.pulse import Pulse, Said
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 15.0
 _RECORD = "locum"
-
-
-class Stopping(BaseException):
-    """The agent was told to end; passes through everything that handles errors."""
 
 
 @dataclass
@@ -67,7 +64,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.journal = Journal(self.home / "journal")
-        self.agent.told = self._doing
+        self.agent.told = self.doing
         self._run = ""
         self._round = 0
         self._fleet: Fleet | None = None
@@ -92,6 +89,14 @@ class Service:
                 return
             wait = _FIRST_WAIT if time.monotonic() - began > _LONGEST_WAIT else min(wait * 2, _LONGEST_WAIT)
             self.stop.wait(wait * random.uniform(0.7, 1.0))  # noqa: S311 - so that sites do not come back all at once
+
+    def _problem(self, error: Exception) -> str:
+        """Why there is no connection, in words; a gateway says nothing to a certificate that is over."""
+        ends = self.identity().certificate.not_valid_after_utc
+        if ends <= datetime.now(UTC):
+            when = f"{ends:%Y-%m-%d %H:%M} UTC"
+            return f"this site's certificate ended at {when}: ask for a new invitation, then enrol with --replace"
+        return f"the coordinator cannot be reached: {error}"
 
     def end(self) -> None:
         """Ends the work at the next possible moment; safe to call from a signal handler."""
@@ -142,7 +147,7 @@ class Service:
         number.write_text(str(node))
 
     def _next(self, fleet: Fleet, blobs: BlobClient) -> None:
-        self._doing("idle", 0)
+        self.doing("idle", 0)
         incoming = fleet.pull()
         if incoming is None:
             return
@@ -157,7 +162,7 @@ class Service:
         self._run = entry.run.name
         carrier = SiteCarrier(blobs, entry.run.name, self.home / "work", self.pulse.moving)
         reply = entry.reply or self._made(entry, carrier)
-        self._deliver(fleet, carrier, reply)
+        self._deliver(fleet, carrier, entry, reply)
         self.journal.clear()
         carrier.delivered()
 
@@ -168,23 +173,24 @@ class Service:
         self.journal.finish(reply)
         return reply
 
-    def _deliver(self, fleet: Fleet, carrier: SiteCarrier, reply: Message) -> None:
+    def _deliver(self, fleet: Fleet, carrier: SiteCarrier, entry: Entry, reply: Message) -> None:
         """Sends a reply's blob, then the reply. One that nobody wants any more is dropped, with a word in the log."""
         try:
             carrier.deliver(_fields(reply))
-            self._doing("delivering", self._round)
+            self.doing("delivering", self._round)
             fleet.push(reply)
         except FileNotFoundError:
             self.log.warning("a finished update is gone from %s; its message is dropped", carrier.folder)
         except SiteFailure as failure:
             self.log.warning("the coordinator does not take an update: %s", failure)
-            fleet.push(Message(gate.release_failure(failure), reply_to=reply))
+            fleet.push(Message(gate.release_failure(failure), reply_to=entry.message))
         except RefusedError as error:
             self.log.warning("the coordinator does not take a reply any more: %s", error)
 
     # --- what it does now
 
-    def _doing(self, activity: Activity, round_number: int) -> None:
+    def doing(self, activity: Activity, round_number: int) -> None:
+        """Says what the agent does now."""
         self._round = round_number
         run = "" if activity == "idle" else self._run
         self.pulse.say(Said(activity, run, round_number))

@@ -40,7 +40,7 @@ def start(home: Path) -> None:
     configuration = read_configuration(home / FILE)
     with _alone(home):
         process_context()  # loads torch meanwhile
-        log = _log(home, identity.site, configuration)
+        log = open_log(home, identity.site, configuration)
         service = open_service(home, configuration, log)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: service.end())
@@ -85,7 +85,7 @@ def open_service(home: Path, configuration: SiteConfiguration, log: logging.Logg
     )
 
 
-def _log(home: Path, site: str, configuration: SiteConfiguration) -> logging.Logger:
+def open_log(home: Path, site: str, configuration: SiteConfiguration) -> logging.Logger:
     """The site's own log, in its folder and on standard error; nothing of it goes anywhere else."""
     log = logging.getLogger(f"locum.site.{site}.{home}")
     log.propagate = False

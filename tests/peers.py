@@ -13,7 +13,9 @@ from locum.common import build
 from locum.common.fab import build_bundle, plan_of_bundle
 from locum.common.messages import (
     DESCRIBE,
+    INLINE,
     TRAIN,
+    Carrier,
     DescribeTask,
     Description,
     EvaluateResult,
@@ -26,8 +28,8 @@ from locum.common.messages import (
 )
 from locum.common.plan import Plan
 from locum.server.checkpoints import Checkpoints
-from locum.server.records import Events
 from locum.server.link import Direct
+from locum.server.records import Events
 from locum.server.rounds import Finished, open_engine, run
 from locum.simulations.engines.local import LocalGrid
 from tests.plans import initial
@@ -41,8 +43,11 @@ class Peer:
     def __init__(self, site: str, value: float = 1.0, weight: float = 1.0) -> None:
         self.site, self.value, self.weight = site, value, weight
         self.trained: list[int] = []
+        self.carrier: Carrier = INLINE
+        self.model: Tensors | None = None
 
-    def handle(self, message: Message, bundle: bytes) -> Message:
+    def handle(self, message: Message, bundle: bytes, carrier: Carrier = INLINE) -> Message:
+        self.carrier = carrier
         plan = plan_of_bundle(bundle)
         handlers: dict[str, Callable[[Plan, RecordDict], Answer]] = {DESCRIBE: self.describe, TRAIN: self.train}
         answer = handlers.get(message.metadata.message_type, self.evaluate)(plan, message.content)
@@ -56,15 +61,15 @@ class Peer:
         return Description(
             plan_digest=plan.digest,
             site=self.site,
-            configuration=build.configuration(plan, initial(plan)),
+            configuration=build.configuration(plan, self.model or initial(plan)),
             cases={"train": 8, "validation": 1, "test": 2},
             able=True,
         )
 
     def train(self, plan: Plan, content: RecordDict) -> Answer:
-        task, model = unpack(content, TrainTask)
+        task, model = unpack(content, TrainTask, self.carrier)
         self.trained.append(task.round)
-        return pack(self.header(plan, task), self.update(model))
+        return pack(self.header(plan, task), self.update(model), self.carrier)
 
     def header(self, plan: Plan, task: TrainTask) -> TrainResult:
         return TrainResult(
@@ -75,7 +80,7 @@ class Peer:
         return {name: np.full_like(tensor, self.value) for name, tensor in model.items()}
 
     def evaluate(self, plan: Plan, content: RecordDict) -> Answer:
-        task, _ = unpack(content, EvaluateTask)
+        task, _ = unpack(content, EvaluateTask, self.carrier)
         cases = len(plan.contract.classes)
         header = EvaluateResult(plan_digest=plan.digest, round=task.round, fold=task.fold, cases=cases)
         return pack(header, self.sums(plan, task))
@@ -106,7 +111,7 @@ class Mute(Peer):
         self.seconds, self.rounds = seconds, rounds
 
     def train(self, plan: Plan, content: RecordDict) -> Answer:
-        task, _ = unpack(content, TrainTask)
+        task, _ = unpack(content, TrainTask, self.carrier)
         if not self.rounds or task.round in self.rounds:
             time.sleep(self.seconds)
         return super().train(plan, content)

@@ -13,12 +13,14 @@ from pathlib import Path
 import grpc
 from cryptography.hazmat.primitives import serialization
 
+from locum.common.blobs import OPTIONS
 from locum.common.errors import RunError
 from locum.common.proto import locum_pb2_grpc as rpc
 from locum.server.authority import door_credentials, load_authority, load_log_certificate
 from locum.server.gateway.blobs import BlobService
 from locum.server.gateway.fleet import FleetService
 from locum.server.gateway.hints import Board, HintService
+from locum.server.gateway.legible import Legible
 from locum.server.gateway.live import Live
 from locum.server.gateway.peers import Peer, site_of, site_peer
 from locum.server.gateway.registry import Federation, RegistryService
@@ -31,7 +33,7 @@ from locum.server.superlink import Control
 _THREADS = 256
 _GRACE_SECONDS = 2.0
 _OPTIONS = (
-    ("grpc.max_receive_message_length", 4 << 20),
+    *OPTIONS,
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -47,7 +49,7 @@ def open_gateway(home: Home, config: ServerConfig) -> Callable[[], None]:
     live, board, stop = Live(home.live), Board(), threading.Event()
     threading.Thread(target=live.keep, args=(stop,), daemon=True).start()
 
-    door = grpc.server(ThreadPoolExecutor(_THREADS, thread_name_prefix="call"), options=_OPTIONS)
+    door = grpc.server(ThreadPoolExecutor(_THREADS, thread_name_prefix="call"), (), (Legible(),), _OPTIONS)
     federation = Federation(registry, authority, load_log_certificate(home), live)
     rpc.add_RegistryServicer_to_server(RegistryService(federation), door)
     fleet = FleetService(
@@ -61,9 +63,9 @@ def open_gateway(home: Home, config: ServerConfig) -> Callable[[], None]:
     rpc.add_FleetServicer_to_server(fleet, door)
     spool = Spool(home.spool)
     blobs = BlobService(spool, lambda context: site_of(context, registry), registry.approved, config.site_quota)
-    rpc.add_BlobsServicer_to_server(blobs, door)
+    blobs.add_to(door)
 
-    hints = grpc.server(ThreadPoolExecutor(64, thread_name_prefix="hints"), options=(("grpc.so_reuseport", 0),))
+    hints = grpc.server(ThreadPoolExecutor(64, thread_name_prefix="hints"), (), (Legible(),), _OPTIONS)
     rpc.add_HintsServicer_to_server(HintService(board, (home.superlink / "hints.secret").read_text()), hints)
     _bind(lambda: hints.add_insecure_port(f"127.0.0.1:{config.hints_port}"), config.hints_port)
     credentials = door_credentials(home, authority, config.host)

@@ -6,27 +6,27 @@ works when the sum is all that the aggregator can read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from locum.common.build import Model, resolve
+from locum.common.messages import Arrays
 from locum.common.plan import Plan
+
+Totals = dict[str, NDArray[np.float64]]
 
 
 class Strategy(Protocol):
     """How the sum of a round's updates moves the model."""
 
-    def start(self, model: Model, /) -> Model:
+    def start(self, model: Arrays, /) -> Model:
         """The strategy's state before round 1."""
         ...
 
-    def step(
-        self, model: Model, totals: Mapping[str, NDArray[np.float64]], weight: float, state: Model, /
-    ) -> tuple[Model, Model]:
-        """The next model and state from Σ wᵢ·Δᵢ (float64, by tensor) and Σ wᵢ > 0."""
+    def step(self, model: Arrays, totals: Totals, weight: float, state: Arrays, /) -> tuple[Model, Model]:
+        """The next model and state from Σ wᵢ·Δᵢ (float64, by tensor; used up) and Σ wᵢ > 0."""
         ...
 
 

@@ -5,15 +5,18 @@ With the server learning rate η of Reddi et al. (ICLR 2021, algorithm 1) at its
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from locum.common.build import Model
+from locum.common.messages import Arrays
+from locum.server.strategies import Totals
 
-Totals = Mapping[str, NDArray[np.float64]]
+#: Elements that are computed at once.
+_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -26,18 +29,24 @@ class FedAvg:
         if not 0 < self.server_lr <= 10:
             raise ValueError("server_lr must be above 0 and at most 10")
 
-    def start(self, _model: Model) -> Model:
+    def start(self, _model: Arrays) -> Model:
         """FedAvg keeps nothing from round to round."""
         return {}
 
-    def step(self, model: Model, totals: Totals, weight: float, state: Model) -> tuple[Model, Model]:
-        """The next model and state from Σ wᵢ·Δᵢ (float64, by tensor) and Σ wᵢ > 0."""
+    def step(self, model: Arrays, totals: Totals, weight: float, _state: Arrays) -> tuple[Model, Model]:
+        """The next model and state from Σ wᵢ·Δᵢ (float64, by tensor; used up) and Σ wᵢ > 0."""
         scale = self.server_lr / weight
-        moved = {
-            name: (tensor.astype(np.float64) + scale * totals[name]).astype(tensor.dtype)
-            for name, tensor in model.items()
-        }
-        return moved, state
+        return {name: _moved(tensor, totals.pop(name), scale) for name, tensor in model.items()}, {}
+
+
+def _moved(tensor: NDArray[Any], total: NDArray[np.float64], scale: float) -> NDArray[Any]:
+    """Tensor + scale · total in float64, in the tensor's own type."""
+    moved = np.empty(tensor.shape, tensor.dtype)
+    new, old, sums = moved.reshape(-1), tensor.reshape(-1), total.reshape(-1)
+    for start in range(0, new.size, _BLOCK):
+        part = slice(start, start + _BLOCK)
+        new[part] = old[part].astype(np.float64) + scale * sums[part]
+    return moved
 
 
 strategy = FedAvg

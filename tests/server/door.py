@@ -23,6 +23,7 @@ from cryptography import x509
 from locum.common.identity import PrivateKey, certificate_pem, key_pem
 from locum.common.proto.locum_pb2_grpc import add_RegistryServicer_to_server
 from locum.server.authority import Authority, door_credentials, initialise, load_authority, load_log_certificate
+from locum.server.gateway.legible import Legible
 from locum.server.gateway.live import Live
 from locum.server.gateway.registry import Federation, RegistryService
 from locum.server.home import Home, ServerConfig, read_config
@@ -92,7 +93,7 @@ def open_door(home: Path, servicers: Sequence[Servicer] = (registry_service,), *
         initialise(opened, ServerConfig(**fields))
     config = read_config(opened)
     authority = load_authority(opened, config)
-    server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)])
+    server = grpc.server(ThreadPoolExecutor(16), interceptors=(Legible(),), options=[("grpc.so_reuseport", 0)])
     door = Door(opened, config, authority, Registry(opened.registry), Live(opened.live), server)
     for add in servicers:
         add(server, door)

@@ -289,6 +289,20 @@ LINES = st.lists(
 )
 
 
+@pytest.mark.parametrize("cut", range(1, 60, 7))
+def test_what_is_written_after_a_torn_line_is_read(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "events.jsonl"
+    events = Events(path)
+    events.emit("paused", reason='{"at": 1, "event": "odd"}' + "x" * 40, missing=[])
+    events.close()
+    path.write_bytes(path.read_bytes()[:-cut])
+    events = Events(path)
+    events.emit("resumed")
+    events.close()
+    assert [event["event"] for event in read_events(path)] == ["resumed"]
+    assert (last_event(path) or {})["event"] == "resumed"
+
+
 @settings(max_examples=60, deadline=None)
 @given(LINES, st.binary(max_size=3), st.lists(st.integers(0, 400), max_size=4))
 def test_events_are_read_whole_however_the_file_grows(
@@ -304,4 +318,3 @@ def test_events_are_read_whole_however_the_file_grows(
     assert told == read_events(path)
     assert [event["event"] for event in told] == ["round"] * sum(b"round" in line for line in lines)
     assert last_event(path) == (told[-1] if told else None)
-

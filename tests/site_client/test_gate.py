@@ -15,6 +15,7 @@ from locum.common.messages import (
     Tensors,
     TrainResult,
     TrainTask,
+    pack,
     unpack,
 )
 from locum.site_client import gate
@@ -83,12 +84,12 @@ def test_an_unknown_key_in_a_policy_is_fatal(key: str) -> None:
 
 
 def test_a_description_is_copied_field_by_field() -> None:
-    released = gate.release_description(Policy(), plan(), "north", _FOUND)
+    released = pack(*gate.release_description(Policy(), plan(), "north", _FOUND))
     found, tensors = unpack(released, Description)
     assert found.cases == _FOUND["cases"]
     assert found.missing_classes == ("lesion",)
     assert tensors == {}
-    assert b"Mustermann" not in released["header"]["json"]  # type: ignore[index,operator]
+    assert b"Mustermann" not in released["locum"]["json"]  # type: ignore[index,operator]
 
 
 _no_counts = pytest.mark.parametrize(
@@ -103,11 +104,12 @@ def test_counts_and_all_that_tells_them_stay_when_policy_or_plan_says_so(
     of = plan(participation__weighting="equal", **changes)
     allowed = Policy.model_validate(policy)
     gate.admit_plan(allowed, of)
-    told, _ = unpack(gate.release_description(allowed, of, "north", _FOUND), Description)
+    told, _ = unpack(pack(*gate.release_description(allowed, of, "north", _FOUND)), Description)
     assert (told.cases, told.missing_classes, told.reason) == (None, (), "the contract is not met")
     task = EvaluateTask(plan_digest=of.digest, round=1, fold="test")
     sums = {"AUC": np.zeros(4), "accuracy": np.zeros(4)}
-    assert unpack(gate.release_metrics(allowed, of, task, cases=3, sums=sums), EvaluateResult)[0].cases is None
+    measured = pack(*gate.release_metrics(allowed, of, task, cases=3, sums=sums))
+    assert unpack(measured, EvaluateResult)[0].cases is None
     assert _update(of, allowed, np.ones(3, np.float32)).weight == 1.0
 
 
@@ -133,7 +135,7 @@ def test_only_the_metrics_that_the_plan_releases_leave() -> None:
     of = plan(release={"metrics": ["accuracy"]})
     task = EvaluateTask(plan_digest=of.digest, round=1, fold="test")
     sums = {"AUC": np.ones(4), "accuracy": np.zeros(4), "ages": np.ones(4)}
-    _, left = unpack(gate.release_metrics(Policy(), of, task, cases=3, sums=sums), EvaluateResult)
+    _, left = unpack(pack(*gate.release_metrics(Policy(), of, task, cases=3, sums=sums)), EvaluateResult)
     assert set(left) == {"accuracy"}
 
 
@@ -171,7 +173,7 @@ def test_a_failure_leaves_as_its_code() -> None:
 
 def _update(of: Any, policy: Policy, value: np.ndarray) -> TrainResult:
     task = TrainTask(plan_digest=of.digest, round=1)
-    record = gate.release_update(
+    released = gate.release_update(
         policy, of, task, model={"w": np.zeros(3, np.float32)}, update={"w": value}, done=_DONE
     )
-    return unpack(record, TrainResult)[0]
+    return unpack(pack(*released), TrainResult)[0]
