@@ -10,6 +10,7 @@ Rules:
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.lookahead_bytes", 2 << 20),
     ("grpc.max_receive_message_length", 4 << 20),
 )
+
+#: What a system calls a file that cannot grow: no space, no quota, a limit.
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 #: Tags of `PutChunk.data` and `Chunk.data`: the field's number and the wire type of `bytes`.
 PUT_DATA, GET_DATA = 3 << 3 | 2, 1 << 3 | 2

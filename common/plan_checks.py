@@ -5,6 +5,7 @@ Nothing is built here; what shows only when the parts are built is checked in :m
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +17,14 @@ from locum.common.yaml_source import Location
 
 _DOTTED = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")
 
+#: Beyond it a whole number has no exact JSON form (RFC 8785, RFC 7493 section 2.2).
+_LARGEST = 2**53 - 1
+
 
 def problems_of(plan: Plan) -> list[Problem]:
     """Everything wrong with a plan that shows without building anything."""
     return [
+        *_number_problems((), plan.model_dump()),
         *_name_problems(plan),
         *_parameter_problems(plan),
         *_metric_problems(plan),
@@ -30,6 +35,18 @@ def problems_of(plan: Plan) -> list[Problem]:
         *_sampling_problems(plan),
         *_protection_problems(plan),
     ]
+
+
+def _number_problems(location: Location, value: Any) -> list[Problem]:
+    """Numbers that have no canonical form."""
+    if isinstance(value, Mapping):
+        return [problem for key, item in value.items() for problem in _number_problems((*location, key), item)]
+    if isinstance(value, list | tuple):
+        return [problem for i, item in enumerate(value) for problem in _number_problems((*location, i), item)]
+    too_large = isinstance(value, int) and abs(value) > _LARGEST
+    if too_large or (isinstance(value, float) and not math.isfinite(value)):
+        return [Problem(location, "this number has no canonical form", "use a finite one, and a whole one below 2^53")]
+    return []
 
 
 def parts_of(plan: Plan) -> list[tuple[Location, Part, str]]:

@@ -4,6 +4,7 @@ Rules:
   * Plain data only: mappings, lists, strings, numbers, booleans, null. No tags, anchors or aliases.
   * Booleans are `true` and `false` alone (YAML 1.2 core schema), so `off` and `no` stay words.
   * A duplicate key is an error, never a silent winner.
+  * At most 64 levels deep: reading deeper ones takes time in the square of the depth, and then the whole stack.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import yaml
 Location = tuple[str | int, ...]
 
 _MAX_BYTES = 1 << 20
+_MAX_DEPTH = 64
 _COLLECTIONS = {"tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"}
 
 
@@ -92,7 +94,11 @@ def parse_yaml(content: bytes, name: str = "document") -> Source:
 def _compose(text: str) -> yaml.Node | None:
     loader = _Loader(text)
     try:
+        depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MAX_DEPTH:
+                raise YamlError(f"line {_line_of(event)}: nested more than {_MAX_DEPTH} levels deep")
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 raise YamlError(f"line {_line_of(event)}: anchors and aliases are not allowed")
         return loader.get_single_node()
@@ -143,4 +149,7 @@ def _scalar(node: yaml.ScalarNode, name: str) -> Any:
     }
     if node.tag not in kinds:
         raise YamlError(f"{name} line {line}: the tag {node.tag} is not allowed")
-    return kinds[node.tag](node)
+    try:
+        return kinds[node.tag](node)
+    except ValueError as error:
+        raise YamlError(f"{name} line {line}: this is no {node.tag.rpartition(':')[2]}") from error

@@ -110,7 +110,7 @@ def baselines(
     def trained(name: str, worker: Worker) -> Model:
         model = worker.call("fit_alone", plan, rounds=plan.rounds)[1]
         told(name)
-        return model
+        return dict(model)
 
     with ThreadPoolExecutor(parallel) as pool:
         job = pool.submit(trained, "pooled", pooled)

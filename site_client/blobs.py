@@ -10,7 +10,6 @@ Rules:
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
@@ -24,7 +23,7 @@ from typing import NamedTuple, TypeVar
 
 import grpc
 
-from locum.common.blobs import CHUNK, GET_DATA, PUT_DATA, SERVICE, Blob, frames, payload, write_all
+from locum.common.blobs import CHUNK, DISK_FULL, GET_DATA, PUT_DATA, SERVICE, Blob, frames, payload, write_all
 from locum.common.errors import Code, SiteFailure
 from locum.common.proto import locum_pb2 as pb
 
@@ -126,7 +125,7 @@ class BlobClient:
                 self._persist(moved, Code.MESSAGE_UNREADABLE, lambda: self._fetch(key, arriving, moved))
             part.replace(target)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in DISK_FULL:
                 raise
             part.unlink(missing_ok=True)
             raise SiteFailure(Code.DISK_FULL, f"no room for a model of {size} bytes") from error
@@ -135,7 +134,9 @@ class BlobClient:
 
     def _send(self, key: pb.BlobKey, file: int, moved: _Moved) -> bool:
         """Sends what the coordinator does not have; whether it has all then."""
-        state = self._calls.stat(key, timeout=_STAT_SECONDS)
+        asked = self._calls.stat.future(key, timeout=_STAT_SECONDS)
+        with self._watched(asked, moved):
+            state = asked.result()
         if state.complete:
             return True
         if os.fstat(file).st_size != key.size:

@@ -33,8 +33,10 @@ def enrol(
 ) -> None:
     """Join a federation: the key is made here and stays here, the coordinator certifies it."""
     from locum.site_client.enrolment import enrol as join
+    from locum.site_client.starter import write_starter
 
     identity = join(invitation, home, proxy=proxy, replace=replace)
+    begun = write_starter(home, proxy)
     member = identity.membership
     expires = identity.certificate.not_valid_after_utc
     if as_json:
@@ -45,6 +47,8 @@ def enrol(
         f"{member.site} is a site of {member.federation}; its certificate lasts until {expires:%Y-%m-%d} and renews"
     )
     typer.echo(f"{invitation} is used up: remove it")
-    if proxy is not None:
+    if begun:
+        typer.echo(f"{home / 'site.yaml'} is this agent's configuration: name its images and its policy there")
+    elif proxy is not None:
         typer.echo(f"write `proxy: {proxy}` into {home / 'site.yaml'}, so that the agent takes the same way")
     typer.echo(f"next: locum site start{'' if home == default_home() else f' --home {home}'}")

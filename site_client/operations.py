@@ -11,7 +11,7 @@ from typing import Any
 
 from locum.common.build import metric_of
 from locum.common.errors import Code, SiteFailure
-from locum.common.messages import Tensors
+from locum.common.messages import Arrays, Tensors
 from locum.common.plan import parse_plan
 from locum.site_client.session import (
     Session,
@@ -37,16 +37,16 @@ def session_for(session: Session | None, settings: Settings, request: Mapping[st
     return session
 
 
-def _describe(session: Session, _request: Mapping[str, Any], _tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+def _describe(session: Session, _request: Mapping[str, Any], _tensors: Arrays) -> tuple[dict[str, Any], Tensors]:
     return describe(session), {}
 
 
-def _train(session: Session, request: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+def _train(session: Session, request: Mapping[str, Any], tensors: Arrays) -> tuple[dict[str, Any], Tensors]:
     update, done, cases = train_round(session, tensors, request["round"])
     return {"steps": done.steps, "loss": done.loss, "cases": cases}, update
 
 
-def _evaluate(session: Session, request: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+def _evaluate(session: Session, request: Mapping[str, Any], tensors: Arrays) -> tuple[dict[str, Any], Tensors]:
     at_model(session, tensors, request["round"])
     found = measure(session, request["fold"])
     classes = len(session.plan.contract.classes)
@@ -54,7 +54,7 @@ def _evaluate(session: Session, request: Mapping[str, Any], tensors: Tensors) ->
     return {"cases": len(found.patients)}, sums
 
 
-def _stand_at(session: Session, request: Mapping[str, Any], tensors: Tensors) -> None:
+def _stand_at(session: Session, request: Mapping[str, Any], tensors: Arrays) -> None:
     """A federation's model after some round, or a whole model trained alone."""
     if request["round"] is None:
         at_whole_model(session, tensors)
@@ -62,23 +62,23 @@ def _stand_at(session: Session, request: Mapping[str, Any], tensors: Tensors) ->
         at_model(session, tensors, request["round"])
 
 
-def _outcomes(session: Session, request: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+def _outcomes(session: Session, request: Mapping[str, Any], tensors: Arrays) -> tuple[dict[str, Any], Tensors]:
     _stand_at(session, request, tensors)
     found = measure(session, request["fold"])
     arrays: Tensors = {"labels": found.labels, "scores": found.scores, "dice": found.dice, "surface": found.surface}
     return {"patients": list(found.patients)}, arrays
 
 
-def _pictures(session: Session, request: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+def _pictures(session: Session, request: Mapping[str, Any], tensors: Arrays) -> tuple[dict[str, Any], Tensors]:
     _stand_at(session, request, tensors)
     return sample_pictures(session, request["count"])
 
 
-def _fit_alone(session: Session, request: Mapping[str, Any], _tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+def _fit_alone(session: Session, request: Mapping[str, Any], _tensors: Arrays) -> tuple[dict[str, Any], Tensors]:
     return {}, fit_alone(session, request["rounds"])
 
 
-_Operation = Callable[[Session, Mapping[str, Any], Tensors], tuple[dict[str, Any], Tensors]]
+_Operation = Callable[[Session, Mapping[str, Any], Arrays], tuple[dict[str, Any], Tensors]]
 OPERATIONS: dict[str, _Operation] = {
     "describe": _describe,
     "train": _train,

@@ -131,7 +131,7 @@ class Pulse:
                 self._one(*way)
             except grpc.RpcError as error:
                 self.log.debug("a report did not arrive: %s", error.details())
-            except (AwayError, RefusedError, LocumError, ValueError) as error:
+            except (AwayError, RefusedError, LocumError, OSError, ValueError) as error:
                 self.log.warning("%s", error)
 
     def _one(self, channel: grpc.Channel, fleet: Fleet, instance: str) -> None:
@@ -142,7 +142,7 @@ class Pulse:
             self.news.sent(envelope)
         if state != self._state:
             for envelope in stub.Proposals(pb.ProposalsRequest(), timeout=_CALL_SECONDS).envelopes:
-                self.news.receive(envelope)
+                self._receive(envelope)
             self._state = state
         if now >= self._next_node:
             self._next_node = now + _NODE_SECONDS
@@ -151,6 +151,13 @@ class Pulse:
             self._next_renewal = now + _RENEWAL_SECONDS
             if self.news.renew(channel):
                 self._renewed.set()
+
+    def _receive(self, envelope: bytes) -> None:
+        """Takes a proposal in; one that cannot be read here costs itself and none of the others."""
+        try:
+            self.news.receive(envelope)
+        except LocumError as error:
+            self.log.warning("a proposal cannot be used: %s", error)
 
     def _report(self, stub: rpc.RegistryStub, instance: str) -> int:
         """Says what the agent does; learns the coordinator's clock and the state of its registry."""

@@ -24,9 +24,10 @@ from locum.common import build
 from locum.common.build import Model, Role
 from locum.common.durable import replace_file
 from locum.common.errors import Code, DataError, SiteFailure
+from locum.common.messages import Arrays
 from locum.common.metrics import Outcomes
 from locum.common.plan import Contract, Fold, Plan
-from locum.site_client.imaging.catalog import Case, Catalog, Facts
+from locum.site_client.imaging.catalog import FILE_NAME, Case, Catalog, Facts
 from locum.site_client.imaging.split import FOLDS
 from locum.site_client.settings import Settings
 from locum.site_client.training import data, evaluate, train
@@ -92,7 +93,9 @@ def _cases(settings: Settings, plan: Plan) -> dict[Fold, tuple[Case, ...]]:
 
 
 def _fitting(store: Path, plan: Plan) -> list[Case]:
-    """The cases of a store that the contract asks for."""
+    """The cases of a store that the contract asks for; none of one that nothing was ingested into yet."""
+    if not (store / FILE_NAME).is_file():
+        return []
     try:
         with closing(Catalog.open(store)) as catalog:
             fits = {fact.id for fact in catalog.facts() if _fits(fact, plan.contract)}
@@ -156,7 +159,7 @@ def _missing_classes(plan: Plan, cases: Sequence[Case]) -> list[str]:
     return [name for name in plan.contract.classes if name not in present]
 
 
-def train_round(session: Session, model: Model, round_number: int) -> tuple[Model, train.Trained, int]:
+def train_round(session: Session, model: Arrays, round_number: int) -> tuple[Model, train.Trained, int]:
     """Trains one round from `model`; returns the update (local − global), what was done, and the number of cases."""
     at_model(session, model, round_number - 1)
     done = _train_steps(session, round_number)
@@ -181,7 +184,7 @@ def _train_steps(session: Session, round_number: int) -> train.Trained:
     )
 
 
-def at_model(session: Session, model: Model, round_number: int) -> None:
+def at_model(session: Session, model: Arrays, round_number: int) -> None:
     """Puts the network where it is after a round: the shared tensors of `model`, the site's own local ones."""
     load_model(session, model)
     _load_local(session, round_number)
@@ -203,7 +206,7 @@ def fit_alone(session: Session, rounds: int) -> Model:
     return {name: tensor.detach().cpu().numpy().copy() for name, tensor in state.items()}
 
 
-def at_whole_model(session: Session, model: Model) -> None:
+def at_whole_model(session: Session, model: Arrays) -> None:
     """Puts every tensor of a model trained alone into the network, local ones too."""
     _assign(session.network.state_dict(), model)
 

@@ -1,9 +1,10 @@
 """The worker process: images, torch and the GPU live here; keys and the connection do not.
 
-The agent and its worker speak over a pipe in two frames a message: JSON, then tensors in safetensors form. Nothing is
-pickled. A worker stays warm across rounds; if it dies, its agent gets `WORKER_DIED` and the next call starts another.
-Workers are forked from a server process that has loaded torch and MONAI once. A worker puts the site's limits on itself
-before it looks at a request; memory beyond its limit is `OUT_OF_MEMORY`, and the worker lives on.
+The agent and its worker speak over a pipe in two frames a message: JSON, then tensors in safetensors form. Large
+tensors go as the name of a file that the other side maps, so that a model is not copied on its way. Nothing is pickled.
+A worker stays warm across rounds; if it dies, its agent gets `WORKER_DIED` and the next call starts another. Workers
+are forked from a server process that has loaded torch and MONAI once. A worker puts the site's limits on itself before
+it looks at a request; memory beyond its limit is `OUT_OF_MEMORY`, and the worker lives on.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors
 from safetensors.numpy import load, save
 
 from locum.common.errors import Code, SiteFailure
-from locum.common.messages import Tensors
+from locum.common.messages import BLOB_THRESHOLD, Arrays
 from locum.common.plan import Plan
+from locum.common.tensor_files import Mapped, map_tensors, write_tensors
 
 if TYPE_CHECKING:
     from locum.site_client.session import Session
@@ -39,11 +42,9 @@ if TYPE_CHECKING:
 # An optimiser's first step imports torch._dynamo: a second for every worker, unless the server has done it.
 _PRELOADED = ("locum.site_client.operations", "torch._dynamo")
 _context = get_context("forkserver")
+_FILE = "tensors_file"
 #: What the pipe raises when the other side is gone or has sent what is no message.
 _NO_MESSAGE = (EOFError, OSError, ValueError, safetensors.SafetensorError)
-#: With this a worker ends whose memory does not hold the request.
-_NO_ROOM = 64 + errno.ENOMEM
-_END_SECONDS = 2
 #: How torch's and C++'s allocators say that memory ran out, in an error that has no type of its own.
 _NO_MEMORY_WORDS = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc")
 
@@ -70,18 +71,17 @@ def serve(connection: Connection, settings: Settings) -> None:
     _keep_output(settings)
     _limit(settings)
     session: Session | None = None
+    theirs = settings.run_dir / "from-worker.safetensors"
     while True:
         try:
             request, tensors = _receive(connection)
-        except MemoryError:
-            raise SystemExit(_NO_ROOM) from None  # half a message is read: what follows in the pipe makes no sense
         except _NO_MESSAGE:
             return  # what is no message ends the worker: nothing after it can be trusted to be whole
         try:
             session = operations.session_for(session, settings, request)
-            answer = _frames(*operations.OPERATIONS[request["operation"]](session, request, tensors))
+            answer = _frames(*operations.OPERATIONS[request["operation"]](session, request, tensors), theirs)
         except Exception as error:  # noqa: BLE001 - the loop must answer; the agent logs the text, only the code leaves
-            answer = _frames(_failure(error), {})
+            answer = _frames(_failure(error), {}, theirs)
         _send(connection, answer)
 
 
@@ -140,8 +140,22 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
-def _frames(header: Mapping[str, Any], tensors: Tensors) -> tuple[bytes, bytes]:
-    return json.dumps(header, default=float).encode(), save(tensors) if tensors else b""
+def _frames(header: Mapping[str, Any], tensors: Arrays, path: Path) -> tuple[bytes, bytes]:
+    """A message's frames; large tensors are put in a file at `path`, if they are not in one. Raises OSError."""
+    if not isinstance(tensors, Mapped) and sum(array.nbytes for array in tensors.values()) > BLOB_THRESHOLD:
+        tensors = _in_file(tensors, path)
+    if isinstance(tensors, Mapped):
+        return json.dumps({**header, _FILE: [str(tensors.path), tensors.sha256]}, default=float).encode(), b""
+    return json.dumps(header, default=float).encode(), save(dict(tensors)) if tensors else b""
+
+
+def _in_file(tensors: Arrays, path: Path) -> Mapped:
+    """Tensors in a file that takes the place of the one before; who has mapped that one keeps it."""
+    beside = path.with_suffix(".tmp")
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    digest = write_tensors(beside, tensors).sha256
+    beside.replace(path)
+    return map_tensors(path, digest)
 
 
 def _send(connection: Connection, frames: tuple[bytes, bytes]) -> None:
@@ -149,10 +163,13 @@ def _send(connection: Connection, frames: tuple[bytes, bytes]) -> None:
         connection.send_bytes(frame)
 
 
-def _receive(connection: Connection) -> tuple[dict[str, Any], Tensors]:
+def _receive(connection: Connection) -> tuple[dict[str, Any], Arrays]:
     header, content = json.loads(connection.recv_bytes()), connection.recv_bytes()
     if not isinstance(header, dict):
         raise ValueError("a header is a JSON object")  # noqa: TRY004 - as every other frame that is no message
+    if _FILE in header:
+        path, digest = header.pop(_FILE)
+        return header, map_tensors(Path(path), digest)
     return header, load(content) if content else {}
 
 
@@ -192,13 +209,13 @@ class Worker:
         self._connection, self._plan = ours, None
 
     def call(
-        self, operation: str, plan: Plan, tensors: Tensors | None = None, **request: Any
-    ) -> tuple[dict[str, Any], Tensors]:
+        self, operation: str, plan: Plan, tensors: Arrays | None = None, **request: Any
+    ) -> tuple[dict[str, Any], Arrays]:
         """Asks the worker and waits; raises SiteFailure with the worker's code, or WORKER_DIED."""
         with self._turn:
             return self._call(plan, {"operation": operation, **request}, tensors or {})
 
-    def _call(self, plan: Plan, header: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    def _call(self, plan: Plan, header: dict[str, Any], tensors: Arrays) -> tuple[dict[str, Any], Arrays]:
         self.start()
         operation = header["operation"]
         if self._plan is not plan:
@@ -207,20 +224,19 @@ class Worker:
         try:
             reply, arrays = self._exchange(header, tensors)
         except _NO_MESSAGE as error:
-            code = _code_of_end(self._process, error)
             self.stop()
             self.log.exception("the worker died during %s", operation)
-            raise SiteFailure(code, operation) from error
+            raise SiteFailure(Code.WORKER_DIED, operation) from error
         if "failure" in reply:
             self.log.error("%s failed: %s", operation, reply["detail"])
             raise SiteFailure(Code(reply["failure"]), reply["detail"])
         self._plan = plan
         return reply, arrays
 
-    def _exchange(self, header: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    def _exchange(self, header: Mapping[str, Any], tensors: Arrays) -> tuple[dict[str, Any], Arrays]:
         if self._connection is None:
             raise EOFError
-        _send(self._connection, _frames(header, tensors))
+        _send(self._connection, _frames(header, tensors, self.settings.run_dir / "from-agent.safetensors"))
         return _receive(self._connection)
 
     def stop(self) -> None:
@@ -235,10 +251,3 @@ class Worker:
                 process.join()
         if connection is not None:
             connection.close()  # last: whoever waits for an answer must see its end, not a closed file
-
-
-def _code_of_end(process: BaseProcess | None, error: Exception) -> Code:
-    """Why a worker is gone: its exit code says whether the request was too large for its memory."""
-    if process is not None and isinstance(error, EOFError | OSError):
-        process.join(timeout=_END_SECONDS)
-    return Code.OUT_OF_MEMORY if process is not None and process.exitcode == _NO_ROOM else Code.WORKER_DIED

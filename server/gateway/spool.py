@@ -15,7 +15,6 @@ Rules:
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
@@ -32,7 +31,7 @@ from typing import Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from locum.common import blobs
-from locum.common.blobs import Blob, write_all
+from locum.common.blobs import DISK_FULL, Blob, write_all
 from locum.common.durable import flush
 
 #: Bytes of disk that uploads leave free for everything else at the coordinator.
@@ -40,7 +39,6 @@ DISK_RESERVE = 256 << 20
 #: Seconds after which a stream that moves nothing gives way to another one of the same blob.
 PATIENCE_SECONDS = 5.0
 _READ = 1 << 20
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class Reason(Enum):
@@ -332,7 +330,7 @@ def _no_blob() -> SpoolRefusal:
 
 
 def _disk_refusal(error: OSError) -> SpoolRefusal:
-    if error.errno in _FULL:
+    if error.errno in DISK_FULL:
         return SpoolRefusal(Reason.NO_ROOM, "the coordinator's disk is full")
     return SpoolRefusal(Reason.BROKEN, f"the coordinator's disk fails: {error.strerror}")
 

@@ -1,4 +1,4 @@
-"""The service Blobs on loopback without certificates, in this process or in one that can be killed, and a bad line to it.
+"""The service Blobs on loopback without certificates, here or in a process that can be killed, and a bad line to it.
 
 The site is what a call's metadata say; who really calls is the business of the tests over mutual TLS.
 
@@ -109,9 +109,7 @@ def serving_process(path: Path, port: int) -> Iterator[subprocess.Popen[str]]:
 # --- a site
 
 
-class _Named(
-    grpc.UnaryUnaryClientInterceptor, grpc.StreamUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor
-):
+class _Named(grpc.UnaryUnaryClientInterceptor, grpc.StreamUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
     """Says in each call which site calls."""
 
     def __init__(self, site: str) -> None:
@@ -202,6 +200,8 @@ class Line:
                 except OSError:
                     near.close()
                     continue
+                for end in (near, far):
+                    end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)  # a line holds little
                 with self._lock:
                     self._open += [near, far]
                     frozen = self.frozen
@@ -220,9 +220,9 @@ class Line:
                     self.cuts[:] = [at for at in self.cuts if at > self.passed]
                 if due:
                     self.cut()
-        with self._lock:
-            for end in (source, sink):
-                end.close()
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)  # a close alone says nothing while another thread reads
 
 
 @contextmanager
@@ -241,5 +241,6 @@ def free_port() -> int:
 
 if __name__ == "__main__":
     with serve(Path(sys.argv[1]), port=int(sys.argv[2])):
-        print("open", flush=True)
+        sys.stdout.write("open\n")
+        sys.stdout.flush()
         sys.stdin.read()

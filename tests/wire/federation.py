@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors.numpy import load_file, save_file
 
 from locum.common.build import Model
@@ -56,9 +58,12 @@ def until(holds: Callable[[], Any], seconds: float = 60.0, what: str = "") -> An
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port below those that the kernel gives away, so that it is still free after its owner was killed."""
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            port = random.randrange(20_000, 32_000)  # noqa: S311 - several test runs on one machine rarely meet
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @dataclass
@@ -198,12 +203,19 @@ class Federation:
                     os.killpg(process.popen.pid, signal.SIGKILL)
 
 
+def _move_ports(home: Home) -> None:
+    """Gives the coordinator loopback ports of its own: several federations are under test on one machine."""
+    ports = {"superlink_port": free_port(), "hints_port": free_port()}
+    home.configuration.write_text(yaml.safe_dump({**yaml.safe_load(home.configuration.read_text()), **ports}))
+
+
 @contextmanager
 def open_federation(folder: Path) -> Iterator[Federation]:
     """A coordinator that runs, without sites."""
     home, port = Home(folder / "coordinator"), free_port()
     options = ("--name", "test", "--host", "localhost", "--listen", "127.0.0.1", "--port", str(port))
     locum("server", "init", *options, "--home", home.path)
+    _move_ports(home)
     command = (*_LOCUM, "server", "start", "--home", str(home.path))
     federation = Federation(folder, home, port, Process(command, folder / "server.log"))
     try:

@@ -1,6 +1,7 @@
 """`python -m tests.wire.peer HOME NAME BEHAVIOUR`: a site with the real connection and an answer that a test chooses.
 
-Behaviours: empty (answers well), or one of `BEHAVIOURS` with its parameters after a colon, such as `slow:5`.
+Behaviours: empty (answers well), or one of `BEHAVIOURS` with its parameters after a colon, such as `slow:5`. A message
+of a type whose file `hold-TYPE` is in the site's folder is answered once the file is gone.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class WirePeer:
         self.peer.model = load_file(self.home.parent / f"{plan.digest}.safetensors")
         with (self.home / "handled").open("a") as file:
             file.write(f"{message.metadata.message_type} {message.metadata.group_id}\n")
+        while (self.home / f"hold-{message.metadata.message_type}").exists():
+            time.sleep(0.02)
         return self.peer.handle(message, bundle, carrier)
 
 
