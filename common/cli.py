@@ -6,6 +6,7 @@ Errors with a remedy are printed as two lines and no traceback (`--debug` shows 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from importlib.metadata import EntryPoint, entry_points, version
@@ -76,6 +77,7 @@ def main(arguments: list[str] | None = None) -> Any:
     """The console script; returns the exit code."""
     words = sys.argv[1:] if arguments is None else arguments
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    logging.raiseExceptions = False  # a log on a full disk is no reason to print tracebacks
     try:
         return locum(words, standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):

@@ -142,7 +142,7 @@ class BlobClient:
         if os.fstat(file).st_size != key.size:
             raise SiteFailure(Code.UPDATE_REFUSED, "the file changed on its way")
         broken: list[OSError] = []
-        call = self._calls.put.future(_requests(key, state.have, file, moved, broken))
+        call = self._calls.put.future(_requests(key, state.have, file=file, moved=moved, broken=broken))
         with self._watched(call, moved):
             complete = bool(call.result().complete)
         if broken:
@@ -246,7 +246,7 @@ class _Arriving:
         self.attempts += 1
 
 
-def _requests(key: pb.BlobKey, offset: int, file: int, moved: _Moved, broken: list[OSError]) -> Iterator[bytes]:
+def _requests(key: pb.BlobKey, offset: int, *, file: int, moved: _Moved, broken: list[OSError]) -> Iterator[bytes]:
     """The messages of an upload from `offset` on. An error of the disk ends them, for gRPC would swallow it."""
     moved.reach(offset)
     yield pb.PutChunk(key=key, offset=offset).SerializeToString()

@@ -94,7 +94,7 @@ def _cases(settings: Settings, plan: Plan) -> dict[Fold, tuple[Case, ...]]:
 
 def _fitting(store: Path, plan: Plan) -> list[Case]:
     """The cases of a store that the contract asks for; none of one that nothing was ingested into yet."""
-    if not (store / FILE_NAME).is_file():
+    if store.is_dir() and not (store / FILE_NAME).is_file():
         return []
     try:
         with closing(Catalog.open(store)) as catalog:

@@ -221,8 +221,9 @@ class Worker:
         if self._plan is not plan:
             header["plan"] = plan.canonical().decode()
             self._plan = None  # a failure may leave the worker at either plan
+        frames = self._frames(header, tensors)
         try:
-            reply, arrays = self._exchange(header, tensors)
+            reply, arrays = self._exchange(frames)
         except _NO_MESSAGE as error:
             self.stop()
             self.log.exception("the worker died during %s", operation)
@@ -233,10 +234,16 @@ class Worker:
         self._plan = plan
         return reply, arrays
 
-    def _exchange(self, header: Mapping[str, Any], tensors: Arrays) -> tuple[dict[str, Any], Arrays]:
+    def _frames(self, header: Mapping[str, Any], tensors: Arrays) -> tuple[bytes, bytes]:
+        try:
+            return _frames(header, tensors, self.settings.run_dir / "from-agent.safetensors")
+        except OSError as error:
+            raise SiteFailure(Code.DISK_FULL, f"{self.settings.run_dir}: {error.strerror}") from error
+
+    def _exchange(self, frames: tuple[bytes, bytes]) -> tuple[dict[str, Any], Arrays]:
         if self._connection is None:
             raise EOFError
-        _send(self._connection, _frames(header, tensors, self.settings.run_dir / "from-agent.safetensors"))
+        _send(self._connection, frames)
         return _receive(self._connection)
 
     def stop(self) -> None:

@@ -22,7 +22,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -170,12 +170,10 @@ class Spool:
     def upload_state(self, run: str, site: str, sha256: str) -> UploadState:
         """How far a site's upload is."""
         path = self.upload_path(run, site, sha256)
-        if path.exists():
-            return UploadState(path.stat().st_size, complete=True)
-        try:
-            return UploadState(_part(path).stat().st_size, complete=False)
-        except FileNotFoundError:
-            return UploadState(0, complete=False)
+        for found, complete in ((path, True), (_part(path), False)):
+            with suppress(FileNotFoundError):
+                return UploadState(found.stat().st_size, complete)
+        return UploadState(0, complete=False)
 
     @contextmanager
     def upload(self, run: str, site: str, blob: Blob, *, offset: int, quota: int, stream: Stream) -> Iterator[Upload]:

@@ -1,0 +1,169 @@
+"""What tests do to a federation, and what they compare its runs with."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Error, RecordDict
+
+from locum.common.build import Model
+from locum.common.errors import Code
+from locum.common.messages import Tensors, TrainTask, unpack
+from locum.common.plan import Plan
+from locum.server.runs import Run
+from tests.peers import Answer, Peer, run_peers
+from tests.wire.federation import Federation, events, open_federation, until
+
+#: The peers of a federation under test, and the value that each one's updates have everywhere.
+PEERS: Mapping[str, float] = {"a": 0.1, "b": 0.7, "c": 0.9}
+DESCRIBE, TRAIN, EVALUATE = "query.describe", "train", "evaluate"
+KINDS = (DESCRIBE, TRAIN, EVALUATE)
+
+
+# --- what a run should give
+
+
+class _Away(Peer):
+    """A peer that trains nothing in some rounds."""
+
+    def __init__(self, site: str, value: float, rounds: Sequence[int]) -> None:
+        super().__init__(site, value)
+        self.rounds = rounds
+
+    def train(self, plan: Plan, content: RecordDict) -> Answer:
+        task, _ = unpack(content, TrainTask, self.carrier)
+        return Error(code=Code.WORKER_DIED) if task.round in self.rounds else super().train(plan, content)
+
+
+def expected(plan: Plan, folder: Path, lost: Mapping[str, Sequence[int]] | None = None) -> dict[str, bytes]:
+    """The model of a run in one process in which sites miss the rounds `lost`; as bytes."""
+    away = lost or {}
+    peers = [_Away(name, value, away.get(name, ())) for name, value in PEERS.items()]
+    return bits(run_peers(plan, peers, folder).model)
+
+
+def bits(model: Model | Tensors) -> dict[str, bytes]:
+    """A model, to compare to the bit."""
+    return {name: np.asarray(array).tobytes() for name, array in sorted(model.items())}
+
+
+# --- peers that wait
+
+
+@contextmanager
+def open_peers(folder: Path, plans: Sequence[Plan]) -> Iterator[Federation]:
+    """A federation whose peers are connected and have approved all plans; nothing of it is left behind."""
+    try:
+        with open_federation(folder) as federation:
+            for plan in plans:
+                federation.propose(plan)
+            for name in PEERS:
+                start(federation, name)
+            for plan in plans:
+                for name in PEERS:
+                    federation.approve(name, plan)
+            for plan in plans:
+                federation.ready(plan, *PEERS)
+            yield federation
+    finally:
+        for number in processes(folder):
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+
+
+def processes(folder: Path) -> list[int]:
+    """The processes whose command line names the folder of a federation."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if str(folder).encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
+def start(federation: Federation, name: str) -> None:
+    """Starts a peer, again where it was killed."""
+    federation.peer(name, f"value:{PEERS[name]}")
+
+
+def mend(federation: Federation) -> None:
+    """Lets go of what a test held, and starts what it left dead."""
+    for name in PEERS:
+        release(federation, name)
+        process = federation.sites[name].popen
+        if process is None or process.poll() is not None:
+            start(federation, name)
+    if federation.server.popen is None or federation.server.popen.poll() is not None:
+        federation.start()
+
+
+def hold(federation: Federation, kind: str, *names: str) -> None:
+    """Lets sites take messages of this kind, but not answer them."""
+    for name in names or PEERS:
+        (federation.folder / name / f"hold-{kind}").touch()
+
+
+def release(federation: Federation, *names: str) -> None:
+    """Lets sites answer."""
+    for name in names or PEERS:
+        for kind in KINDS:
+            (federation.folder / name / f"hold-{kind}").unlink(missing_ok=True)
+
+
+@dataclass
+class Taken:
+    """The messages that sites have begun to work on, from when this was made."""
+
+    federation: Federation
+    _before: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._before = {name: len(self._lines(name)) for name in PEERS}
+
+    def _lines(self, name: str) -> list[str]:
+        path = self.federation.folder / name / "handled"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def of(self, name: str, message: str = "") -> list[str]:
+        """Of one site; `message` is the type and the round, such as `train 2`."""
+        return [line for line in self._lines(name)[self._before[name] :] if message in {"", line}]
+
+    def wait(self, message: str, *names: str) -> None:
+        """Until these sites work on it."""
+        for name in names or PEERS:
+            until(lambda name=name: self.of(name, message), 120, f"{name} never began '{message}'")
+
+
+# --- kill -9
+
+
+def kill_app(run: Run) -> int:
+    """Kills the run's process; returns its number."""
+    number = int(until(run.alive, 120, "the run has no process"))
+    os.kill(number, signal.SIGKILL)
+    return number
+
+
+def kill(federation: Federation, name: str) -> int:
+    """Kills a supervised process and waits for the next one; returns the number of that."""
+    before = federation.pid_of(name)
+    os.kill(before, signal.SIGKILL)
+    return int(until(lambda: (now := federation.pid_of(name)) != before and now, 60, f"{name} was not started again"))
+
+
+def told(run: Run, kind: str, seconds: float = 120.0, **fields: object) -> None:
+    """Waits until the run has told of something."""
+
+    def holds() -> bool:
+        return any(all(event.get(k) == v for k, v in fields.items()) for event in events(run, kind))
+
+    until(holds, seconds, f"never told: {kind} {fields}")
