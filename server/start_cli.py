@@ -47,12 +47,17 @@ def start(home: _HomeDir) -> None:
 def _tell_ready(config: ServerConfig, address: str, ended: threading.Event) -> None:
     began = time.monotonic()
     while not ended.wait(0.1):
-        if all(_answers(port) for port in (config.port, config.superlink_port)):
+        if all(_processes(config).values()):
             typer.echo(f"ready: hospitals connect to {address}")
             return
         if time.monotonic() - began > _READY_SECONDS:
             typer.echo("not ready after a minute: see logs/ in the coordinator's folder", err=True)
             return
+
+
+def _processes(config: ServerConfig) -> dict[str, bool]:
+    """Whether each process answers. The gateway opens its hints' port last; at its door may be another program."""
+    return {"gateway": _answers(config.hints_port), "superlink": _answers(config.superlink_port)}
 
 
 def _answers(port: int) -> bool:
@@ -77,7 +82,7 @@ def status(
         names = [row.name for row in registry.sites() if row.revoked_at is None]
     finally:
         registry.close()
-    processes = {"gateway": _answers(config.port), "superlink": _answers(config.superlink_port)}
+    processes = _processes(config)
     sites = {name: _heard(heard[name], now) if name in heard else None for name in names}
     runs = {run.id: status for run in all_runs(place) if not (status := run.status()).ended}
     if as_json:

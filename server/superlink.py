@@ -26,7 +26,7 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 
 from locum.common.errors import RunError
 from locum.server.home import Home, ServerConfig
-from locum.server.parent import end_with_parent
+from locum.server.parent import PARENT, end_with_parent
 
 if TYPE_CHECKING:
     from starlette.middleware import Middleware
@@ -115,7 +115,7 @@ def executor_command(home: Home, config: ServerConfig, parent: int) -> list[str]
 
 
 def environment(home: Home) -> dict[str, str]:
-    """What Flower's processes find in their environment."""
+    """What the processes that this one starts find in their environment."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {
         **os.environ,
@@ -126,6 +126,8 @@ def environment(home: Home) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
         "LOCUM_SERVER_HOME": str(home.path),
+        "MALLOC_ARENA_MAX": "1",  # glibc gives each thread memory of its own and keeps it; this does not cost time here
+        PARENT: str(os.getpid()),
     }
 
 

@@ -177,7 +177,7 @@ def _rehearse(simulation: Simulation, prepared: Sequence[Prepared], console: Con
     from locum.simulations.engines.rehearse import Rehearsal, run_rehearsal
 
     names = [site.name for site in prepared]
-    run_rehearsal(Rehearsal(simulation.folder, simulation.plan, names), lambda events: Watch(events, console))
+    run_rehearsal(Rehearsal(simulation.folder, simulation.plan, names), lambda run: Watch(run.events, console))
 
 
 def _finish(

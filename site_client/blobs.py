@@ -66,15 +66,15 @@ class Calls(NamedTuple):
 
 @dataclass
 class _Moved:
-    """Bytes that are over, for whoever watches."""
+    """How far a blob is, for whoever watches: bytes handed over, and bytes known to have arrived."""
 
     total: int
     progress: Progress
-    done: int = 0
+    kept: int = 0
     at: float = field(default_factory=time.monotonic)
 
     def reach(self, done: int) -> None:
-        self.done, self.at = done, time.monotonic()
+        self.at = time.monotonic()
         self.progress(done, self.total)
 
 
@@ -101,7 +101,7 @@ class BlobClient:
         """Sends a file until the coordinator has it whole.
 
         `digest` is its SHA-256 if that is known; else it is read once more. Raises SiteFailure(UPDATE_REFUSED) if the
-        coordinator does not want it, FileNotFoundError, and Stopping.
+        coordinator does not want it, OSError if the file cannot be read, and Stopping.
         """
         with path.open("rb", buffering=0) as file:
             blob = Blob(digest or _hash_file(file.fileno()).hexdigest(), os.fstat(file.fileno()).st_size)
@@ -141,6 +141,7 @@ class BlobClient:
             return True
         if os.fstat(file).st_size != key.size:
             raise SiteFailure(Code.UPDATE_REFUSED, "the file changed on its way")
+        moved.kept = state.have
         broken: list[OSError] = []
         call = self._calls.put.future(_requests(key, state.have, file=file, moved=moved, broken=broken))
         with self._watched(call, moved):
@@ -157,6 +158,7 @@ class BlobClient:
             with self._watched(call, moved):
                 for data in call:
                     arriving.append(data)
+                    moved.kept = arriving.have
                     moved.reach(arriving.have)
         if arriving.have < key.size:
             return False
@@ -173,7 +175,7 @@ class BlobClient:
         """Makes the attempt until it succeeds; raises SiteFailure(`refused`) when it never will, and Stopping."""
         wait, told = FIRST_WAIT_SECONDS, ""
         while True:
-            before, words = moved.done, "the stream ended early"
+            before, words = moved.kept, "the stream ended early"
             try:
                 if attempt():
                     return
@@ -186,7 +188,7 @@ class BlobClient:
             if words != told:
                 log.info("a blob waits: %s", words)
                 told = words
-            wait = FIRST_WAIT_SECONDS if moved.done > before else wait
+            wait = FIRST_WAIT_SECONDS if moved.kept > before else wait
             if self._stop.wait(wait):
                 raise Stopping
             wait = min(2 * wait, LONGEST_WAIT_SECONDS)

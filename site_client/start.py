@@ -6,11 +6,12 @@ home/  site.yaml  identity/  proposals/  approvals/  journal/  work/ (blobs on t
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import logging
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -31,11 +32,13 @@ from locum.site_client.pulse import News, Pulse
 from locum.site_client.service import Service
 from locum.site_client.worker import Worker, process_context
 
+_M_ARENA_MAX = -8
 _LOG_BYTES, _LOG_FILES = 16 << 20, 5
 
 
 def start(home: Path) -> None:
     """Runs the agent of a folder until SIGTERM or SIGINT; raises LocumError if it cannot begin."""
+    _keep_small()
     identity = load_identity(home)
     configuration = read_configuration(home / FILE)
     with _alone(home):
@@ -51,6 +54,12 @@ def start(home: Path) -> None:
         finally:
             service.agent.worker.stop()
             log.info("the agent of %s has ended", identity.site)
+
+
+def _keep_small() -> None:
+    """One arena for all threads (glibc, mallopt(3)): each of gRPC's threads would keep memory of its own."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def open_service(home: Path, configuration: SiteConfiguration, log: logging.Logger) -> Service:

@@ -67,9 +67,10 @@ def open_gateway(home: Home, config: ServerConfig) -> Callable[[], None]:
 
     hints = grpc.server(ThreadPoolExecutor(64, thread_name_prefix="hints"), (), (Legible(),), _OPTIONS)
     rpc.add_HintsServicer_to_server(HintService(board, (home.superlink / "hints.secret").read_text()), hints)
-    _bind(lambda: hints.add_insecure_port(f"127.0.0.1:{config.hints_port}"), config.hints_port)
     credentials = door_credentials(home, authority, config.host)
     _bind(lambda: door.add_secure_port(f"{config.listen}:{config.port}", credentials), config.port)
+    # Last: whoever finds the hints' port open knows that the door's is ours.
+    _bind(lambda: hints.add_insecure_port(f"127.0.0.1:{config.hints_port}"), config.hints_port)
     hints.start()
     door.start()
 

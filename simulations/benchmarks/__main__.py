@@ -7,9 +7,13 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from locum.simulations.benchmarks import engine_overhead, training_throughput
+from locum.simulations.benchmarks import engine_overhead, training_throughput, wire
 
-_ALL = {"engine_overhead": engine_overhead.measure, "training_throughput": training_throughput.measure}
+_ALL = {
+    "engine_overhead": engine_overhead.measure,
+    "training_throughput": training_throughput.measure,
+    "wire": wire.measure,
+}
 
 
 def main(names: list[str]) -> int:

@@ -17,10 +17,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from locum.common.errors import RunError
 from locum.common.plan import Plan
@@ -35,6 +34,10 @@ _RUN = "rehearsal.json"
 _RESULTS = ("run.json", "model.safetensors")
 
 
+def _site_start(folder: Path) -> Sequence[str]:
+    return _command("site", "start", "--home", str(folder))
+
+
 @dataclass(frozen=True)
 class Rehearsal:
     """A rehearsal's folder: `coordinator/`, and in `sites/NAME/` each agent's.
@@ -43,11 +46,13 @@ class Rehearsal:
         folder: the simulation's folder.
         plan: the plan, which lies there as `plan.yaml`.
         sites: the sites' names; the store of each is `sites/NAME/store`.
+        agent: the command that runs the agent of a folder.
     """
 
     folder: Path
     plan: Plan
     sites: Sequence[str]
+    agent: Callable[[Path], Sequence[str]] = _site_start
 
     @property
     def home(self) -> Path:
@@ -59,12 +64,12 @@ class Rehearsal:
         return self.folder / "sites" / name
 
 
-def run_rehearsal(rehearsal: Rehearsal, watch: Callable[[Path], Any]) -> None:
+def run_rehearsal(rehearsal: Rehearsal, watch: Callable[[Run], AbstractContextManager[object]]) -> None:
     """Runs the plan to its end and leaves `run.json` and the model in the simulation's folder.
 
     Args:
         rehearsal: what to rehearse.
-        watch: gets the file of the run's events, and is a context in which they are shown.
+        watch: a context around the run.
 
     Raises:
         RunError: a command failed, or the run did.
@@ -77,7 +82,7 @@ def run_rehearsal(rehearsal: Rehearsal, watch: Callable[[Path], Any]) -> None:
             processes.enter_context(_agent(rehearsal, name))
         _approve_all(rehearsal)
         run = _asked(rehearsal)
-        with watch(run.events):
+        with watch(run):
             _await_end(run)
     for name in _RESULTS:
         shutil.copyfile(run.folder / name, rehearsal.folder / name)
@@ -98,6 +103,7 @@ def _enrol_all(rehearsal: Rehearsal) -> None:
 def _enrol(rehearsal: Rehearsal, name: str) -> None:
     """Enrols a site that is not, and writes its configuration: one thread, as the `local` engine has."""
     folder = rehearsal.site(name)
+    (folder / "store").mkdir(parents=True, exist_ok=True)
     (folder / "site.yaml").write_text("stores: [store]\nresources: {threads: 1}\n")
     if (folder / "identity").exists():
         return
@@ -156,7 +162,7 @@ def _await_end(run: Run) -> None:
 
 @contextmanager
 def _coordinator(rehearsal: Rehearsal) -> Iterator[None]:
-    command = ("server", "start", "--home", str(rehearsal.home))
+    command = _command("server", "start", "--home", str(rehearsal.home))
     with _process(command, rehearsal.folder / "coordinator.log") as process:
         _until(lambda: _is_ready(rehearsal, process), f"the coordinator did not start; see {rehearsal.home / 'logs'}")
         yield
@@ -171,16 +177,16 @@ def _is_ready(rehearsal: Rehearsal, process: subprocess.Popen[bytes]) -> bool:
 @contextmanager
 def _agent(rehearsal: Rehearsal, name: str) -> Iterator[None]:
     folder = rehearsal.site(name)
-    with _process(("site", "start", "--home", str(folder)), folder / "agent.log"):
+    with _process(rehearsal.agent(folder), folder / "agent.log"):
         yield
 
 
 @contextmanager
 def _process(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A `locum` command that stays; ended with everything it started."""
+    """A process that stays; ended with everything it started."""
     with log.open("wb") as file:
         process = subprocess.Popen(  # noqa: S603 - our own command
-            _command(*command), stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
         )
     try:
         yield process

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -60,12 +61,17 @@ def bits(model: Model | Tensors) -> dict[str, bytes]:
 
 
 @contextmanager
-def open_peers(folder: Path, plans: Sequence[Plan]) -> Iterator[Federation]:
-    """A federation whose peers are connected and have approved all plans; nothing of it is left behind."""
+def open_peers(folder: Path, plans: Sequence[Plan], lines: Mapping[str, Line] | None = None) -> Iterator[Federation]:
+    """A federation whose peers are connected, some over a line of their own, and have approved all plans.
+
+    Nothing of it is left behind.
+    """
     try:
         with open_federation(folder) as federation:
             for plan in plans:
                 federation.propose(plan)
+            for name, line in (lines or {}).items():
+                line.lay(federation, name)
             for name in PEERS:
                 start(federation, name)
             for plan in plans:
@@ -141,6 +147,45 @@ class Taken:
         """Until these sites work on it."""
         for name in names or PEERS:
             until(lambda name=name: self.of(name, message), 120, f"{name} never began '{message}'")
+
+
+class Line:
+    """A way between a site and the gateway: bytes in both directions, as fast as a test wants."""
+
+    def __init__(self) -> None:
+        self.rate: float | None = None  #: Bytes a second; None is as fast as it goes.
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._port = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def lay(self, federation: Federation, name: str) -> None:
+        """Enrols a site whose way to the gateway this is."""
+        path = federation.enrol(name) / "identity" / "federation.json"
+        told = json.loads(path.read_bytes())
+        path.write_text(json.dumps({**told, "address": f"localhost:{self._server.getsockname()[1]}"}))
+        self._port = federation.port
+
+    def _accept(self) -> None:
+        while True:
+            near, _ = self._server.accept()
+            try:
+                far = socket.create_connection(("127.0.0.1", self._port))
+            except OSError:
+                near.close()
+                continue
+            for ends in ((near, far), (far, near)):
+                threading.Thread(target=self._carry, args=ends, daemon=True).start()
+
+    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 14):
+                target.sendall(data)
+                due = time.monotonic() + (len(data) / self.rate if self.rate else 0.0)
+                while self.rate and time.monotonic() < due:
+                    time.sleep(0.01)
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
 
 # --- kill -9

@@ -7,19 +7,51 @@ from pathlib import Path
 
 import pytest
 
-from locum.common.plan import Plan
+from locum.server.runs import Run
 from tests.plans import plan
-from tests.wire.federation import Federation, ended, events, model_of
-from tests.wire.harm import EVALUATE, DESCRIBE, TRAIN, Taken, bits, expected, hold, kill, kill_app, mend, open_peers, release, told
+from tests.wire.federation import Federation, ended, events, locum, model_of, until
+from tests.wire.harm import (
+    DESCRIBE,
+    EVALUATE,
+    TRAIN,
+    Line,
+    Taken,
+    bits,
+    expected,
+    hold,
+    kill,
+    kill_app,
+    mend,
+    open_peers,
+    release,
+    start,
+    told,
+)
+
+_LARGE = {"network": {"name": "Classifier", "channels": [32, 64, 128, 256]}, "training__input_size": [16, 16, 16]}
+_LARGE["transforms__prepare"] = [
+    {"name": "ScaleIntensityRanged", "a_min": -150, "a_max": 250, "b_min": 0.0, "b_max": 1.0, "clip": True},
+    {"name": "Resized", "spatial_size": [16, 16, 16]},
+]
+_QUICK = {"quorum": 2, "deadline": "6 s", "attempts": 1}
 
 PLANS = {
-    "app": plan(name="app", rounds=2),
+    "app": plan(name="app"),
+    "parts": plan(name="parts", rounds=3),
+    "agents": plan(name="agents"),
+    "blobs": plan(name="blobs", **_LARGE),
+    "coordinator": plan(name="coordinator"),
+    "stopped": plan(name="stopped"),
+    "silent": plan(name="silent", participation=_QUICK),
+    "quorum": plan(name="quorum", rounds=1, participation={**_QUICK, "quorum": 3}),
 }
+#: Of the site c.
+LINE = Line()
 
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    with open_peers(tmp_path_factory.mktemp("federation"), list(PLANS.values())) as federation:
+    with open_peers(tmp_path_factory.mktemp("federation"), list(PLANS.values()), {"c": LINE}) as federation:
         yield federation
 
 
@@ -27,29 +59,79 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
 def federation(opened: Federation) -> Iterator[Federation]:
     mend(opened)
     yield opened
+    LINE.rate = None
     mend(opened)
 
+def show(run, taken):
+    print()
+    for e in events(run): print(round(e["at"]-run.created.created_at,1), {k:v for k,v in e.items() if k not in("at","per_site","overall","cases", "excluded", "notices","digest")}) 
+    for n in "abc": print(n, taken.of(n))
 
-def test_the_run_process_is_killed_in_every_phase_of_a_round(federation: Federation, tmp_path: Path) -> None:
-    of = PLANS["app"]
-    taken = Taken(federation)
-    hold(federation, DESCRIBE)
+
+def test_an_agent_is_killed_while_idle_and_while_training(federation: Federation, tmp_path: Path) -> None:
+    of, taken = PLANS["agents"], Taken(federation)
+    federation.sites["a"].kill()
+    hold(federation, TRAIN, "b")
     run = federation.run(of)
-    taken.wait("query.describe 0")
-    kill_app(run)
-    hold(federation, TRAIN)
-    release_kind = lambda kind: [ (federation.folder / n / f"hold-{kind}").unlink(missing_ok=True) for n in "abc"]
-    release_kind(DESCRIBE)
-    taken.wait("train 1")
-    kill_app(run)
-    hold(federation, EVALUATE)
-    release_kind(TRAIN)
-    told(run, "committed", round=1)
-    kill_app(run)
-    taken.wait("evaluate 1")
-    kill_app(run)
+    start(federation, "a")
+    taken.wait("train 1", "b")
+    federation.sites["b"].kill()
+    start(federation, "b")
     release(federation)
     assert ended(run) == "completed"
-    print([ (round(e["at"]-run.created.created_at,1), {k:v for k,v in e.items() if k not in("at","per_site","overall","cases")}) for e in events(run)])
-    for n in "abc": print(n, taken.of(n))
+    show(run, taken)
     assert bits(model_of(run)) == expected(of, tmp_path)
+    assert taken.of("b", "train 1") == ["train 1"] * 2
+    assert taken.of("a", "train 1") == ["train 1"]
+
+
+def test_the_superlink_the_superexec_and_the_gateway_are_killed_in_mid_round(federation: Federation, tmp_path: Path) -> None:
+    of, taken = PLANS["parts"], Taken(federation)
+    hold(federation, TRAIN)
+    run = federation.run(of)
+    for number, part in enumerate(("superlink", "superexec", "gateway"), 1):
+        taken.wait(f"train {number}")
+        kill(federation, part)
+        release(federation)
+        told(run, "committed", round=number)
+        hold(federation, TRAIN)
+    assert ended(run) == "completed"
+    show(run, taken)
+    assert bits(model_of(run)) == expected(of, tmp_path)
+
+
+def test_the_gateway_and_an_agent_are_killed_in_mid_blob(federation: Federation, tmp_path: Path) -> None:
+    of, taken = PLANS["blobs"], Taken(federation)
+    hold(federation, DESCRIBE, "c")
+    run = federation.run(of)
+    taken.wait("query.describe 0", "c")
+    LINE.rate = 500_000
+    hold(federation, TRAIN, "c")
+    (federation.folder / "c" / f"hold-{DESCRIBE}").unlink()
+    _moving(federation.folder / "c" / "work")
+    kill(federation, "gateway")
+    LINE.rate = None
+    taken.wait("train 1", "c")
+    LINE.rate = 500_000
+    release(federation)
+    _moving(federation.home.spool / run.id / "up" / "c")
+    federation.sites["c"].kill()
+    LINE.rate = None
+    start(federation, "c")
+    told(run, "committed", round=1)
+    hold(federation, TRAIN, "c")
+    taken.wait("train 2", "c")
+    LINE.rate = 500_000
+    release(federation)
+    _moving(federation.home.spool / run.id / "up" / "c")
+    kill(federation, "gateway")
+    LINE.rate = None
+    assert ended(run) == "completed"
+    show(run, taken)
+    assert bits(model_of(run)) == expected(of, tmp_path)
+    assert taken.of("c", "train 1") == ["train 1"]
+    assert taken.of("c", "train 2") == ["train 2"]
+
+
+def _moving(folder: Path) -> None:
+    until(lambda: any(path.stat().st_size for path in folder.rglob("*.part")), 60, f"no blob is on its way in {folder}")
