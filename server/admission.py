@@ -29,10 +29,12 @@ class Update:
     tensors: Arrays
 
 
-def read(reply: Message, kind: type[H], plan: Plan, carrier: Carrier = INLINE) -> tuple[H, Arrays] | Refused:
-    """A reply's header and tensors, or why it cannot be used."""
-    if reply.has_error():
+def read(reply: Message | None, kind: type[H], plan: Plan, carrier: Carrier = INLINE) -> tuple[H, Arrays] | Refused:
+    """A reply's header and tensors, or why it cannot be used; None is a reply that could not even be taken apart."""
+    if reply is not None and reply.has_error():
         return _failure(reply.error.code, reply.error.reason)
+    if reply is None or not reply.has_content():
+        return Refused("unreadable reply: it is no message of this protocol", Code.MESSAGE_UNREADABLE)
     try:
         header, tensors = unpack(reply.content, kind, carrier)
     except MessageError as error:
@@ -58,7 +60,7 @@ def _failure(number: int, reason: str | None) -> Refused:
 
 
 def admit(
-    reply: Message, plan: Plan, *, round_number: int, model: Arrays, carrier: Carrier = INLINE
+    reply: Message | None, plan: Plan, *, round_number: int, model: Arrays, carrier: Carrier = INLINE
 ) -> Update | Refused:
     """An update that may be folded into `model`, or why not: form, round, finite, norm bound, weight cap."""
     answer = read(reply, TrainResult, plan, carrier)

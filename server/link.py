@@ -7,9 +7,12 @@ tensors travel as blobs, the gateway hints which replies are complete, and a run
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
+
+from flwr.app import Message
+from flwr.serverapp import Grid
 
 from locum.common.errors import RunError
 from locum.common.messages import INLINE, Arrays, Carrier
@@ -41,11 +44,17 @@ class Link(Protocol):
     def ready(self, waiting: Collection[str]) -> list[str]:
         """Messages whose replies are worth pulling now; returns after a moment at the latest."""
 
+    def pulled(self, grid: Grid, waiting: Collection[str]) -> Iterator[tuple[str, Message | None]]:
+        """The replies to these messages that are there, by message id; None is one that cannot be read."""
+
     def away(self, sites: Iterable[str]) -> dict[str, str]:
         """Of these sites, those that were not heard from for long, with the reason in words."""
 
-    def wait(self, refusal: RunError, sites: Collection[str]) -> None:
-        """Too few sites for the quorum: returns when trying again is worth it, or raises `refusal`."""
+    def wait(self, refusal: RunError, missing: Collection[str]) -> None:
+        """Too few sites for the quorum: returns when trying again is worth it, or raises `refusal`.
+
+        `missing` are the sites that did not contribute; none named: the link says who is not there.
+        """
 
 
 @dataclass
@@ -87,12 +96,17 @@ class Direct:
         self._pause = min(self._pause * 1.5, _LONGEST_WAIT)
         return list(waiting)
 
+    def pulled(self, grid: Grid, waiting: Collection[str]) -> Iterator[tuple[str, Message | None]]:
+        """All that are there, at once."""
+        for reply in grid.pull_messages(waiting) if waiting else ():
+            yield reply.metadata.reply_to_message_id, reply
+
     def away(self, sites: Iterable[str]) -> dict[str, str]:
         """None: they live in this process."""
         del sites
         return {}
 
-    def wait(self, refusal: RunError, sites: Collection[str]) -> None:
+    def wait(self, refusal: RunError, missing: Collection[str]) -> None:
         """Nobody will come back: the run ends here."""
-        del sites
+        del missing
         raise refusal

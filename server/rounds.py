@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -39,6 +39,7 @@ from locum.common.messages import (
     pack,
 )
 from locum.common.plan import Plan
+from locum.common.tensor_files import forget, forget_part
 from locum.common.updates import l2_norm
 from locum.server.admission import Refused, Update, admit, read
 from locum.server.checkpoints import Checkpoints, Committed
@@ -52,7 +53,7 @@ from locum.server.strategies import Strategy, strategy_of
 class Roster:
     """The sites of a run: node id by name, in the fixed order in which their updates are summed.
 
-    `excluded` names sites that answered but cannot take part, with the reason.
+    `excluded` names sites that were asked but cannot take part, with the reason.
     """
 
     nodes: Mapping[str, int]
@@ -145,12 +146,13 @@ def open_roster(engine: Engine, expected: Mapping[str, str]) -> Roster:
     names = {(name or f"node {node}"): node for node, name in certified.items()}
     content = pack(DescribeTask(plan_digest=plan.digest))
     described: dict[str, tuple[int, Description]] = {}
-    excluded: dict[str, str] = {}
+    excluded = dict.fromkeys(names, "no answer by the deadline")
     for name, reply in exchange(engine, DESCRIBE, {name: (node, content) for name, node in names.items()}, group="0"):
         answer = read(reply, Description, plan)
         if isinstance(answer, Refused):
             excluded[name] = answer.reason
             continue
+        del excluded[name]
         node, found = names[name], answer[0]
         if certified[node] not in {None, found.site}:
             excluded[name] = f"it calls itself '{found.site}', which is not the name in its certificate"
@@ -228,7 +230,7 @@ def _next_round(engine: Engine, roster: Roster, committed: Committed) -> Committ
         if isinstance(result, Committed):
             return result
         if attempt % engine.plan.participation.attempts == 0:
-            engine.link.wait(_below_quorum(engine.plan, committed, result, attempt), list(roster.nodes))
+            engine.link.wait(_below_quorum(engine.plan, committed, result, attempt), sorted(result))
 
 
 def _below_quorum(plan: Plan, committed: Committed, missing: Mapping[str, Refused], attempts: int) -> RunError:
@@ -269,6 +271,7 @@ def one_round(engine: Engine, roster: Roster, committed: Committed, attempt: int
         engine.events.emit("void", round=number, attempt=attempt, admitted=fold.count)
         return refused
     model, strategy = engine.strategy.step(committed.model, totals, fold.weight, committed.strategy)
+    forget(committed.model)
     if not np.isfinite(l2_norm(model)):
         engine.events.emit("void", round=number, attempt=attempt, admitted=0)
         return {site: Refused("the sum is not finite", Code.UPDATE_REFUSED) for site in roster.nodes}
@@ -289,11 +292,11 @@ def _away(engine: Engine, roster: Roster, number: int) -> dict[str, Refused]:
 
 def exchange(
     engine: Engine, kind: str, outgoing: Mapping[str, tuple[int, RecordDict]], *, group: str
-) -> Iterator[tuple[str, Message]]:
+) -> Iterator[tuple[str, Message | None]]:
     """Sends one message to each site and yields replies as they arrive, until the plan's deadline.
 
-    An error reply names its site only by the message it answers, so replies are matched by message id. A message that
-    its site has not taken by the deadline is dropped by Flower (its time to live), so a late site gets the next one.
+    Replies are matched by the id of the message that they answer; None is one that cannot be read. A message that its
+    site has not taken by the deadline is dropped by Flower (its time to live), so a late site gets the next one.
     """
     grid, link = engine.grid, engine.link
     seconds = engine.plan.participation.deadline
@@ -303,16 +306,12 @@ def exchange(
     waiting = dict(zip(ids, outgoing, strict=True))
     link.sent({number: outgoing[site][0] for number, site in waiting.items()})
     while waiting and time.monotonic() < deadline:
-        for reply in _pulled(grid, link.ready(waiting)):
-            site = waiting.pop(reply.metadata.reply_to_message_id, None)
+        for number, reply in link.pulled(grid, link.ready(waiting)):
+            site = waiting.pop(number, None)
             if site is not None:
                 yield site, reply
         gone = link.away(waiting.values())
         waiting = {number: site for number, site in waiting.items() if site not in gone}
-
-
-def _pulled(grid: Grid, ids: Collection[str]) -> list[Message]:
-    return list(grid.pull_messages(ids)) if ids else []
 
 
 def _record(
@@ -338,7 +337,11 @@ def _record(
 
 def _distance(model: Arrays, other: Arrays) -> float:
     """The L2 norm of the difference, tensor by tensor."""
-    return math.hypot(*(l2_norm({name: tensor - other[name]}) for name, tensor in model.items()))
+    found = 0.0
+    for name, tensor in model.items():
+        found = math.hypot(found, l2_norm({name: tensor - other[name]}))
+        forget_part(other[name])
+    return found
 
 
 def _model_digest(model: Arrays) -> str:
@@ -393,7 +396,7 @@ def evaluate(engine: Engine, roster: Roster, model: Arrays, *, round_number: int
     return Evaluated(round=round_number, fold=fold, overall=overall, per_site=per_site, cases=cases, excluded=excluded)
 
 
-def _read_sums(reply: Message, plan: Plan) -> tuple[EvaluateResult, Arrays] | Refused:
+def _read_sums(reply: Message | None, plan: Plan) -> tuple[EvaluateResult, Arrays] | Refused:
     """A site's metric sums: of the released metrics, finite float64 vectors of each metric's length."""
     answer = read(reply, EvaluateResult, plan)
     if isinstance(answer, Refused):

@@ -77,7 +77,9 @@ class Child:
         steady = now - self.began > _STEADY_SECONDS
         self.delay = _FIRST_DELAY if steady else min(self.delay * 2, _LONGEST_DELAY)
         self.next_start, self.process = now + self.delay, None
-        log.warning("%s ended (%s); it is started again in %.1f s", self.name, code, self.delay)
+        log.warning(
+            "%s ended (%s); it is started again in %.1f s; logs/%s.log says why", self.name, code, self.delay, self.name
+        )
 
     def stop(self) -> None:
         """Ends the process, by force if it does not go."""

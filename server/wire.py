@@ -5,13 +5,18 @@ Rules:
   * Only sites that have approved the plan are asked.
   * A model goes out as one file of the spool; an update is mapped where the gateway has put it. Neither is copied.
   * A site that was not heard from for `SILENT_SECONDS` costs its contribution; it is back when it is heard again.
+  * A reply that cannot be taken apart, or was announced and never came, costs its own site and nobody else.
+
+Flower's private parts used (flwr 1.41): the patience with which its grid waits for the objects of a reply.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import queue
+import struct
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -20,6 +25,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
+from flwr.app import Message
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
+from google.protobuf.message import DecodeError
 
 from locum.common.durable import replace_file
 from locum.common.errors import LocumError, RunError
@@ -34,10 +43,28 @@ from locum.server.records import Events
 from locum.server.registry import Registry
 from locum.server.runs import Run
 
+log = logging.getLogger("locum.server")
+
 SILENT_SECONDS = 300.0
+#: An agent that is there is heard every 5 s.
+_PRESENT_SECONDS = 16.0
 _LOOK_SECONDS = 0.5
 _FIRST_PAUSE, _LONGEST_PAUSE = 15.0, 300.0
 _HEADER_ROOM = 1 << 20
+#: Seconds that a reply which is said to be complete may keep the others waiting; Flower would wait for two hours.
+_OBJECT_SECONDS = 5.0
+#: What Flower raises for objects that are well named and make no sense.
+_UNREADABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    DecodeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 
 
 class StoppedError(LocumError):
@@ -57,6 +84,7 @@ class Wire:
     def __init__(self, home: Home, config: ServerConfig, *, run: Run, events: Events) -> None:
         self._home, self._run, self._events = home, run, events
         self._plan = run.plan
+        pull_objects.__kwdefaults__["max_time"] = _OBJECT_SECONDS
         self._registry = Registry(home.registry)
         self._spool = home.spool / run.id
         self._hints = _Hints(config, (home.superlink / "hints.secret").read_text())
@@ -115,21 +143,36 @@ class Wire:
         self._check()
         return self._hints.complete(waiting, _LOOK_SECONDS)
 
-    def wait(self, refusal: RunError, sites: Collection[str]) -> None:
+    def pulled(self, grid: Grid, waiting: Collection[str]) -> Iterator[tuple[str, Message | None]]:
+        """Each reply by itself, so that one that was made to do harm costs its own site and nobody else."""
+        for number in waiting:
+            reply: Message | None = None
+            try:
+                found = list(grid.pull_messages([number]))
+                if not found:
+                    continue
+                reply = found[0]
+            except _UNREADABLE:
+                log.exception("a reply cannot be read")
+            yield number, reply
+
+    def wait(self, refusal: RunError, missing: Collection[str]) -> None:
         """Pauses the run until a site comes back, or for a while; raises StoppedError."""
-        self._events.emit("paused", reason=refusal.message, missing=sorted(self.away(sites)))
         before, until = self._present(), time.monotonic() + self._pause
+        away = missing or set(self._registry.approvals(self._plan.digest)) - {site for site, _ in before}
+        self._events.emit("paused", reason=refusal.message, missing=sorted(away))
         self._pause = min(self._pause * 2, _LONGEST_PAUSE)
-        while time.monotonic() < until and not self._present() - before:
+        while time.monotonic() < until and not (now := self._present()) - before:
+            before = now  # who goes while the run is paused is back when it is heard again
             self._check()
             time.sleep(_LOOK_SECONDS)
         self._events.emit("resumed")
 
-    def _present(self) -> set[str]:
-        """The sites that are there now and may take part."""
-        now = time.time()
-        heard = {site for site, at in _heard(self._home.live).items() if now - at < 3 * _LOOK_SECONDS + 15}
-        return heard & set(self._registry.approvals(self._plan.digest))
+    def _present(self) -> set[tuple[str, str]]:
+        """The agents that are there now and may take part: site, and the agent's own number."""
+        approved, now = self._registry.approvals(self._plan.digest), time.time()
+        heard = read_live(self._home.live).items()
+        return {(site, said.instance) for site, said in heard if site in approved and now - said.at < _PRESENT_SECONDS}
 
     def _check(self) -> None:
         wanted = self._run.wanted

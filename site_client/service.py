@@ -77,12 +77,11 @@ class Service:
             try:
                 self._session()
             except (AwayError, RefusedError) as error:
-                if str(error) != told:
-                    self.log.warning(
-                        "the coordinator cannot be reached: %s; trying again for as long as it takes", error
-                    )
-                self._note(connected=False, problem=str(error))
-                told = str(error)
+                problem = self._problem(error)
+                if problem != told:
+                    self.log.warning("%s; trying again for as long as it takes", problem)
+                self._note(connected=False, problem=problem)
+                told = problem
             except OSError as error:
                 self.log.error("the agent's folder cannot be used: %s; trying again", error)  # noqa: TRY400
             except Stopping:

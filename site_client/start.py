@@ -23,7 +23,7 @@ from locum.common.identity import IdentityError
 from locum.common.plan import Plan
 from locum.site_client import gate
 from locum.site_client.agent import Agent
-from locum.site_client.approvals import open_approvals
+from locum.site_client.approvals import Approvals, open_approvals
 from locum.site_client.configuration import FILE, SiteConfiguration, read_configuration
 from locum.site_client.enrolment import connection_error, needs_renewal, open_channel, renew
 from locum.site_client.gate import Policy
@@ -65,11 +65,14 @@ def _keep_small() -> None:
 def open_service(home: Path, configuration: SiteConfiguration, log: logging.Logger) -> Service:
     """The agent of a folder, not yet connected; raises DataError."""
     identity = load_identity(home)
-    approvals = open_approvals(home, configuration.policy)
     worker = Worker(configuration.settings(identity.site, home / "run"), log)
 
+    def approvals() -> Approvals:
+        """Opened at each use: a site that enrolled anew has another key, and its agent may have run on."""
+        return open_approvals(home, configuration.policy)
+
     def admit(policy: Policy, plan: Plan) -> None:
-        gate.admit_run(policy, plan, approved=approvals.standing(plan.digest), now=datetime.now().astimezone())
+        gate.admit_run(policy, plan, approved=approvals().standing(plan.digest), now=datetime.now().astimezone())
 
     def renewed(channel: grpc.Channel) -> bool:
         current = load_identity(home)
@@ -90,7 +93,15 @@ def open_service(home: Path, configuration: SiteConfiguration, log: logging.Logg
         connect=lambda: open_channel(load_identity(home), configuration.proxy),
         identity=lambda: load_identity(home),
         log=log,
-        pulse=Pulse(News(approvals.receive, approvals.unsent, approvals.sent, renewed), log),
+        pulse=Pulse(
+            News(
+                receive=lambda envelope: approvals().receive(envelope),
+                unsent=lambda: approvals().unsent(),
+                sent=lambda envelope: approvals().sent(envelope),
+                renew=renewed,
+            ),
+            log,
+        ),
     )
 
 

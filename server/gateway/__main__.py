@@ -14,7 +14,7 @@ import grpc
 from cryptography.hazmat.primitives import serialization
 
 from locum.common.blobs import OPTIONS
-from locum.common.errors import RunError
+from locum.common.errors import LocumError, RunError
 from locum.common.proto import locum_pb2_grpc as rpc
 from locum.server.authority import door_credentials, load_authority, load_log_certificate
 from locum.server.gateway.blobs import BlobService
@@ -39,6 +39,7 @@ _OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.max_concurrent_streams", 32),
     ("grpc.so_reuseport", 0),
 )
 
@@ -128,7 +129,10 @@ def main() -> None:
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
-    close = open_gateway(home, read_config(home))
+    try:
+        close = open_gateway(home, read_config(home))
+    except LocumError as error:
+        sys.exit(f"error: {error.message}\n next: {error.remedy}")
     logging.getLogger("locum.gateway").info("open")
     ended.wait()
     close()

@@ -76,7 +76,8 @@ class BlobService:
 
     def stat(self, key: pb.BlobKey, context: grpc.ServicerContext) -> pb.BlobState:
         """How much of the site's upload is here; of a key without a size, how long the download is."""
-        with self._call(context, key) as site:
+        with self._call(context) as site:
+            self._check(site, key, context)
             if key.size:
                 state = self._spool.upload_state(key.run, site, key.sha256)
                 return pb.BlobState(have=state.have, complete=state.complete)
@@ -84,9 +85,10 @@ class BlobService:
 
     def put(self, chunks: Iterator[pb.PutChunk | memoryview], context: grpc.ServicerContext) -> pb.BlobState:
         """Takes an upload, from the offset in the first message on."""
-        first = _first(chunks)
-        key, blob = first.key, Blob(first.key.sha256, first.key.size)
-        with self._call(context, key) as site, self._stream(site):
+        with self._call(context) as site, self._stream(site):
+            first = _first(chunks)  # who may call, and how often, is asked before anything is waited for
+            key, blob = first.key, Blob(first.key.sha256, first.key.size)
+            self._check(site, key, context)
             state = self._spool.upload_state(key.run, site, key.sha256)
             if not state.complete:
                 taken = self._spool.upload(key.run, site, blob, offset=first.offset, quota=self._quota, stream=context)
@@ -98,7 +100,8 @@ class BlobService:
     def get(self, request: pb.GetRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Sends a model, from an offset on."""
         key = request.key
-        with self._call(context, key) as site, self._stream(site):
+        with self._call(context) as site, self._stream(site):
+            self._check(site, key, context)
             file = self._spool.open_download(key.run, Blob(key.sha256, key.size), request.offset)
             try:
                 yield from frames(file, GET_DATA, offset=request.offset)
@@ -106,19 +109,21 @@ class BlobService:
                 os.close(file)
 
     @contextmanager
-    def _call(self, context: grpc.ServicerContext, key: pb.BlobKey) -> Iterator[str]:
-        """The site that calls, if it takes part in the run; a refusal of the spool ends the call."""
+    def _call(self, context: grpc.ServicerContext) -> Iterator[str]:
+        """The site that calls; a refusal of the spool ends the call."""
         site = self._site_of(context)
         try:
-            plan = self._spool.limit(key.run).plan
-            if not self._approved(site, plan):
-                context.abort(grpc.StatusCode.PERMISSION_DENIED, "the site has not approved the plan of this run")
             yield site
         except RegistryError as error:
             refuse(context, error)
         except SpoolRefusal as refusal:
             log.warning("refused %s a blob: %s", site, refusal.sentence)
             context.abort(_STATUS[refusal.reason], refusal.sentence)
+
+    def _check(self, site: str, key: pb.BlobKey, context: grpc.ServicerContext) -> None:
+        """Ends the call of a site that does not take part in the run."""
+        if not self._approved(site, self._spool.limit(key.run).plan):
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, "the site has not approved the plan of this run")
 
     @contextmanager
     def _stream(self, site: str) -> Iterator[None]:

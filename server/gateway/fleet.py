@@ -3,7 +3,11 @@
 Rules:
   * The caller's certificate must be that of an enrolled site, and the node key in the call must be the certificate's.
   * Only the calls of a registered node pass; a site cannot register or remove a node, and no other path is reached.
-  * A pull waits here until there is something to pull. Idle sites cost the SuperLink nothing but a heartbeat.
+    Of the headers those pass that prove the node, each once.
+  * A site pushes replies of its own node, one at a time, in the few objects that an agent makes of one. Flower itself
+    asks neither whose node a message names nor how its objects hang together.
+  * A pull waits here until there is something to pull, one of a site at a time. Idle sites cost the SuperLink nothing
+    but a heartbeat.
   * A site is one agent: a second one with the same key is refused while the first is alive.
 
 Flower's private parts used: the paths, header names and protobuf messages of its Fleet API (flwr 1.41).
@@ -13,16 +17,18 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 import ssl
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import grpc
 import httpx
+from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse, PushMessagesRequest, PushMessagesResponse
-from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+from flwr.proto.message_pb2 import ObjectTree, PushObjectRequest, PushObjectResponse
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from google.protobuf.message import DecodeError
 
 from locum.common.errors import RunError
@@ -42,10 +48,15 @@ _ALLOWED = frozenset(
         *(_PREFIX + name for name in ("pull-object", "confirm-message-received")),
     }
 )
-_CARRIED = frozenset({"content-type", "accept", "content-encoding"})
-_CARRIED_PREFIX = "flwr-"
+_CARRIED = frozenset(
+    {"content-type", "accept", FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, TIMESTAMP_HEADER}
+)
 _MAX_BODY = 1 << 20
+#: A reply is a message, its record, and the record's one entry.
+_MOST_OBJECTS = 3
+_OBJECT = re.compile(r"[0-9a-f]{64}")
 _PARKED_SECONDS = 50.0
+_REMEMBERED = 10_000
 _TIMEOUT = httpx.Timeout(30, connect=5)
 
 
@@ -84,6 +95,8 @@ class Uploads:
 
     def _keep(self, session: str, upload: _Upload) -> None:
         with self._lock:
+            others = {name: other for name, other in self._open.items() if other.reply_to != upload.reply_to}
+            self._open = dict(list(others.items())[-_REMEMBERED:])
             if upload.missing:
                 self._open[session] = upload
                 return
@@ -115,6 +128,8 @@ class FleetService(rpc.FleetServicer):
     ) -> None:
         self._board, self._uploads = board, Uploads(board)
         self._admit, self._claim, self._register = admit, claim, register
+        self._parked: dict[str, threading.Event] = {}
+        self._lock = threading.Lock()
         trust = ssl.create_default_context(cafile=str(home.superlink / "tls-ca.pem"))
         limits = httpx.Limits(max_connections=32, max_keepalive_connections=32, keepalive_expiry=60)
         self._client = httpx.Client(
@@ -134,8 +149,10 @@ class FleetService(rpc.FleetServicer):
         try:
             if request.path == _ACTIVATE:
                 self._register(site, key)
+            elif request.path == _PUSH:
+                _check_reply(PushMessagesRequest.FromString(request.body), context)
             elif request.path == _PULL:
-                self._park(request.body, context)
+                self._park(site, request.body, context)
             answer = self._forward(request)
             if answer.status_code == httpx.codes.OK:
                 self._note(request, answer.content)
@@ -145,13 +162,18 @@ class FleetService(rpc.FleetServicer):
             context.abort(grpc.StatusCode.UNAVAILABLE, "the coordinator's SuperLink does not answer; try again")
         return pb.FleetAnswer(status=answer.status_code, body=answer.content)
 
-    def _park(self, body: bytes, context: grpc.ServicerContext) -> None:
-        gone = threading.Event()
+    def _park(self, site: str, body: bytes, context: grpc.ServicerContext) -> None:
+        """Waits for a message; a pull of the same site that waits already goes on, whoever still wants it."""
+        gone, node = threading.Event(), _node_of(body)
+        with self._lock:
+            before, self._parked[site] = self._parked.get(site), gone
+        if before is not None:
+            self._board.left(before)
         context.add_callback(lambda: self._board.left(gone))
-        self._board.await_message(_node_of(body), _PARKED_SECONDS, gone)
+        self._board.await_message(node, _PARKED_SECONDS, gone)
 
     def _forward(self, request: pb.FleetCall) -> httpx.Response:
-        headers = {name: value for name, value in request.headers.items() if _is_carried(name)}
+        headers = {name.lower(): value for name, value in request.headers.items() if name.lower() in _CARRIED}
         return self._client.post(request.path, content=request.body, headers=headers)
 
     def _note(self, request: pb.FleetCall, answer: bytes) -> None:
@@ -176,6 +198,29 @@ def _check(request: pb.FleetCall, key: bytes, context: grpc.ServicerContext) -> 
     given = [value for name, value in request.headers.items() if name.lower() == FLEET_HTTP_PUBLIC_KEY_HEADER.lower()]
     if len(given) != 1 or _decoded(given[0]) != key:
         context.abort(grpc.StatusCode.PERMISSION_DENIED, "the node key is not that of the site's certificate")
+    if not all(value.isascii() and value.isprintable() for value in request.headers.values()):
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a header is printable ASCII")
+
+
+def _check_reply(asked: PushMessagesRequest, context: grpc.ServicerContext) -> None:
+    if not _is_reply(asked):
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "this is no reply as an agent makes one")
+
+
+def _is_reply(asked: PushMessagesRequest) -> bool:
+    """Whether one reply of the caller's own node is pushed, and its tree is a tree."""
+    if (len(asked.messages_list), len(asked.message_object_trees)) != (1, 1):
+        return False
+    said, names = asked.messages_list[0].metadata, list(_names(asked.message_object_trees[0]))
+    whose = said.src_node_id == asked.node.node_id and said.message_id == names[0]
+    named = all(_OBJECT.fullmatch(name) for name in (said.reply_to_message_id, *names))
+    return whose and named and len(names) == len(set(names)) <= _MOST_OBJECTS
+
+
+def _names(tree: ObjectTree) -> Iterator[str]:
+    yield tree.object_id
+    for child in tree.children:
+        yield from _names(child)
 
 
 def _node_of(body: bytes) -> int:
@@ -187,8 +232,3 @@ def _decoded(value: str) -> bytes | None:
         return base64.b64decode(value, validate=True)
     except (binascii.Error, ValueError):
         return None
-
-
-def _is_carried(name: str) -> bool:
-    lower = name.lower()
-    return lower in _CARRIED or lower.startswith(_CARRIED_PREFIX)

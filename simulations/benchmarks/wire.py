@@ -158,7 +158,7 @@ Path(sys.argv[2]).write_text(json.dumps(build.configuration(plan, shared)))
 
 def _describe(folder: Path) -> None:
     """Writes what every site resolves the folder's plan to."""
-    command = [sys.executable, "-c", _DESCRIPTION, folder / "plan.yaml", folder / CONFIGURATION]
+    command = [sys.executable, "-c", _DESCRIPTION, str(folder / "plan.yaml"), str(folder / CONFIGURATION)]
     subprocess.run(command, check=True)  # noqa: S603 - our own script
 
 

@@ -7,6 +7,7 @@ bit. A rehearsal that was interrupted goes on: who is enrolled stays so, and the
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -16,11 +17,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+from locum.common.cli import main
 from locum.common.errors import RunError
 from locum.common.plan import Plan
 from locum.server.home import Home
@@ -96,8 +97,8 @@ def _establish(rehearsal: Rehearsal) -> None:
 
 
 def _enrol_all(rehearsal: Rehearsal) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda name: _enrol(rehearsal, name), rehearsal.sites))
+    for name in rehearsal.sites:
+        _enrol(rehearsal, name)
 
 
 def _enrol(rehearsal: Rehearsal, name: str) -> None:
@@ -117,8 +118,8 @@ def _enrol(rehearsal: Rehearsal, name: str) -> None:
 def _approve_all(rehearsal: Rehearsal) -> None:
     """Proposes the plan, and approves it at every site as soon as it is there."""
     _locum("propose", str(rehearsal.folder / "plan.yaml"), "--home", str(rehearsal.home))
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda name: _approve(rehearsal, name), rehearsal.sites))
+    for name in rehearsal.sites:
+        _approve(rehearsal, name)
     _until(lambda: _all_approved(rehearsal), "the sites' approvals did not reach the coordinator")
 
 
@@ -200,12 +201,14 @@ def _process(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[byt
 
 
 def _locum(*words: str) -> str:
-    """Runs a `locum` command; returns what it printed. Raises RunError with what it said."""
-    done = subprocess.run(_command(*words), check=False, capture_output=True, text=True)  # noqa: S603 - our own command
-    if done.returncode:
-        said = done.stderr.strip() or done.stdout.strip()
+    """Runs a `locum` command in this process; returns what it printed. Raises RunError with what it said."""
+    told, failed = io.StringIO(), io.StringIO()
+    with redirect_stdout(told), redirect_stderr(failed):
+        code = main(list(words))
+    if code:
+        said = failed.getvalue().strip() or told.getvalue().strip()
         raise RunError(f"`locum {' '.join(words[:2])}` failed: {said}", "mend what it says, then resume")
-    return done.stdout
+    return told.getvalue()
 
 
 def _command(*words: str) -> list[str]:

@@ -153,7 +153,8 @@ class Line:
     """A way between a site and the gateway: bytes in both directions, as fast as a test wants."""
 
     def __init__(self) -> None:
-        self.rate: float | None = None  #: Bytes a second; None is as fast as it goes.
+        self.up: float | None = None  #: Bytes a second from the site; None is as fast as it goes.
+        self.down: float | None = None  #: Bytes a second to the site.
         self._server = socket.create_server(("127.0.0.1", 0))
         self._port = 0
         threading.Thread(target=self._accept, daemon=True).start()
@@ -173,19 +174,20 @@ class Line:
             except OSError:
                 near.close()
                 continue
-            for ends in ((near, far), (far, near)):
-                threading.Thread(target=self._carry, args=ends, daemon=True).start()
+            for ends in ((near, far, lambda: self.up), (far, near, lambda: self.down)):
+                threading.Thread(target=_carry, args=ends, daemon=True).start()
 
-    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+
+def _carry(source: socket.socket, target: socket.socket, rate: Callable[[], float | None]) -> None:
+    with suppress(OSError):
+        while data := source.recv(1 << 14):
+            target.sendall(data)
+            began = time.monotonic()
+            while (now := rate()) and time.monotonic() < began + len(data) / now:
+                time.sleep(0.01)
+    for end in (source, target):
         with suppress(OSError):
-            while data := source.recv(1 << 14):
-                target.sendall(data)
-                due = time.monotonic() + (len(data) / self.rate if self.rate else 0.0)
-                while self.rate and time.monotonic() < due:
-                    time.sleep(0.01)
-        for end in (source, target):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+            end.shutdown(socket.SHUT_RDWR)
 
 
 # --- kill -9

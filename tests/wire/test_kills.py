@@ -23,6 +23,7 @@ from tests.wire.harm import (
     kill_app,
     mend,
     open_peers,
+    processes,
     release,
     start,
     told,
@@ -59,7 +60,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
 def federation(opened: Federation) -> Iterator[Federation]:
     mend(opened)
     yield opened
-    LINE.rate = None
+    LINE.up = LINE.down = None
     mend(opened)
 
 def show(run, taken):
@@ -102,35 +103,88 @@ def test_the_superlink_the_superexec_and_the_gateway_are_killed_in_mid_round(fed
 
 def test_the_gateway_and_an_agent_are_killed_in_mid_blob(federation: Federation, tmp_path: Path) -> None:
     of, taken = PLANS["blobs"], Taken(federation)
-    hold(federation, DESCRIBE, "c")
+    LINE.up = LINE.down = 500_000
     run = federation.run(of)
-    taken.wait("query.describe 0", "c")
-    LINE.rate = 500_000
-    hold(federation, TRAIN, "c")
-    (federation.folder / "c" / f"hold-{DESCRIBE}").unlink()
     _moving(federation.folder / "c" / "work")
     kill(federation, "gateway")
-    LINE.rate = None
-    taken.wait("train 1", "c")
-    LINE.rate = 500_000
-    release(federation)
+    LINE.down = None
     _moving(federation.home.spool / run.id / "up" / "c")
     federation.sites["c"].kill()
-    LINE.rate = None
+    LINE.up = None
     start(federation, "c")
-    told(run, "committed", round=1)
     hold(federation, TRAIN, "c")
     taken.wait("train 2", "c")
-    LINE.rate = 500_000
+    LINE.up = 500_000
     release(federation)
     _moving(federation.home.spool / run.id / "up" / "c")
     kill(federation, "gateway")
-    LINE.rate = None
+    LINE.up = None
     assert ended(run) == "completed"
     show(run, taken)
     assert bits(model_of(run)) == expected(of, tmp_path)
     assert taken.of("c", "train 1") == ["train 1"]
     assert taken.of("c", "train 2") == ["train 2"]
+
+
+def test_a_coordinator_that_was_killed_leaves_nothing_behind_and_goes_on(federation: Federation, tmp_path: Path) -> None:
+    of, taken = PLANS["coordinator"], Taken(federation)
+    hold(federation, TRAIN)
+    run = federation.run(of)
+    taken.wait("train 1")
+    federation.server.kill()
+    until(lambda: not processes(federation.home.path) and run.alive() is None, 60, "a process of the coordinator lives on")
+    assert run.status().state == "restarting"
+    release(federation)
+    federation.start()
+    assert ended(run) == "completed"
+    show(run, taken)
+    assert bits(model_of(run)) == expected(of, tmp_path)
+
+
+def test_a_run_that_is_stopped_while_sites_train_can_be_resumed(federation: Federation, tmp_path: Path) -> None:
+    of, taken = PLANS["stopped"], Taken(federation)
+    hold(federation, TRAIN)
+    run = federation.run(of)
+    taken.wait("train 1")
+    locum("stop", run.id, "--home", federation.home.path)
+    assert ended(run, 60) == "stopped"
+    locum("resume", run.id, "--home", federation.home.path)
+    release(federation)
+    assert ended(run) == "completed"
+    show(run, taken)
+    assert bits(model_of(run)) == expected(of, tmp_path)
+
+
+def test_a_site_that_never_answers_costs_its_contribution_and_no_more(federation: Federation, tmp_path: Path) -> None:
+    of, taken = PLANS["silent"], Taken(federation)
+    hold(federation, TRAIN, "c")
+    run = federation.run(of)
+    told(run, "committed", round=1)
+    release(federation)
+    assert ended(run) == "completed with losses"
+    show(run, taken)
+    assert bits(model_of(run)) == expected(of, tmp_path, {"c": [1]})
+
+
+def test_below_quorum_a_run_pauses_until_sites_return_and_can_be_stopped(federation: Federation, tmp_path: Path) -> None:
+    of, taken = PLANS["quorum"], Taken(federation)
+    hold(federation, TRAIN)
+    run = federation.run(of)
+    taken.wait("train 1")
+    federation.sites["c"].kill()
+    release(federation)
+    until(lambda: run.status().state == "paused", 60)
+    show(run, taken)
+    print(run.status())
+    locum("stop", run.id, "--home", federation.home.path)
+    assert ended(run, 60) == "stopped"
+    locum("resume", run.id, "--home", federation.home.path)
+    until(lambda: run.status().state == "paused", 60)
+    print(run.status())
+    start(federation, "c")
+    assert ended(run) == "completed"
+    show(run, taken)
+    assert bits(model_of(run)) == expected(of, tmp_path)
 
 
 def _moving(folder: Path) -> None:
