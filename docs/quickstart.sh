@@ -33,6 +33,7 @@ step "Each hospital joins, ingests its images, and starts its agent."
 for name in $hospitals; do
   patiently locum site enrol "$name.invitation.json" --home "$name"
   locum site ingest "simulated/sites/$name/raw/site.yaml" --store "$name/store"
+  echo "resources: {threads: 1}" >>"$name/site.yaml" # they share this machine's processor
   locum site start --home "$name" >"$name.log" 2>&1 &
 done
 

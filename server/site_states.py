@@ -133,7 +133,7 @@ def _doing(run: str, events: SiteEvents | None, said: Heard) -> tuple[str, Look]
         return f"does not count in this round: {events.note}", "trouble"
     if events is not None and events.state == "done":
         return "has delivered", "done"
-    return said.activity.replace("_", " ") or "idle", "calm"
+    return plain(said.activity.replace("_", " ")) or "idle", "calm"
 
 
 def _clock_words(offset: float) -> str:

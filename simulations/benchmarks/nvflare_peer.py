@@ -74,6 +74,7 @@ def rounds(folder: Path, *, sites: int, megabytes: float, count: int) -> Measure
     if not python:
         sys.stderr.write(f"NVIDIA FLARE is not measured: {_VARIABLE} does not name the Python that has nvflare 2.9\n")
         return None
+    folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with Processes(folder, _role) as processes:
         _run(processes, python, _job(folder, megabytes), sites, count)

@@ -7,7 +7,8 @@ application whose training costs a multiplication. Rules:
     dependencies. Variables `FLWR_…` of the caller do not reach it.
   * Flower stores equal chunks of 5 MiB once. So the weights are random and every site multiplies them by a factor of
     its own, another one in every round: no chunk is ever sent for another.
-  * Whatever was started is gone at the end, also what left its session or lost its parent, and also after an error.
+  * Whatever was started is gone at the end, also what left its session or lost its parent, and also after an
+    error or SIGTERM.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -74,19 +76,25 @@ def rounds(folder: Path, *, sites: int, megabytes: float, count: int) -> Measure
     Raises:
         RunError: Flower did not start, failed, made no progress for 15 minutes, or lost a contribution.
     """
+    folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     app = write_app(folder, sites=sites, megabytes=megabytes, count=count)
     with Processes(folder, _role) as processes:
         _start(processes, folder, sites)
         _submit(processes, folder, app)
         _await_end(processes, folder)
-    replies = json.loads((folder / _ENDED).read_bytes())
-    if replies != [sites] * count:
-        raise RunError(f"stock Flower lost contributions: {replies} of {sites} in each round", "measure again")
+    _check(json.loads((folder / _ENDED).read_bytes()), sites, count)
     stamps = [float(line) for line in (folder / _STAMPS).read_text().split()]
     nodes = [size for name, size in processes.peak.items() if name.startswith("supernode")]
     memory = {"superlink": processes.peak["superlink"], "serverapp": processes.peak["serverapp"]}
     return Measured(periods(stamps), {**memory, "supernode": max(nodes)})
+
+
+def _check(end: dict[str, Any], sites: int, count: int) -> None:
+    if "error" in end:
+        raise RunError(f"stock Flower's ServerApp failed: {end['error']}", "mend what it says")
+    if end["replies"] != [sites] * count:
+        raise RunError(f"stock Flower lost contributions: {end['replies']} of {sites} a round", "see supernode-0.log")
 
 
 def periods(stamps: Sequence[float]) -> tuple[float, ...]:
@@ -243,7 +251,18 @@ app = ServerApp()
 @app.main()
 def main(grid, context):
     config = context.run_config
-    generator = np.random.default_rng(0)
+    try:
+        end = {"replies": serve(grid, config)}
+    except Exception as error:
+        end = {"error": f"{type(error).__name__}: {error}"}
+    ended = Path(config["ended"])
+    ended.with_suffix(".new").write_text(json.dumps(end))
+    ended.with_suffix(".new").replace(ended)
+
+
+def serve(grid, config):
+    """Runs the rounds; returns how many replies each of them aggregated."""
+    generator, sites = np.random.default_rng(0), int(config["sites"])
     shape = (int(config["values"]) // int(config["tensors"]),)
     weights = [generator.standard_normal(shape, dtype=np.float32) for _ in range(int(config["tensors"]))]
 
@@ -253,17 +272,14 @@ def main(grid, context):
 
     strategy = FedAvg(
         fraction_evaluate=0.0,
-        min_train_nodes=int(config["sites"]),
-        min_available_nodes=int(config["sites"]),
+        min_train_nodes=sites,
+        min_available_nodes=sites,
         train_metrics_aggr_fn=lambda records, key: MetricRecord({"replies": len(records)}),
     )
     result = strategy.start(grid, ArrayRecord(weights), num_rounds=int(config["rounds"]), evaluate_fn=note)
     answered = result.train_metrics_clientapp
     numbers = range(1, int(config["rounds"]) + 1)
-    replies = [int(answered[number]["replies"]) if number in answered else 0 for number in numbers]
-    ended = Path(config["ended"])
-    ended.with_suffix(".new").write_text(json.dumps(replies))
-    ended.with_suffix(".new").replace(ended)
+    return [int(answered[number]["replies"]) if number in answered else 0 for number in numbers]
 '''
 
 _CLIENT_APP = '''\
@@ -309,7 +325,8 @@ def write_app(folder: Path, *, sites: int, megabytes: float, count: int) -> Path
 class Processes:
     """A peer's processes, with all that they start, under whatever session or parent; a context that ends them.
 
-    A mark in the environment, which is inherited, tells them from all others.
+    A mark in the environment, which is inherited, tells them from all others. Within the context SIGTERM raises
+    SystemExit, so that they end then too; it therefore belongs to the main thread.
 
     Attributes:
         folder: where the logs `NAME.log` and the temporary files lie.
@@ -324,9 +341,11 @@ class Processes:
     peak: Counter[str] = field(default_factory=Counter)
     _mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     _started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    _before: Any = None
 
     def __enter__(self) -> Processes:
         (self.folder / "tmp").mkdir(exist_ok=True)
+        self._before = signal.signal(signal.SIGTERM, _leave)
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -337,6 +356,7 @@ class Processes:
             time.sleep(0.02)
         for process in self._started:
             process.wait()
+        signal.signal(signal.SIGTERM, self._before)
 
     def start(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         """Starts a command in `folder`, found in the `PATH` of its environment; its output goes to `NAME.log`."""
@@ -391,6 +411,10 @@ class Processes:
                 if mark == self._mark:
                     yield int(path.name), name
                     break
+
+
+def _leave(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _kill(number: int) -> None:

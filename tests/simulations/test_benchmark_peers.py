@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import runpy
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -58,21 +59,33 @@ def test_ports_are_different() -> None:
     assert len(set(free_ports(20))) == 20
 
 
-def test_what_left_its_session_and_lost_its_parent_is_counted_and_ended(tmp_path: Path) -> None:
-    number = 0
+def _fail() -> None:
+    raise RunError("a peer failed", "measure again")
 
-    def fail_while_it_runs() -> None:
+
+def _be_ended() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("happen", "error"), [(_fail, RunError), (_be_ended, SystemExit)])
+def test_what_left_its_session_and_lost_its_parent_is_counted_and_ended(
+    tmp_path: Path, happen: Callable[[], None], error: type[BaseException]
+) -> None:
+    number, before = 0, signal.getsignal(signal.SIGTERM)
+
+    def run() -> None:
         nonlocal number
         with Processes(tmp_path, lambda name, _: name) as processes:
             processes.start("part", [sys.executable, "-c", _DETACHED], os.environ).wait()
             number = int((tmp_path / "child").read_text())
             assert processes.look() == {"part"}
             assert processes.peak["part"] > 60_000_000
-            raise RunError("a peer failed", "measure again")
+            happen()
 
-    with pytest.raises(RunError, match="a peer failed"):
-        fail_while_it_runs()
+    with pytest.raises(error):
+        run()
     assert not _runs(number)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def _runs(number: int) -> bool:

@@ -203,7 +203,7 @@ class Federation:
                     os.killpg(process.popen.pid, signal.SIGKILL)
 
 
-def _move_ports(home: Home) -> None:
+def move_ports(home: Home) -> None:
     """Gives the coordinator loopback ports of its own: several federations are under test on one machine."""
     ports = {"superlink_port": free_port(), "hints_port": free_port()}
     home.configuration.write_text(yaml.safe_dump({**yaml.safe_load(home.configuration.read_text()), **ports}))
@@ -215,7 +215,7 @@ def open_federation(folder: Path) -> Iterator[Federation]:
     home, port = Home(folder / "coordinator"), free_port()
     options = ("--name", "test", "--host", "localhost", "--listen", "127.0.0.1", "--port", str(port))
     locum("server", "init", *options, "--home", home.path)
-    _move_ports(home)
+    move_ports(home)
     command = (*_LOCUM, "server", "start", "--home", str(home.path))
     federation = Federation(folder, home, port, Process(command, folder / "server.log"))
     try:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,8 @@ from tests.wire.federation import Federation, events, open_federation, until
 PEERS: Mapping[str, float] = {"a": 0.1, "b": 0.7, "c": 0.9}
 DESCRIBE, TRAIN, EVALUATE = "query.describe", "train", "evaluate"
 KINDS = (DESCRIBE, TRAIN, EVALUATE)
+#: The state of a listening socket in /proc/net/tcp.
+_LISTEN = "0A"
 
 
 # --- what a run should give
@@ -188,6 +191,37 @@ def _carry(source: socket.socket, target: socket.socket, rate: Callable[[], floa
     for end in (source, target):
         with suppress(OSError):
             end.shutdown(socket.SHUT_RDWR)
+
+
+# --- processes
+
+
+def listening(process: int) -> set[str]:
+    """The addresses (`127.0.0.1:9091`) on which a process listens, as the kernel tells them."""
+    own = set()
+    for descriptor in Path(f"/proc/{process}/fd").iterdir():
+        with suppress(OSError):
+            own.add(os.readlink(descriptor))
+    found = set()
+    for table, size in (("tcp", 4), ("tcp6", 16)):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == _LISTEN and f"socket:[{fields[9]}]" in own:
+                host, port = fields[1].split(":")
+                found.add(f"{_host(bytes.fromhex(host), size)}:{int(port, 16)}")
+    return found
+
+
+def _host(words: bytes, size: int) -> str:
+    """An address from 32-bit words in the machine's order."""
+    octets = b"".join(words[at : at + 4][::-1] for at in range(0, size, 4))
+    return str(ip_address(octets))
+
+
+def computed(process: int) -> float:
+    """The seconds that a process has computed."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 # --- kill -9

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -19,14 +19,14 @@ from typing import Any
 import grpc
 import httpx
 import numpy as np
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import ObjectTree, PushObjectRequest
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
-from locum.common.blobs import SERVICE
-from locum.common.messages import TRAIN, Description, Fields, Tensors, TrainResult, TrainTask, pack
+from locum.common.errors import Code
+from locum.common.messages import TRAIN, Description, Fields, Tensors, TrainResult, TrainTask
 from locum.common.plan import Plan
 from locum.common.proto import locum_pb2 as pb
 from locum.common.tensor_files import write_tensors
@@ -38,6 +38,7 @@ from locum.site_client.journal import Entry
 from locum.site_client.service import Service
 from locum.site_client.start import open_log, open_service
 from tests.peers import Answer, Peer, Spoiler
+from tests.wire.federation import Federation, Process
 from tests.wire.peer import BEHAVIOURS, WirePeer
 
 TEN_GIGABYTES = 10 << 30
@@ -159,7 +160,7 @@ class Sending:
         self.announce([(self.reply, tree or ObjectTree(object_id=top, children=leaves))], names if objects else {})
 
     def announce(self, replies: list[tuple[Message, ObjectTree]], names: dict[str, bytes]) -> None:
-        """Announces replies with their trees, then sends the objects that are given."""
+        """Announces replies with their trees, then sends the objects that are given; what is refused fails."""
         node, run = self.fleet.node, int(self.reply.metadata.run_id)
         request = PushMessagesRequest(
             node=node,
@@ -172,6 +173,8 @@ class Sending:
                 node=node, run_id=run, object_id=name, object_content=content, session_id=answer.session_id
             )
             self.ask(lambda thing=thing: self.fleet._client.PushObject(thing))
+        if answer is None:
+            self.fleet.push(Message(Error(Code.INTERNAL), reply_to=self.entry.message))
 
     def send(self) -> None:
         """Sends the reply as a good site does."""
@@ -376,8 +379,17 @@ def main() -> None:
     time.sleep(1)
 
 
+def start_hostile(federation: Federation, behaviours: Mapping[str, str]) -> None:
+    """Starts one process with these sites, which are enrolled; behaviours by name."""
+    words = [f"{federation.folder / name}={behaviour}" for name, behaviour in behaviours.items()]
+    command = (sys.executable, "-m", "tests.wire.hostile", *words)
+    federation.sites["hostile"] = Process(command, federation.folder / "hostile.log").start()
+
+
+def answers(federation: Federation, name: str) -> str:
+    """What the coordinator answered to a site's misdeeds."""
+    return (federation.folder / name / "answers").read_text()
+
+
 if __name__ == "__main__":
     main()
-
-
-__all__ = ["MAKES", "SENDS", "pack"]

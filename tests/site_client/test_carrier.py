@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from locum.common.messages import BLOB_THRESHOLD, MessageError
+from locum.common.tensor_files import Mapped, map_tensors, write_tensors
+from locum.site_client.carrier import Progress, SiteCarrier
+
+SMALL = {"w": np.arange(8, dtype=np.float32)}
+LARGE = {"w": np.arange(BLOB_THRESHOLD, dtype=np.float32)}
+
+
+class Store:
+    """Blobs in a folder: the other end of a connection."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.fetched = folder, 0
+        folder.mkdir()
+
+    def upload(self, run: str, path: Path, *, digest: str | None = None, progress: Progress | None = None) -> None:
+        (self.folder / str(digest)).write_bytes(path.read_bytes())
+
+    def download(self, run: str, sha256: str, size: int, target: Path, *, progress: Progress | None = None) -> None:
+        self.fetched += 1
+        target.write_bytes((self.folder / sha256).read_bytes())
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def carrier(store: Store, tmp_path: Path) -> SiteCarrier:
+    return SiteCarrier(store, "run", tmp_path / "work", lambda *_: None)
+
+
+def _offered(store: Store, tensors: dict[str, Any]) -> dict[str, Any]:
+    content = save(tensors)
+    digest = hashlib.sha256(content).hexdigest()
+    (store.folder / digest).write_bytes(content)
+    return {"sha256": digest, "size": len(content)}
+
+
+def test_small_tensors_travel_inside_the_message_and_large_ones_beside_it(carrier: SiteCarrier, store: Store) -> None:
+    assert set(carrier.stow(SMALL)) == {"tensors"}
+    fields = carrier.stow(LARGE)
+    assert set(fields) == {"sha256", "size"}
+    assert list(store.folder.iterdir()) == []
+    carrier.deliver(fields)
+    assert (store.folder / fields["sha256"]).read_bytes() == save(LARGE)
+
+
+def test_an_update_that_is_a_file_already_is_moved_and_not_copied(carrier: SiteCarrier, tmp_path: Path) -> None:
+    path = tmp_path / "update"
+    mapped = map_tensors(path, write_tensors(path, LARGE).sha256)
+    inode = path.stat().st_ino
+    fields = carrier.stow(mapped)
+    assert not path.exists()
+    assert (tmp_path / "work" / "up" / fields["sha256"]).stat().st_ino == inode
+
+
+def test_the_same_model_is_fetched_once_and_another_one_takes_its_place(
+    carrier: SiteCarrier, store: Store, tmp_path: Path
+) -> None:
+    first = _offered(store, LARGE)
+    for _ in range(2):
+        found = carrier.fetch(first)
+        assert isinstance(found, Mapped)
+        assert np.array_equal(found["w"], LARGE["w"])
+    assert store.fetched == 1
+    second = _offered(store, {"w": LARGE["w"] + 1})
+    carrier.fetch(second)
+    assert [path.name for path in (tmp_path / "work" / "down").iterdir()] == [second["sha256"]]
+
+
+def test_what_was_delivered_is_removed(carrier: SiteCarrier, tmp_path: Path) -> None:
+    carrier.deliver(carrier.stow(LARGE))
+    carrier.delivered()
+    assert list((tmp_path / "work" / "up").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"sha256": "../../etc/passwd", "size": 1},
+        {"sha256": "A" * 64, "size": 1},
+        {"sha256": "0" * 64},
+        {"sha256": "0" * 64, "size": "1"},
+        {"sha256": "0" * 64, "size": 1, "more": 1},
+        {"tensors": b"", "more": 1},
+    ],
+)
+def test_fields_that_name_no_blob_are_refused(carrier: SiteCarrier, fields: dict[str, Any]) -> None:
+    with pytest.raises(MessageError):
+        carrier.fetch(fields)
+
+
+def test_a_blob_that_is_not_tensors_is_refused(carrier: SiteCarrier, store: Store) -> None:
+    digest = hashlib.sha256(b"not tensors").hexdigest()
+    (store.folder / digest).write_bytes(b"not tensors")
+    with pytest.raises(MessageError):
+        carrier.fetch({"sha256": digest, "size": 11})
