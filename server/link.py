@@ -41,8 +41,8 @@ class Link(Protocol):
     def sent(self, messages: Mapping[str, int]) -> None:
         """These messages (id, node) are on their way."""
 
-    def ready(self, waiting: Collection[str]) -> list[str]:
-        """Messages whose replies are worth pulling now; returns after a moment at the latest."""
+    def ready(self, waiting: Mapping[str, str]) -> list[str]:
+        """Of messages (with their sites), those whose replies are worth pulling now; returns after a moment at most."""
 
     def pulled(self, grid: Grid, waiting: Collection[str]) -> Iterator[tuple[str, Message | None]]:
         """The replies to these messages that are there, by message id; None is one that cannot be read."""
@@ -90,7 +90,7 @@ class Direct:
         del messages
         self._pause = _FIRST_WAIT
 
-    def ready(self, waiting: Collection[str]) -> list[str]:
+    def ready(self, waiting: Mapping[str, str]) -> list[str]:
         """All, after a pause that grows."""
         time.sleep(self._pause)
         self._pause = min(self._pause * 1.5, _LONGEST_WAIT)

@@ -138,10 +138,17 @@ class Wire:
         """Tells the gateway which nodes have a message waiting."""
         self._hints.sent(list(messages.values()))
 
-    def ready(self, waiting: Collection[str]) -> list[str]:
-        """The replies that the gateway says are complete; all of them after the hints were interrupted."""
+    def ready(self, waiting: Mapping[str, str]) -> list[str]:
+        """The replies that the gateway says are complete; after the hints were interrupted those that may be.
+
+        Asked for the reply of a site that is away, Flower would make up an error, and refuse the reply when it comes.
+        """
         self._check()
-        return self._hints.complete(waiting, _LOOK_SECONDS)
+        complete = self._hints.complete(waiting, _LOOK_SECONDS)
+        if complete is not None:
+            return complete
+        there = {site for site, _ in self._present()}
+        return [number for number, site in waiting.items() if site in there]
 
     def pulled(self, grid: Grid, waiting: Collection[str]) -> Iterator[tuple[str, Message | None]]:
         """Each reply by itself, so that one that was made to do harm costs its own site and nobody else."""
@@ -275,8 +282,8 @@ class _Hints:
         self._last = nodes
         self._outgoing.put(pb.Sent(nodes=nodes))
 
-    def complete(self, waiting: Collection[str], seconds: float) -> list[str]:
-        """Of `waiting`, those that are complete; waits up to `seconds` for the first."""
+    def complete(self, waiting: Collection[str], seconds: float) -> list[str] | None:
+        """Of `waiting`, those that are complete; waits up to `seconds` for the first. None if hints may be lost."""
         found = [number for number in waiting if number in self._seen]
         until = time.monotonic() + seconds
         while not found and (left := until - time.monotonic()) > 0:
@@ -285,7 +292,7 @@ class _Hints:
             except queue.Empty:
                 break
             if number is None:
-                return list(waiting)
+                return None
             self._seen.add(number)
             found = [number] if number in waiting else []
         self._seen.difference_update(found)

@@ -31,7 +31,7 @@ from locum.site_client import gate
 from locum.site_client.agent import Agent
 from locum.site_client.blobs import BlobClient, Stopping
 from locum.site_client.carrier import SiteCarrier
-from locum.site_client.fleet import AwayError, Fleet, RefusedError
+from locum.site_client.fleet import AwayError, Fleet, Incoming, RefusedError
 from locum.site_client.identity import SiteIdentity
 from locum.site_client.journal import Entry, Journal
 from locum.site_client.pulse import Pulse, Said
@@ -123,7 +123,7 @@ class Service:
                 self._note(connected=True)
                 self.log.info("connected to %s as node %d", identity.membership.address, fleet.node.node_id)
                 left = self.journal.current()
-                if left is not None:
+                if left is not None and self._is_wanted(fleet, left):
                     self._answer(fleet, blobs, left)
                 while not self.stop.is_set() and not self.pulse.renewed():
                     self._next(fleet, blobs)
@@ -144,6 +144,16 @@ class Service:
             fleet.take_over(int(number.read_text()))
             node = fleet.activate()
         number.write_text(str(node))
+
+    def _is_wanted(self, fleet: Fleet, left: Entry) -> bool:
+        """Whether the coordinator still waits for the reply to a message from before; if not, that is forgotten."""
+        try:
+            fleet.confirm(Incoming(left.message, left.message.metadata.run_id))
+        except RefusedError as error:
+            self.log.warning("a message from before is dropped: %s", error)
+            self.journal.clear()
+            return False
+        return True
 
     def _next(self, fleet: Fleet, blobs: BlobClient) -> None:
         self.doing("idle", 0)

@@ -8,6 +8,8 @@ Rules:
     asks neither whose node a message names nor how its objects hang together.
   * A pull waits here until there is something to pull, one of a site at a time. Idle sites cost the SuperLink nothing
     but a heartbeat.
+  * Flower gives a message away once. Here it is given again until the agent has confirmed it: what was on its way to an
+    agent that died, or over a line that was cut, is not lost with it.
   * A site is one agent: a second one with the same key is refused while the first is alive.
 
 Flower's private parts used: the paths, header names and protobuf messages of its Fleet API (flwr 1.41).
@@ -17,11 +19,15 @@ from __future__ import annotations
 
 import base64
 import binascii
+import logging
 import re
 import ssl
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
 import httpx
@@ -38,14 +44,18 @@ from locum.server.gateway.hints import Board
 from locum.server.home import Home, ServerConfig
 from locum.server.superlink import CONTROL_HEADER, address, control_secret
 
+log = logging.getLogger("locum.gateway")
+
 _PREFIX = "/v1/fleet/"
 _ACTIVATE, _PULL = _PREFIX + "activate-node", _PREFIX + "pull-messages"
 _PUSH, _PUSH_OBJECT = _PREFIX + "push-messages", _PREFIX + "push-object"
+_CONFIRM = _PREFIX + "confirm-message-received"
+#: The calls by which an agent takes the message that a pull has named.
+_TAKING = frozenset({_CONFIRM, *(_PREFIX + name for name in ("get-run", "get-fab", "pull-object"))})
 _ALLOWED = frozenset(
     {
-        *(_ACTIVATE, _PULL, _PUSH, _PUSH_OBJECT),
-        *(_PREFIX + name for name in ("deactivate-node", "send-node-heartbeat", "get-run", "get-fab")),
-        *(_PREFIX + name for name in ("pull-object", "confirm-message-received")),
+        *(_ACTIVATE, _PULL, _PUSH, _PUSH_OBJECT, *_TAKING),
+        *(_PREFIX + name for name in ("deactivate-node", "send-node-heartbeat")),
     }
 )
 _CARRIED = frozenset(
@@ -57,6 +67,7 @@ _MOST_OBJECTS = 3
 _OBJECT = re.compile(r"[0-9a-f]{64}")
 _PARKED_SECONDS = 50.0
 _REMEMBERED = 10_000
+_MOST_AGAIN = 3
 _TIMEOUT = httpx.Timeout(30, connect=5)
 
 
@@ -104,6 +115,50 @@ class Uploads:
         self._board.completed(upload.reply_to)
 
 
+class Unconfirmed:
+    """The message that each site was given last, until it confirms it: one file a site, so that it outlives us."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._again: Counter[str] = Counter()
+        folder.mkdir(exist_ok=True)
+
+    def given(self, site: str, answer: bytes) -> None:
+        """The site is about to get this answer to a pull. On a full disk it gets it once, as Flower gives it."""
+        beside = self._folder / f".{site}.tmp"
+        try:
+            beside.write_bytes(answer)
+            beside.replace(self._folder / site)
+        except OSError as error:
+            log.warning("what %s is given cannot be kept: %s", site, error.strerror)
+        self._again[site] = 0
+
+    def again(self, site: str) -> bytes | None:
+        """The answer that the site has not confirmed; a few times only, for its message may have become unreadable."""
+        try:
+            answer = (self._folder / site).read_bytes()
+        except OSError:
+            return None
+        self._again[site] += 1
+        if self._again[site] > _MOST_AGAIN or _is_over(answer):
+            self.settled(site)
+            return None
+        return answer
+
+    def settled(self, site: str) -> None:
+        """The site has its message, or can never take it."""
+        (self._folder / site).unlink(missing_ok=True)
+
+
+def _is_over(answer: bytes) -> bool:
+    """Whether nobody waits any more for the reply to a message that was given."""
+    try:
+        told = PullMessagesResponse.FromString(answer).messages_list
+    except DecodeError:
+        return True
+    return all(time.time() > message.metadata.created_at + message.metadata.ttl for message in told)
+
+
 class FleetService(rpc.FleetServicer):
     """The gRPC service of the tunnel.
 
@@ -128,6 +183,7 @@ class FleetService(rpc.FleetServicer):
     ) -> None:
         self._board, self._uploads = board, Uploads(board)
         self._admit, self._claim, self._register = admit, claim, register
+        self._unconfirmed = Unconfirmed(home.superlink / "unconfirmed")
         self._parked: dict[str, threading.Event] = {}
         self._lock = threading.Lock()
         trust = ssl.create_default_context(cafile=str(home.superlink / "tls-ca.pem"))
@@ -151,16 +207,26 @@ class FleetService(rpc.FleetServicer):
                 self._register(site, key)
             elif request.path == _PUSH:
                 _check_reply(PushMessagesRequest.FromString(request.body), context)
-            elif request.path == _PULL:
-                self._park(site, request.body, context)
+            elif request.path == _PULL and (body := self._waited(site, request.body, context)) is not None:
+                return pb.FleetAnswer(status=httpx.codes.OK, body=body)
             answer = self._forward(request)
             if answer.status_code == httpx.codes.OK:
-                self._note(request, answer.content)
+                self._note(site, request, answer.content)
+            if _settles(request.path, answer.status_code):
+                self._unconfirmed.settled(site)
         except DecodeError:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the body is not what this path takes")
         except (httpx.TransportError, RunError):
             context.abort(grpc.StatusCode.UNAVAILABLE, "the coordinator's SuperLink does not answer; try again")
         return pb.FleetAnswer(status=answer.status_code, body=answer.content)
+
+    def _waited(self, site: str, body: bytes, context: grpc.ServicerContext) -> bytes | None:
+        """Waits until there is something to pull; returns what was given already, if it must be given again."""
+        given = self._unconfirmed.again(site)
+        if given is not None:
+            return given
+        self._park(site, body, context)
+        return self._unconfirmed.again(site)
 
     def _park(self, site: str, body: bytes, context: grpc.ServicerContext) -> None:
         """Waits for a message; a pull of the same site that waits already goes on, whoever still wants it."""
@@ -176,10 +242,13 @@ class FleetService(rpc.FleetServicer):
         headers = {name.lower(): value for name, value in request.headers.items() if name.lower() in _CARRIED}
         return self._client.post(request.path, content=request.body, headers=headers)
 
-    def _note(self, request: pb.FleetCall, answer: bytes) -> None:
+    def _note(self, site: str, request: pb.FleetCall, answer: bytes) -> None:
         if request.path == _PULL:
             found = bool(PullMessagesResponse.FromString(answer).messages_list)
             self._board.pulled(_node_of(request.body), found=found)
+            if found:
+                self._unconfirmed.given(site, answer)
+                self._board.left(self._parked[site])  # if that is another pull by now, the message is for that one
         elif request.path == _PUSH:
             self._uploads.pushed(request.body, answer)
         elif request.path == _PUSH_OBJECT:
@@ -188,6 +257,12 @@ class FleetService(rpc.FleetServicer):
     def close(self) -> None:
         """Closes the connections to the SuperLink."""
         self._client.close()
+
+
+def _settles(path: str, status: int) -> bool:
+    """Whether a site that was answered so has confirmed its message, or can never take it (its run has ended)."""
+    refused = httpx.codes.is_client_error(status) and status != httpx.codes.UNAUTHORIZED
+    return (path == _CONFIRM and status == httpx.codes.OK) or (path in _TAKING and refused)
 
 
 def _check(request: pb.FleetCall, key: bytes, context: grpc.ServicerContext) -> None:
