@@ -5,7 +5,8 @@ the program is started through its own extension hook with one middleware more: 
 has Flower's own secret and task tokens) needs the coordinator's control secret in a header. Flower is not changed.
 
 The other half of this module is what the coordinator asks of it: start and stop a run, register and remove a node.
-Flower's private parts used: the extension hook, the Control API's client, and the program's entry point.
+Flower's private parts used (flwr 1.41): the extension hook, the Control API's client, the program's entry point, and
+the patience with which its grid waits for the objects of a reply.
 """
 
 from __future__ import annotations
@@ -134,6 +135,17 @@ def environment(home: Home) -> dict[str, str]:
 def address(config: ServerConfig) -> str:
     """Where the SuperLink listens."""
     return f"127.0.0.1:{config.superlink_port}"
+
+
+# --- how a ServerApp reads from it
+
+
+def wait_for_objects(seconds: float) -> None:
+    """Sets how long Flower's grid in this process waits for the objects of a reply; it would wait for two hours."""
+    from flwr.supercore.inflatable.inflatable_utils import pull_objects
+
+    defaults = pull_objects.__kwdefaults__ or {}
+    defaults["max_time"] = seconds
 
 
 # --- what the coordinator asks of it

@@ -6,8 +6,6 @@ Rules:
   * A model goes out as one file of the spool; an update is mapped where the gateway has put it. Neither is copied.
   * A site that was not heard from for `SILENT_SECONDS` costs its contribution; it is back when it is heard again.
   * A reply that cannot be taken apart, or was announced and never came, costs its own site and nobody else.
-
-Flower's private parts used (flwr 1.41): the patience with which its grid waits for the objects of a reply.
 """
 
 from __future__ import annotations
@@ -27,7 +25,6 @@ from pathlib import Path
 import grpc
 from flwr.app import Message
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from google.protobuf.message import DecodeError
 
 from locum.common.durable import replace_file
@@ -42,6 +39,7 @@ from locum.server.home import Home, ServerConfig
 from locum.server.records import Events
 from locum.server.registry import Registry
 from locum.server.runs import Run
+from locum.server.superlink import wait_for_objects
 
 log = logging.getLogger("locum.server")
 
@@ -84,7 +82,7 @@ class Wire:
     def __init__(self, home: Home, config: ServerConfig, *, run: Run, events: Events) -> None:
         self._home, self._run, self._events = home, run, events
         self._plan = run.plan
-        pull_objects.__kwdefaults__["max_time"] = _OBJECT_SECONDS
+        wait_for_objects(_OBJECT_SECONDS)
         self._registry = Registry(home.registry)
         self._spool = home.spool / run.id
         self._hints = _Hints(config, (home.superlink / "hints.secret").read_text())

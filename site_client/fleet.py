@@ -238,6 +238,15 @@ class Fleet:
         self._client.close()
 
 
+def dated(reply: Message, message: Message) -> Message:
+    """The reply with the date of the message that it answers: that is by the coordinator's clock, whatever ours says.
+
+    Flower dates a reply by the clock here, and the SuperLink drops one that is from before its message or too late.
+    """
+    reply.metadata.__dict__.update(_created_at=message.metadata.created_at, _ttl=message.metadata.ttl)
+    return reply
+
+
 def to_bytes(message: Message) -> bytes:
     """A message whole, for the journal."""
     content: bytes = message_to_proto(message).SerializeToString()

@@ -31,7 +31,7 @@ from locum.site_client import gate
 from locum.site_client.agent import Agent
 from locum.site_client.blobs import BlobClient, Stopping
 from locum.site_client.carrier import SiteCarrier
-from locum.site_client.fleet import AwayError, Fleet, Incoming, RefusedError
+from locum.site_client.fleet import AwayError, Fleet, Incoming, RefusedError, dated
 from locum.site_client.identity import SiteIdentity
 from locum.site_client.journal import Entry, Journal
 from locum.site_client.pulse import Pulse, Said
@@ -176,7 +176,7 @@ class Service:
         carrier.delivered()
 
     def _made(self, entry: Entry, carrier: SiteCarrier) -> Message:
-        reply = self.agent.handle(entry.message, entry.run.bundle, carrier)
+        reply = dated(self.agent.handle(entry.message, entry.run.bundle, carrier), entry.message)
         if self.stop.is_set():
             raise Stopping
         self.journal.finish(reply)
@@ -192,7 +192,7 @@ class Service:
             self.log.warning("a finished update is gone from %s; its message is dropped", carrier.folder)
         except SiteFailure as failure:
             self.log.warning("the coordinator does not take an update: %s", failure)
-            fleet.push(Message(gate.release_failure(failure), reply_to=entry.message))
+            fleet.push(dated(Message(gate.release_failure(failure), reply_to=entry.message), entry.message))
         except RefusedError as error:
             self.log.warning("the coordinator does not take a reply any more: %s", error)
 

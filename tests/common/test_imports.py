@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -74,3 +75,19 @@ def test_every_package_of_the_folders_is_in_the_distribution(project: Path) -> N
         for path in (project / folder).rglob("__init__.py")
     }
     assert found == listed
+
+
+#: The adapters to Flower's private parts; everything else keeps to what Flower offers an app.
+_ADAPTERS = {
+    "site_client/fleet.py",
+    "server/gateway/fleet.py",
+    "server/superlink.py",
+    "simulations/engines/local.py",
+}
+
+
+def test_private_parts_of_flower_are_used_in_its_adapters_only(project: Path) -> None:
+    private = re.compile(r"^\s*(?:from|import) flwr\.(?!app\b|serverapp\b|clientapp\b)", re.MULTILINE)
+    files = [path for folder in ALLOWED for path in (project / folder).rglob("*.py")]
+    users = {str(path.relative_to(project)) for path in files if private.search(path.read_text())}
+    assert users == _ADAPTERS

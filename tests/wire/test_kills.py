@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +40,7 @@ _QUICK = {"quorum": 2, "deadline": "6 s", "attempts": 1}
 
 PLANS = {
     "app": plan(name="app"),
+    "lost": plan(name="lost", rounds=1),
     "parts": plan(name="parts", rounds=3),
     "agents": plan(name="agents"),
     "blobs": plan(name="blobs", **_LARGE),
@@ -84,6 +87,18 @@ def test_an_agent_is_killed_while_idle_and_while_training(federation: Federation
     assert bits(model_of(run)) == expected(of, tmp_path)
     assert taken.of("b", "train 1") == ["train 1"] * 2
     assert taken.of("a", "train 1") == ["train 1"]
+
+
+def test_a_message_on_its_way_to_an_agent_that_is_killed_reaches_the_next(federation: Federation, tmp_path: Path) -> None:
+    of, taken = PLANS["lost"], Taken(federation)
+    os.kill(federation.sites["a"].popen.pid, signal.SIGSTOP)
+    run = federation.run(of)
+    taken.wait("query.describe 0", "b", "c")
+    federation.sites["a"].kill()
+    start(federation, "a")
+    assert ended(run) == "completed"
+    show(run, taken)
+    assert bits(model_of(run)) == expected(of, tmp_path)
 
 
 def test_the_superlink_the_superexec_and_the_gateway_are_killed_in_mid_round(federation: Federation, tmp_path: Path) -> None:
