@@ -29,6 +29,10 @@ locum server init --name quickstart --host localhost --listen 127.0.0.1 --port "
 locum server start >coordinator.log 2>&1 &
 for name in $hospitals; do locum server invite "$name"; done
 
+step "The ML team proposes the plan."
+locum propose "$plan"
+digest=$(locum plan digest "$plan")
+
 step "Each hospital joins, ingests its images, and starts its agent."
 for name in $hospitals; do
   patiently locum site enrol "$name.invitation.json" --home "$name"
@@ -36,10 +40,6 @@ for name in $hospitals; do
   echo "resources: {threads: 1}" >>"$name/site.yaml" # they share this machine's processor
   locum site start --home "$name" >"$name.log" 2>&1 &
 done
-
-step "The ML team proposes the plan."
-locum propose "$plan"
-digest=$(locum plan digest "$plan")
 
 step "At each hospital a steward reviews and approves it."
 for name in $hospitals; do
@@ -53,5 +53,5 @@ locum watch
 run=$(basename coordinator/runs/*-quickstart-*)
 locum pull "$run" --out result
 
-printf '\n%d s from `locum server init` to the result; the simulation before it took %d s\n' \
+printf '\n%d s from "locum server init" to the result; the simulation before it took %d s\n' \
   $((SECONDS - simulated)) "$simulated"

@@ -145,7 +145,7 @@ def wait_for_objects(seconds: float) -> None:
     from flwr.supercore.inflatable.inflatable_utils import pull_objects
 
     defaults = pull_objects.__kwdefaults__ or {}
-    defaults["max_time"] = seconds
+    defaults |= {"max_time": seconds, "initial_backoff": seconds / 20}
 
 
 # --- what the coordinator asks of it

@@ -159,6 +159,11 @@ def _lines(text: str) -> str:
     return "\n".join(map(plain, text.splitlines()))
 
 
+def _stamped(line: Text, at: float) -> Text:
+    """The line behind its time of day, in its own colour."""
+    return Text.assemble((time.strftime("%H:%M:%S  ", time.localtime(at)), "dim"), line)
+
+
 # --- the screen
 
 
@@ -188,7 +193,7 @@ class Screen:
     def look(self, *, most: int | None = None, clock: bool = False) -> None:
         """Takes new events in and shows them; of many lines the last `most`, each with its time of day if asked."""
         lines = [
-            Text(time.strftime("%H:%M:%S  ", time.localtime(event["at"])), "dim") + line if clock else line
+            _stamped(line, event["at"]) if clock else line
             for event in self._events.read()
             for line in self.state.apply(event)
         ]

@@ -49,8 +49,8 @@ _PRESENT_SECONDS = 16.0
 _LOOK_SECONDS = 0.5
 _FIRST_PAUSE, _LONGEST_PAUSE = 15.0, 300.0
 _HEADER_ROOM = 1 << 20
-#: Seconds that a reply which is said to be complete may keep the others waiting; Flower would wait for two hours.
-_OBJECT_SECONDS = 5.0
+#: How long a reply that is said to be complete may keep the others waiting, seconds; Flower would wait for two hours.
+_OBJECT_SECONDS = 2.0
 #: What Flower raises for objects that are well named and make no sense.
 _UNREADABLE = (
     ArithmeticError,

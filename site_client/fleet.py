@@ -243,7 +243,7 @@ def dated(reply: Message, message: Message) -> Message:
 
     Flower dates a reply by the clock here, and the SuperLink drops one that is from before its message or too late.
     """
-    reply.metadata.__dict__.update(_created_at=message.metadata.created_at, _ttl=message.metadata.ttl)
+    reply.metadata.created_at, reply.metadata.ttl = message.metadata.created_at, message.metadata.ttl
     return reply
 
 
