@@ -85,6 +85,7 @@ class Wire:
         wait_for_objects(_OBJECT_SECONDS)
         self._registry = Registry(home.registry)
         self._spool = home.spool / run.id
+        _forget_uploads(self._spool / "up")
         self._hints = _Hints(config, (home.superlink / "hints.secret").read_text())
         self._pause = _FIRST_PAUSE
         self._since = time.time()
@@ -192,6 +193,17 @@ class Wire:
 def _heard(live: Path) -> dict[str, float]:
     """When each site was last heard from."""
     return {site: said.at for site, said in read_live(live).items()}
+
+
+def _forget_uploads(folder: Path) -> None:
+    """Removes the whole updates of a process before this one.
+
+    Nobody will fold them, and they were not flushed: after a power cut one may not be what its name says. What is there
+    of an unfinished one stays; it is checked as a whole when the rest has come.
+    """
+    for path in folder.glob("*/*"):
+        if path.suffix != ".part":
+            path.unlink(missing_ok=True)
 
 
 def _silence(at: float | None) -> str:

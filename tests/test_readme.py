@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import tomllib
@@ -18,8 +19,14 @@ from pydantic import BaseModel
 from locum.common import names
 from locum.common.build import check_buildable
 from locum.common.cli import locum
+from locum.common.errors import Code
 from locum.common.plan import Part, Plan, parse_plan
 from locum.common.yaml_source import parse_yaml
+from locum.server.home import ServerConfig
+from locum.server.runs import State
+from locum.server.runs_cli import _EXIT, _LEFT
+from locum.site_client.configuration import Resources, read_configuration
+from locum.site_client.gate import Policy
 from locum.site_client.imaging.reasons import Reason
 from locum.site_client.imaging.sources import SiteData
 
@@ -30,7 +37,7 @@ MAIN = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"`([^`\n]+)`")
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-_COMMAND = re.compile(r"^(?:\$ )?(?:\.venv/bin/)?((?:locum|make)\b[^#>\n]*)", re.MULTILINE)
+_COMMAND = re.compile(r"^(?:\$ )?(?:sudo -u \S+ )?(?:\.venv/bin/)?((?:locum|make)\b[^#>\n]*)", re.MULTILINE)
 
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -126,6 +133,36 @@ def test_the_documents_hold_commands_of_every_group() -> None:
     )
 
 
+def _leaves(command: click.Command, *path: str) -> Iterator[tuple[str, ...]]:
+    """Every command that can be typed, as its words."""
+    if not isinstance(command, click.Group):
+        yield path
+        return
+    for name in command.list_commands(click.Context(command)):
+        inner = command.get_command(click.Context(command), name)
+        assert inner is not None
+        yield from _leaves(inner, *path, name)
+
+
+def test_every_command_is_shown_somewhere_as_a_person_types_it() -> None:
+    typed = [shlex.split(line)[1:] for path in MAIN for line in _read(path).typed if line.startswith("locum ")]
+    shown = {tuple(words[:length]) for words in typed for length in (1, 2)}
+    assert [" ".join(words) for words in _leaves(locum) if words not in shown] == []
+
+
+def test_the_short_form_of_the_quickstart_types_what_the_script_types() -> None:
+    script = (ROOT / "docs" / "quickstart.sh").read_text(encoding="utf-8")
+    (short,) = [content for _, content in _of("deploy.md").blocks if "--steward" in content]
+    assert _paths(short) == _paths(script) - {("simulate",), ("plan", "digest")}
+
+
+def _paths(content: str) -> set[tuple[str, ...]]:
+    """The commands of `locum` in a text, without what is given to them."""
+    leaves = set(_leaves(locum))
+    found = [tuple(line.split()[:2]) for line in re.findall(r"\blocum ([a-z]+(?: [a-z]+)?)", content)]
+    return {words if words in leaves else words[:1] for words in found} & leaves
+
+
 # --- links
 
 
@@ -201,6 +238,51 @@ def test_the_site_data_page_has_every_reason_and_every_key() -> None:
     assert [reason for reason in [*Reason, *SiteData.model_fields] if reason not in told] == []
 
 
+def test_the_agents_page_has_every_key_of_site_yaml() -> None:
+    told = set(_of("site.md").spans)
+    keys = ["stores", "proxy", "log_level", "policy", "resources", *Policy.model_fields, *Resources.model_fields]
+    assert [key for key in keys if key not in told] == []
+    assert {key for key, _ in _top_level("configs/sites/agent.yaml")} | {"proxy"} == set(keys[:5])
+
+
+def _top_level(name: str) -> Iterator[tuple[str, Any]]:
+    yield from parse_yaml((ROOT / name).read_bytes()).data.items()
+
+
+def test_the_deployment_page_has_every_key_of_server_yaml() -> None:
+    told = set(_of("deploy.md").spans)
+    assert [key for key in ServerConfig.model_fields if key not in told] == []
+
+
+def test_the_page_on_running_has_every_state_every_exit_code_every_event_and_every_reason() -> None:
+    page = _of("running.md")
+    told = set(page.spans)
+    events = {name for path in ROOT.glob("server/*.py") for name in re.findall(r'emit\(\s*"(\w+)"', path.read_text())}
+    assert len(events) > 10
+    assert [word for word in [*get_args(State), *events, *(code.name for code in Code)] if word not in told] == []
+    codes = {int(code) for code in re.findall(r"^\| (\d+) \|", page.prose, re.MULTILINE)}
+    assert codes == {*_EXIT.values(), _LEFT, 0, 1, 2}
+
+
+def test_every_message_of_the_deployment_page_is_one_that_the_program_says() -> None:
+    table = _of("deploy.md").prose.split("## When something is wrong")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    messages = [message for row in rows for message in _SPAN.findall(row)]
+    assert len(messages) > 25
+    said = [text for folder in ("common", "server", "site_client") for text in _texts(ROOT / folder)]
+    said.append("Hostname Verification Check failed")  # gRPC says this one
+    parts = [part.strip() for message in messages for part in message.split("…")]
+    assert [part for part in parts if len(part) > 3 and not any(part in text for text in said)] == []
+
+
+def _texts(folder: Path) -> Iterator[str]:
+    """Every text in the code of a folder; what is filled in later is left out of it, in both forms of formatting."""
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield from re.split(r"%\.?\d*[sdf]", node.value)
+
+
 def test_the_decisions_explain_every_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = [*project["dependencies"], *(item for extra in project["optional-dependencies"].values() for item in extra)]
@@ -221,6 +303,16 @@ def test_the_whole_plan_of_the_plan_page_is_a_plan() -> None:
     plan = parse_plan(whole.encode())
     assert f"{plan.name}.yaml is a plan: {plan.digest}" in (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
     assert check_buildable(plan) == []
+
+
+def test_the_configurations_of_the_agents_page_are_configurations(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    examples = _examples("site.md")
+    assert examples
+    for number, content in enumerate(examples):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(content)
+        assert read_configuration(path).policy.stewards == 2
 
 
 def test_the_site_files_of_the_site_data_page_are_site_files() -> None:

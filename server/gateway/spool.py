@@ -2,7 +2,7 @@
 
 spool/RUN/limit.json         what the run allows: the bytes of one update, and the plan that a site must have approved
 spool/RUN/down/SHA256        a model on its way to the sites
-spool/RUN/up/SITE/SHA256     an update, whole, checked against its name and flushed to the disk
+spool/RUN/up/SITE/SHA256     an update, whole, checked against its name
 spool/RUN/up/SITE/SHA256.part   an update on its way
 
 Rules:
@@ -32,7 +32,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from locum.common import blobs
 from locum.common.blobs import DISK_FULL, Blob, write_all
-from locum.common.durable import flush
 
 #: Bytes of disk that uploads leave free for everything else at the coordinator.
 DISK_RESERVE = 256 << 20
@@ -291,9 +290,7 @@ class Upload:
             if self._digest.hexdigest() != self._blob.sha256:
                 part.unlink(missing_ok=True)
                 raise SpoolRefusal(Reason.MALFORMED, "the blob is not what its digest says; it was removed")
-            os.fsync(self._file)
             part.rename(self.path)
-            flush(self.path.parent)
             return UploadState(self._have, complete=True)
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
@@ -19,7 +19,7 @@ from flwr.app import Error, RecordDict
 
 from locum.common.build import Model
 from locum.common.errors import Code
-from locum.common.messages import Tensors, TrainTask, unpack
+from locum.common.messages import DESCRIBE, EVALUATE, TRAIN, Tensors, TrainTask, unpack
 from locum.common.plan import Plan
 from locum.server.runs import Run
 from tests.peers import Answer, Peer, run_peers
@@ -27,8 +27,7 @@ from tests.wire.federation import Federation, events, open_federation, until
 
 #: The peers of a federation under test, and the value that each one's updates have everywhere.
 PEERS: Mapping[str, float] = {"a": 0.1, "b": 0.7, "c": 0.9}
-DESCRIBE, TRAIN, EVALUATE = "query.describe", "train", "evaluate"
-KINDS = (DESCRIBE, TRAIN, EVALUATE)
+_KINDS = (DESCRIBE, TRAIN, EVALUATE)
 #: The state of a listening socket in /proc/net/tcp.
 _LISTEN = "0A"
 
@@ -51,7 +50,7 @@ class _Away(Peer):
 def expected(plan: Plan, folder: Path, lost: Mapping[str, Sequence[int]] | None = None) -> dict[str, bytes]:
     """The model of a run in one process in which sites miss the rounds `lost`; as bytes."""
     away = lost or {}
-    peers = [_Away(name, value, away.get(name, ())) for name, value in PEERS.items()]
+    peers: list[Peer] = [_Away(name, value, away.get(name, ())) for name, value in PEERS.items()]
     return bits(run_peers(plan, peers, folder).model)
 
 
@@ -89,16 +88,6 @@ def open_peers(folder: Path, plans: Sequence[Plan], lines: Mapping[str, Line] | 
                 os.kill(number, signal.SIGKILL)
 
 
-def processes(folder: Path) -> list[int]:
-    """The processes whose command line names the folder of a federation."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            if str(folder).encode() in path.read_bytes():
-                found.append(int(path.parent.name))
-    return found
-
-
 def start(federation: Federation, name: str) -> None:
     """Starts a peer, again where it was killed."""
     federation.peer(name, f"value:{PEERS[name]}")
@@ -106,13 +95,16 @@ def start(federation: Federation, name: str) -> None:
 
 def mend(federation: Federation) -> None:
     """Lets go of what a test held, and starts what it left dead."""
+    release(federation)
     for name in PEERS:
-        release(federation, name)
-        process = federation.sites[name].popen
-        if process is None or process.poll() is not None:
+        if not _lives(federation.sites[name].popen):
             start(federation, name)
-    if federation.server.popen is None or federation.server.popen.poll() is not None:
+    if not _lives(federation.server.popen):
         federation.start()
+
+
+def _lives(process: object) -> bool:
+    return process is not None and process.poll() is None  # type: ignore[attr-defined]
 
 
 def hold(federation: Federation, kind: str, *names: str) -> None:
@@ -121,10 +113,10 @@ def hold(federation: Federation, kind: str, *names: str) -> None:
         (federation.folder / name / f"hold-{kind}").touch()
 
 
-def release(federation: Federation, *names: str) -> None:
-    """Lets sites answer."""
-    for name in names or PEERS:
-        for kind in KINDS:
+def release(federation: Federation, *kinds: str) -> None:
+    """Lets sites answer messages of these kinds, or all."""
+    for name in PEERS:
+        for kind in kinds or _KINDS:
             (federation.folder / name / f"hold-{kind}").unlink(missing_ok=True)
 
 
@@ -142,18 +134,18 @@ class Taken:
         path = self.federation.folder / name / "handled"
         return path.read_text().splitlines() if path.exists() else []
 
-    def of(self, name: str, message: str = "") -> list[str]:
-        """Of one site; `message` is the type and the round, such as `train 2`."""
-        return [line for line in self._lines(name)[self._before[name] :] if message in {"", line}]
+    def of(self, name: str, message: str) -> int:
+        """How often a site began with a message; that is its type and its round, such as `train 2`."""
+        return self._lines(name)[self._before[name] :].count(message)
 
     def wait(self, message: str, *names: str) -> None:
-        """Until these sites work on it."""
+        """Until these sites (or all) have begun with it."""
         for name in names or PEERS:
             until(lambda name=name: self.of(name, message), 120, f"{name} never began '{message}'")
 
 
 class Line:
-    """A way between a site and the gateway: bytes in both directions, as fast as a test wants."""
+    """A way between a site and the gateway, as fast as a test wants."""
 
     def __init__(self) -> None:
         self.up: float | None = None  #: Bytes a second from the site; None is as fast as it goes.
@@ -193,7 +185,37 @@ def _carry(source: socket.socket, target: socket.socket, rate: Callable[[], floa
             end.shutdown(socket.SHUT_RDWR)
 
 
+def moving(folder: Path) -> None:
+    """Waits until a part of a blob has arrived in a folder."""
+    until(lambda: any(path.stat().st_size for path in folder.rglob("*.part")), 120, f"no blob moves to {folder}")
+
+
 # --- processes
+
+
+def processes(folder: Path) -> list[int]:
+    """The processes whose command line names the folder of a federation."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if str(folder).encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
+def writer(path: Path) -> int | None:
+    """The process whose standard output is a file."""
+    for number in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if os.readlink(number / "fd" / "1") == str(path):
+                return int(number.name)
+    return None
+
+
+def computed(process: int) -> float:
+    """The seconds that a process has computed."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def listening(process: int) -> set[str]:
@@ -203,25 +225,18 @@ def listening(process: int) -> set[str]:
         with suppress(OSError):
             own.add(os.readlink(descriptor))
     found = set()
-    for table, size in (("tcp", 4), ("tcp6", 16)):
+    for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
             if fields[3] == _LISTEN and f"socket:[{fields[9]}]" in own:
                 host, port = fields[1].split(":")
-                found.add(f"{_host(bytes.fromhex(host), size)}:{int(port, 16)}")
+                found.add(f"{_host(bytes.fromhex(host))}:{int(port, 16)}")
     return found
 
 
-def _host(words: bytes, size: int) -> str:
+def _host(words: bytes) -> str:
     """An address from 32-bit words in the machine's order."""
-    octets = b"".join(words[at : at + 4][::-1] for at in range(0, size, 4))
-    return str(ip_address(octets))
-
-
-def computed(process: int) -> float:
-    """The seconds that a process has computed."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return str(ip_address(b"".join(words[at : at + 4][::-1] for at in range(0, len(words), 4))))
 
 
 # --- kill -9
@@ -234,17 +249,14 @@ def kill_app(run: Run) -> int:
     return number
 
 
-def kill(federation: Federation, name: str) -> int:
-    """Kills a supervised process and waits for the next one; returns the number of that."""
+def kill(federation: Federation, name: str) -> None:
+    """Kills a supervised process, and waits until the next one runs."""
     before = federation.pid_of(name)
     os.kill(before, signal.SIGKILL)
-    return int(until(lambda: (now := federation.pid_of(name)) != before and now, 60, f"{name} was not started again"))
+    until(lambda: federation.pid_of(name) != before, 120, f"{name} was not started again")
 
 
-def told(run: Run, kind: str, seconds: float = 120.0, **fields: object) -> None:
+def told(run: Run, kind: str, *, seconds: float = 120.0, **fields: object) -> None:
     """Waits until the run has told of something."""
 
-    def holds() -> bool:
-        return any(all(event.get(k) == v for k, v in fields.items()) for event in events(run, kind))
-
-    until(holds, seconds, f"never told: {kind} {fields}")
+    until(lambda: any(fields.items() <= event.items() for event in events(run, kind)), seconds, f"no {kind} {fields}")

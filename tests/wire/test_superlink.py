@@ -115,7 +115,10 @@ def test_it_listens_on_loopback_and_nowhere_else(running: SuperLink) -> None:
 
 def _acquired(running: SuperLink, secret: bytes | None, seen: dict[str, str] | None = None) -> int:
     """Asks for a task as a SuperExec does; returns the status, and leaves the headers of its version in `seen`."""
-    interceptors: list[Any] = [RuntimeVersionHttpInterceptor(component_name="SuperExec"), _Note({} if seen is None else seen)]
+    interceptors: list[Any] = [
+        RuntimeVersionHttpInterceptor(component_name="SuperExec"),
+        _Note({} if seen is None else seen),
+    ]
     if secret is not None:
         protected = frozenset({_TASK})
         interceptors.append(SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=protected))
