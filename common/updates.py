@@ -27,8 +27,14 @@ def l2_norm(tensors: Arrays) -> float:
     Memory is a few blocks for contiguous tensors of any size; pages of a mapped one are given back as they were read.
     """
     # Not a dot product: BLAS would start its own threads, which fight with those of the sites.
-    total = sum((_square_sum(array.ravel(order="K")) for array in tensors.values()), 0.0)
+    total = sum(map(_squares, tensors.values()), 0.0)
     return math.sqrt(total) if total >= 0 else total
+
+
+def _squares(array: NDArray[Any]) -> float:
+    found = _square_sum(array.ravel(order="K"))
+    forget_part(array)  # once more: the kernel maps pages around each one that is read, also behind it
+    return found
 
 
 def _square_sum(flat: NDArray[Any]) -> float:

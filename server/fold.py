@@ -49,6 +49,7 @@ class Fold:
         weight = update.header.weight
         for name, tensor in update.tensors.items():
             _add_weighted(self._totals[name].reshape(-1), weight, tensor.reshape(-1))
+            forget_part(tensor)  # once more: the kernel maps pages around each one that is read, also behind it
         self.weight += weight
         self.count += 1
 

@@ -39,7 +39,7 @@ from locum.common.messages import (
     pack,
 )
 from locum.common.plan import Plan
-from locum.common.tensor_files import forget, forget_part
+from locum.common.tensor_files import forget_part
 from locum.common.updates import l2_norm
 from locum.server.admission import Refused, Update, admit, read
 from locum.server.checkpoints import Checkpoints, Committed
@@ -271,7 +271,6 @@ def one_round(engine: Engine, roster: Roster, committed: Committed, attempt: int
         engine.events.emit("void", round=number, attempt=attempt, admitted=fold.count)
         return refused
     model, strategy = engine.strategy.step(committed.model, totals, fold.weight, committed.strategy)
-    forget(committed.model)
     if not np.isfinite(l2_norm(model)):
         engine.events.emit("void", round=number, attempt=attempt, admitted=0)
         return {site: Refused("the sum is not finite", Code.UPDATE_REFUSED) for site in roster.nodes}

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from locum.common.build import Model
 from locum.common.messages import Arrays
+from locum.common.tensor_files import forget_part
 from locum.server.strategies import Totals
 
 #: Elements that are computed at once.
@@ -46,6 +47,7 @@ def _moved(tensor: NDArray[Any], total: NDArray[np.float64], scale: float) -> ND
     for start in range(0, new.size, _BLOCK):
         part = slice(start, start + _BLOCK)
         new[part] = old[part].astype(np.float64) + scale * sums[part]
+    forget_part(tensor)
     return moved
 
 

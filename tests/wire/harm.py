@@ -21,9 +21,9 @@ from locum.common.build import Model
 from locum.common.errors import Code
 from locum.common.messages import DESCRIBE, EVALUATE, TRAIN, Tensors, TrainTask, unpack
 from locum.common.plan import Plan
-from locum.server.runs import Run
+from locum.server.runs import Run, all_runs
 from tests.peers import Answer, Peer, run_peers
-from tests.wire.federation import Federation, events, open_federation, until
+from tests.wire.federation import Federation, ended, events, open_federation, until
 
 #: The peers of a federation under test, and the value that each one's updates have everywhere.
 PEERS: Mapping[str, float] = {"a": 0.1, "b": 0.7, "c": 0.9}
@@ -94,13 +94,17 @@ def start(federation: Federation, name: str) -> None:
 
 
 def mend(federation: Federation) -> None:
-    """Lets go of what a test held, and starts what it left dead."""
+    """Lets go of what a test held, starts what it left dead, and stops its runs."""
     release(federation)
     for name in PEERS:
         if not _lives(federation.sites[name].popen):
             start(federation, name)
     if not _lives(federation.server.popen):
         federation.start()
+    for run in all_runs(federation.home):
+        if not run.status().ended:
+            run.want("stop")
+            ended(run)
 
 
 def _lives(process: object) -> bool:
@@ -207,7 +211,7 @@ def writer(path: Path) -> int | None:
     """The process whose standard output is a file."""
     for number in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if os.readlink(number / "fd" / "1") == str(path):
+            if (number / "fd" / "1").readlink() == path:
                 return int(number.name)
     return None
 
@@ -223,7 +227,7 @@ def listening(process: int) -> set[str]:
     own = set()
     for descriptor in Path(f"/proc/{process}/fd").iterdir():
         with suppress(OSError):
-            own.add(os.readlink(descriptor))
+            own.add(str(descriptor.readlink()))
     found = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:

@@ -56,7 +56,7 @@ _LARGE: dict[str, Any] = {
         {"name": "Resized", "spatial_size": [16, 16, 16]},
     ],
 }
-_SHORT = {"quorum": 2, "deadline": "6 s", "attempts": 1}
+_SHORT = {"quorum": 2, "deadline": "8 s", "attempts": 1}
 _LONG = {"quorum": 2, "deadline": "3 min"}
 
 _PHASES = plan(name="phases", rounds=1)
@@ -89,7 +89,6 @@ def opened(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
 
 @pytest.fixture
 def federation(opened: Federation) -> Iterator[Federation]:
-    mend(opened)
     yield opened
     _LINE.up = _LINE.down = None
     mend(opened)
@@ -111,23 +110,18 @@ def test_blobs_arrive_whoever_dies_on_the_way_and_nothing_is_trained_twice(
     kill(federation, "superlink")
     _LINE.up = None
     start(federation, "c")
-    told(run, "committed", round=1)
-
     hold(federation, TRAIN)
     taken.wait("train 2")
-    kill(federation, "superexec")  # and with it the run's process
-    until(lambda: len(events(run, "started")) == 2, 120)
     _LINE.up = _SLOWLY
     release(federation)
-    until(lambda: taken.of("c", "train 2") == 2, 120)
     moving(uploads)
     kill(federation, "gateway")  # while an update comes in
     _LINE.up = None
 
     assert ended(run) == "completed"
     assert bits(model_of(run)) == expected(_BLOBS, tmp_path)
-    assert [taken.of(name, "train 1") for name in PEERS] == [1, 1, 1]
-    assert not uploads.exists()
+    assert [taken.of(name, f"train {number}") for number in (1, 2) for name in PEERS] == [1] * 6
+    until(lambda: not uploads.exists(), 60, "the blobs of a run that has ended lie there still")
 
 
 def test_the_runs_process_is_killed_in_each_phase_of_a_round(federation: Federation, tmp_path: Path) -> None:
@@ -143,7 +137,7 @@ def test_the_runs_process_is_killed_in_each_phase_of_a_round(federation: Federat
     hold(federation, EVALUATE)
     release(federation, TRAIN)
     taken.wait("evaluate 1")
-    kill_app(run)  # committed, not evaluated
+    kill(federation, "superexec")  # committed, not evaluated; the process ends with the one that started it
     release(federation)
     told(run, "evaluated", round=1)
     kill_app(run)  # evaluated, no result
@@ -160,7 +154,7 @@ def test_a_coordinator_that_is_killed_leaves_nothing_behind_and_goes_on_by_itsel
     run = federation.run(_COORDINATOR)
     taken.wait("train 1")
     open_ports = {name: listening(federation.pid_of(name)) for name in ("superlink", "superexec", "gateway")}
-    assert all(address.startswith("127.0.0.1:") for addresses in open_ports.values() for address in addresses)
+    assert all(map(_is_loopback, set.union(*open_ports.values()))), open_ports
 
     federation.server.kill()
     until(lambda: not processes(federation.home.path) and run.alive() is None, 60, "a process lives on")
@@ -178,6 +172,10 @@ def test_a_coordinator_that_is_killed_leaves_nothing_behind_and_goes_on_by_itsel
     release(federation)
     assert ended(run) == "completed"
     assert bits(model_of(run)) == expected(_COORDINATOR, tmp_path)
+
+
+def _is_loopback(address: str) -> bool:
+    return address.rpartition(":")[0] in {"127.0.0.1", "::ffff:127.0.0.1"}
 
 
 def test_a_site_that_does_not_answer_is_lost_for_the_round_and_below_quorum_the_run_pauses(
@@ -347,7 +345,7 @@ def test_a_worker_that_is_killed_costs_the_round_of_its_site(federation: Federat
 def test_a_run_in_a_storm_of_kills_gives_the_model_of_what_arrived(
     seed: int, federation: Federation, tmp_path: Path
 ) -> None:
-    draw = random.Random(seed)  # noqa: S311 - which process dies next is no secret
+    draw = random.Random(seed)
     run = federation.run(_STORM)
     for _ in range(30):
         victim = draw.choice(("app", "app", "a", "b", "c", "gateway", "gateway", "superlink", "superexec", "server"))
