@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,6 +30,7 @@ from locum.common.messages import (
     EVALUATE,
     TRAIN,
     Arrays,
+    Carrier,
     DescribeTask,
     Description,
     EvaluateResult,
@@ -263,7 +264,7 @@ def one_round(engine: Engine, roster: Roster, committed: Committed, attempt: int
         else:
             refused[site] = verdict
             engine.events.emit("refused", round=number, site=site, reason=verdict.reason)
-    refused |= {site: Refused("no answer by the deadline") for site in roster.nodes if site not in admitted | refused}
+    refused |= _unanswered(engine, [site for site in roster.nodes if site not in admitted | refused])
     totals = fold.close()
     for site in outgoing:
         link.taken(site)
@@ -287,6 +288,12 @@ def _away(engine: Engine, roster: Roster, number: int) -> dict[str, Refused]:
     for site, reason in away.items():
         engine.events.emit("refused", round=number, site=site, reason=reason)
     return {site: Refused(reason) for site, reason in away.items()}
+
+
+def _unanswered(engine: Engine, sites: Collection[str]) -> dict[str, Refused]:
+    """Why these sites have not answered."""
+    away = engine.link.away(sites)
+    return {site: Refused(away.get(site, "no answer by the deadline")) for site in sites}
 
 
 def exchange(
@@ -376,7 +383,7 @@ def evaluate(engine: Engine, roster: Roster, model: Arrays, *, round_number: int
     sums: dict[str, Arrays] = {}
     cases: dict[str, int | None] = {}
     for site, reply in exchange(engine, EVALUATE, outgoing, group=str(round_number)):
-        answer = _read_sums(reply, plan)
+        answer = _read_sums(reply, plan, engine.link.incoming(site))
         if isinstance(answer, Refused):
             excluded[site] = answer.reason
         else:
@@ -392,12 +399,14 @@ def evaluate(engine: Engine, roster: Roster, model: Arrays, *, round_number: int
         for name, metric in metrics.items()
     }
     per_site = {s: {name: metric.value(sums[s][name], classes) for name, metric in metrics.items()} for s in order}
+    for site in outgoing:
+        engine.link.taken(site)
     return Evaluated(round=round_number, fold=fold, overall=overall, per_site=per_site, cases=cases, excluded=excluded)
 
 
-def _read_sums(reply: Message | None, plan: Plan) -> tuple[EvaluateResult, Arrays] | Refused:
+def _read_sums(reply: Message | None, plan: Plan, carrier: Carrier) -> tuple[EvaluateResult, Arrays] | Refused:
     """A site's metric sums: of the released metrics, finite float64 vectors of each metric's length."""
-    answer = read(reply, EvaluateResult, plan)
+    answer = read(reply, EvaluateResult, plan, carrier)
     if isinstance(answer, Refused):
         return answer
     sums, classes = answer[1], len(plan.contract.classes)

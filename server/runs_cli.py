@@ -193,28 +193,31 @@ def _follow(run: Run, home: Home, *, as_json: bool) -> None:
         status = print_events(run) if as_json else watch_run(run, home, console)
     except KeyboardInterrupt:
         if not as_json:
-            typer.echo(f"left; the run goes on without you: locum watch {run.id} shows it again", err=True)
+            typer.echo(
+                f"left; the run goes on without you: locum watch {run.id}{_at(home.path)} shows it again", err=True
+            )
         raise typer.Exit(_LEFT) from None
     except BrokenPipeError:
         # Whoever read has gone; without this the interpreter complains when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(_LEFT) from None
     if not as_json:
-        _say_end(run, status)
+        _say_end(run, status, _at(home.path))
     raise typer.Exit(_EXIT[status.state])
 
 
-def _say_end(run: Run, status: Status) -> None:
+def _say_end(run: Run, status: Status, at: str) -> None:
+    """Says how a run has ended, and what can be done; `at` is what a command needs to find the same folder."""
     if status.state == "failed":
         typer.echo(f"{run.id} has failed after round {status.round}: {_plain(status.reason)}")
         typer.echo(f" next: {_plain(status.remedy)}")
-        typer.echo(f"       then: locum resume {run.id}")
+        typer.echo(f"       then: locum resume {run.id}{at}")
     elif status.state == "stopped":
         typer.echo(f"{run.id} is stopped after round {status.round} of {status.rounds}; committed rounds are kept")
-        typer.echo(f" next: locum resume {run.id}, or locum pull {run.id} for what there is")
+        typer.echo(f" next: locum resume {run.id}{at}, or locum pull {run.id}{at} for what there is")
     else:
         typer.echo(_ended(run))
-        typer.echo(f" next: locum pull {run.id}")
+        typer.echo(f" next: locum pull {run.id}{at}")
 
 
 def _plain(text: str) -> str:
@@ -274,10 +277,11 @@ def stop(run: _RunName, home: _HomeDir, as_json: _Json = False) -> None:
     found = find(_home(home), run)
     status = found.status()
     if status.state in {"completed", "completed with losses", "failed"}:
-        raise RunError(f"{found.id} has {_has(status.state)} already", f"locum watch {found.id} says how")
+        raise RunError(f"{found.id} has {_has(status.state)} already", f"locum watch {found.id}{_at(home)} says how")
     if status.state not in {"stopping", "stopped"}:
         _want(found, "stop")
-    _say_wanted(found, as_json, f"{found.id} stops; {status.round} committed rounds are kept: locum resume {found.id}")
+    kept = f"{status.round} committed rounds are kept"
+    _say_wanted(found, as_json, f"{found.id} stops; {kept}: locum resume {found.id}{_at(home)}")
 
 
 @resume_app.command()
@@ -288,11 +292,11 @@ def resume(run: _RunName, home: _HomeDir, as_json: _Json = False) -> None:
     found = find(_home(home), run)
     status = found.status()
     if status.state in {"completed", "completed with losses"}:
-        raise RunError(f"{found.id} has completed", f"locum pull {found.id} fetches its model")
-    text = f"{found.id} is {status.state} already: locum watch {found.id}"
+        raise RunError(f"{found.id} has completed", f"locum pull {found.id}{_at(home)} fetches its model")
+    text = f"{found.id} is {status.state} already: locum watch {found.id}{_at(home)}"
     if status.state in {"failed", "stopped", "stopping"}:
         _want(found, "run")
-        text = f"{found.id} goes on after round {status.round}: locum watch {found.id}"
+        text = f"{found.id} goes on after round {status.round}: locum watch {found.id}{_at(home)}"
     _say_wanted(found, as_json, text)
 
 

@@ -27,9 +27,11 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError
 
+from locum.common import build
 from locum.common.durable import replace_file
 from locum.common.errors import LocumError, RunError
 from locum.common.messages import BLOB_THRESHOLD, INLINE, Arrays, Carrier, Fields, MessageError
+from locum.common.plan import Plan
 from locum.common.proto import locum_pb2 as pb
 from locum.common.proto import locum_pb2_grpc as rpc
 from locum.common.tensor_files import Mapped, map_tensors, write_tensors
@@ -102,24 +104,24 @@ class Wire:
         return {name: node for node, name in self._registry.nodes().items() if name in sites}
 
     def away(self, sites: Iterable[str]) -> dict[str, str]:
-        """The sites that were not heard from for too long."""
-        heard, now = _heard(self._home.live), time.time()
+        """The sites that were not heard from for too long, and those that were revoked."""
+        heard, now, known = _heard(self._home.live), time.time(), set(self._registry.nodes().values())
         last = {site: max(heard.get(site, 0.0), self._since) for site in sites}
-        return {site: _silence(heard.get(site)) for site, at in last.items() if now - at > SILENT_SECONDS}
+        silent = {site: _silence(heard.get(site)) for site, at in last.items() if now - at > SILENT_SECONDS}
+        return silent | dict.fromkeys(set(last) - known, "its certificate was revoked")
 
     # --- tensors
 
     def outgoing(self, model: Arrays) -> Carrier:
         """The model as a file of the spool, linked where it lies already; a small one inside the message."""
         size = sum(array.nbytes for array in model.values())
-        if size <= BLOB_THRESHOLD:
-            return INLINE
         down = self._spool / "down"
         if not down.exists():
             down.mkdir(parents=True)
-            limit = {"upload_bytes": size + _HEADER_ROOM, "plan": self._plan.digest}
+            most = max(size, _bytes_of_sums(self._plan)) + _HEADER_ROOM
+            limit = {"upload_bytes": most, "plan": self._plan.digest}
             replace_file(self._spool / "limit.json", json.dumps(limit).encode())
-        return Outgoing(down)
+        return INLINE if size <= BLOB_THRESHOLD else Outgoing(down)
 
     def incoming(self, site: str) -> Carrier:
         """What the site has uploaded."""
@@ -188,6 +190,11 @@ class Wire:
     def close(self) -> None:
         """Ends the hints."""
         self._hints.close()
+
+
+def _bytes_of_sums(plan: Plan) -> int:
+    """Of the metric sums that a site sends for one fold."""
+    return 8 * sum(build.metric_of(name).length(len(plan.contract.classes)) for name in plan.released_metrics)
 
 
 def _heard(live: Path) -> dict[str, float]:

@@ -25,6 +25,7 @@ import grpc
 from flwr.app import ConfigRecord, Message
 
 from locum.common.activity import Activity
+from locum.common.canonical import sha256_hex
 from locum.common.durable import replace_file
 from locum.common.errors import SiteFailure
 from locum.site_client import gate
@@ -60,9 +61,10 @@ class Service:
     log: logging.Logger
     pulse: Pulse
     stop: threading.Event = field(default_factory=threading.Event)
-    instance: str = field(default_factory=lambda: secrets.token_hex(8))
+    instance: str = field(init=False)
 
     def __post_init__(self) -> None:
+        self.instance = instance_of(self.home)
         self.journal = Journal(self.home / "journal")
         self.agent.told = self.doing
         self._run = ""
@@ -208,6 +210,19 @@ class Service:
         """Leaves a word for `locum site status`."""
         word: dict[str, Any] = {"connected": connected, "problem": problem, "at": time.time()}
         replace_file(self.home / "agent.json", json.dumps(word).encode())
+
+
+def instance_of(home: Path) -> str:
+    """A number for an agent that starts: that of its folder on this machine, and a draw.
+
+    A folder has one agent at a time, so the next one takes over at once; an agent with a copy of it is another one.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        boot = secrets.token_hex(16)
+    found = home.stat()
+    return f"{sha256_hex(f'{boot} {found.st_dev} {found.st_ino}'.encode())[:16]}:{secrets.token_hex(4)}"
 
 
 def _fields(reply: Message) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Rules:
   * `live.json` is written whole, at most once a second, and only when something changed; never within a site's call.
   * An agent holds its site's lease while it is heard. A second agent with the same key is refused until the first was
-    silent for 15 s.
+    silent for 15 s; but the next one in the same folder, where only one can live at a time, takes over at once.
   * Times are the coordinator's; a site's clock is told as its offset.
 """
 
@@ -38,7 +38,7 @@ class Heard:
         round: of that run.
         done: bytes or seconds, by activity.
         total: of the same.
-        instance: the agent's own number, drawn at its start.
+        instance: the agent's own number: its folder's, a colon, and a draw at its start.
         version: of Locum at the site.
         at: when it was heard, seconds since 1970.
         clock_offset: the site's clock less ours, seconds.
@@ -85,10 +85,11 @@ class Live:
         """Whether this agent is the site's; it is until it was silent for 15 s. Every claim counts as heard."""
         now = self._clock()
         with self._lock:
-            holder, heard = self._leases.get(site, (instance, now))
-            if holder != instance and now - heard < LEASE_SECONDS:
+            folder = instance.partition(":")[0]
+            holder, heard = self._leases.get(site, (folder, now))
+            if holder != folder and now - heard < LEASE_SECONDS:
                 return False
-            self._leases[site] = (instance, now)
+            self._leases[site] = (folder, now)
             return True
 
     def report(self, site: str, said: ReportRequest) -> bool:

@@ -37,6 +37,13 @@ def test_a_second_agent_is_refused_until_the_first_is_silent(tmp_path: Path) -> 
     assert not live.claim("berlin", "one")
 
 
+def test_the_next_agent_in_the_same_folder_takes_over_at_once(tmp_path: Path) -> None:
+    live = Live(tmp_path / "live.json", clock=Clock())
+    assert live.claim("berlin", "folder:one")
+    assert live.claim("berlin", "folder:two")
+    assert not live.claim("berlin", "copy:two")
+
+
 def test_what_was_heard_is_in_the_file_with_the_clocks_offset(tmp_path: Path) -> None:
     path = tmp_path / "live.json"
     live = Live(path)

@@ -98,7 +98,7 @@ def test_a_plan_that_no_site_could_open_is_not_proposed(
     large = plan(name="large", network={"name": "Classifier", "channels": [4, 8]})
     (tmp_path / "plan.yaml").write_text(large.to_yaml().replace("lr: 0.05", f"lr: 0.05\n  weight_decay: {2**60}"))
     assert _locum(home, "propose", tmp_path / "plan.yaml") == 2
-    assert "cannot be signed" in _error(capsys)
+    assert "no canonical form" in _error(capsys)
 
 
 # --- run
@@ -191,6 +191,18 @@ def test_stop_and_resume_leave_every_state_that_is_no_end(home: Home, capsys: py
     assert run.status().state == "waiting"
     assert run.wanted is not None
     assert run.wanted.by
+
+
+def test_the_next_commands_that_are_told_find_the_same_coordinator(
+    home: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = create_run(home, plan(name="next"))
+    for words in (("stop", run.id), ("watch", run.id), ("resume", run.id)):
+        _locum(home, *words)
+        said = capsys.readouterr().out
+        told = re.findall(r"locum \w+ \S+(?: --home \S+)?", said)
+        assert told
+        assert [one for one in told if not one.endswith(f" --home {home.path}") and not one.endswith(",")] == []
 
 
 def test_a_completed_run_is_neither_stopped_nor_resumed(home: Home, capsys: pytest.CaptureFixture[str]) -> None:

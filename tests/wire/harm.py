@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 
 import numpy as np
@@ -240,7 +240,8 @@ def listening(process: int) -> set[str]:
 
 def _host(words: bytes) -> str:
     """An address from 32-bit words in the machine's order."""
-    return str(ip_address(b"".join(words[at : at + 4][::-1] for at in range(0, len(words), 4))))
+    found = ip_address(b"".join(words[at : at + 4][::-1] for at in range(0, len(words), 4)))
+    return str((found.ipv4_mapped if isinstance(found, IPv6Address) else None) or found)
 
 
 # --- kill -9

@@ -23,6 +23,8 @@ from tests.wire.harm import bits
 from tests.wire.hostile import answers, start_hostile
 
 LARGE = {"name": "Classifier", "channels": [16, 32, 64]}
+#: So many that the sums of their metrics are larger than what travels inside a message.
+MANY_CLASSES = [f"class-{number}" for number in range(12)]
 #: What a good site's update is everywhere. `foreign` names the blob of `a`.
 GOOD = {"a": 1.0, "b": 0.3}
 
@@ -115,7 +117,9 @@ def _plans() -> dict[str, Plan]:
         "inline": plan(name="inline", rounds=1, participation=two),
         "blobs": plan(name="blobs", rounds=1, participation=two, network=LARGE),
         "never": plan(name="never", rounds=1, participation={"quorum": 2, "deadline": "20 s"}),
-        "clock": plan(name="clock", rounds=1, participation={"quorum": 3, "deadline": "60 s"}),
+        "clock": plan(
+            name="clock", rounds=1, participation={"quorum": 3, "deadline": "60 s"}, contract__classes=MANY_CLASSES
+        ),
     }
 
 
@@ -252,6 +256,8 @@ def test_two_agents_with_one_key_are_one_site_and_clocks_ten_minutes_off_cost_no
     assert ended(run) == "completed"
     peers = [Peer("a", 1.0), Peer(EARLY, 0.3), Peer(LATE, 0.3), Peer(TWIN)]
     assert bits(model_of(run)) == _expected(of, peers, tmp_path)
+    (evaluated,) = events(run, "evaluated")
+    assert set(evaluated["per_site"]) == {"a", EARLY, LATE, TWIN}
 
 
 def _copy(source: Path, copied: Path) -> None:

@@ -25,7 +25,7 @@ from tests.wire.federation import Federation, ended, events, model_of, open_fede
 from tests.wire.harm import bits
 
 LARGE = {"name": "Classifier", "channels": [64, 128, 256, 512]}
-VALUES = {"reset": 0.1, "silent": 0.7, "proxied": 0.9}
+VALUES = {"reset": 0.01, "silent": 0.07, "proxied": 0.09}
 RATE = 6 << 20
 _PIECE = 1 << 14
 
