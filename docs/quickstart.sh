@@ -29,8 +29,9 @@ locum server init --name quickstart --host localhost --listen 127.0.0.1 --port "
 locum server start >coordinator.log 2>&1 &
 for name in $hospitals; do locum server invite "$name"; done
 
-step "The ML team proposes the plan."
-locum propose "$plan"
+step "The ML team proposes the plan. Meanwhile the hospitals go on."
+locum propose "$plan" >proposed &
+proposing=$!
 digest=$(locum plan digest "$plan")
 
 step "Each hospital joins, ingests its images, and starts its agent."
@@ -41,6 +42,7 @@ for name in $hospitals; do
   locum site start --home "$name" >"$name.log" 2>&1 &
 done
 
+wait $proposing && cat proposed
 step "At each hospital a steward reviews and approves it."
 for name in $hospitals; do
   patiently locum site review "$digest" --home "$name"

@@ -61,7 +61,7 @@ def free_port() -> int:
     """A port below those that the kernel gives away, so that it is still free after its owner was killed."""
     while True:
         with socket.socket() as probe, suppress(OSError):
-            port = random.randrange(20_000, 32_000)  # noqa: S311 - several test runs on one machine rarely meet
+            port = random.randrange(20_000, 32_000)
             probe.bind(("127.0.0.1", port))
             return port
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import stat
 import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from io import BytesIO
@@ -49,7 +48,7 @@ from locum.common.plan import Plan
 from locum.common.proto import locum_pb2 as pb
 from locum.common.proto import locum_pb2_grpc as rpc
 from locum.server.authority import Authority, load_authority
-from locum.server.home import read_config
+from locum.server.home import Home, read_config
 from locum.server.invitations import invite, make_invitation
 from locum.server.registry import Registry
 from locum.server.runs import Run
@@ -76,7 +75,7 @@ class Caller:
 
     channel: grpc.Channel
     key: Any
-    instance: str = field(default_factory=lambda: os.urandom(8).hex())
+    instance: str
 
     @property
     def public(self) -> bytes:
@@ -100,6 +99,11 @@ class Caller:
     def activate(self) -> pb.FleetAnswer:
         request = ActivateNodeRequest(public_key=self.public, heartbeat_interval=30)
         return self.fleet(FLEET + "activate-node", request.SerializeToString())
+
+    def beat(self, node: int, headers: Mapping[str, str] | None = None) -> int:
+        """The status of a node's heartbeat."""
+        request = SendNodeHeartbeatRequest(node=Node(node_id=node), heartbeat_interval=30)
+        return self.fleet(FLEET + "send-node-heartbeat", request.SerializeToString(), headers).status
 
     def every_call(self, run: str = "run") -> dict[str, object]:
         """What each call that is no enrolment answers: a message, or the status of its refusal."""
@@ -135,7 +139,7 @@ class Scene:
         identity = self.identity(name)
         presented = certificate or identity.certificate
         with self.channel(key_pem(key or identity.key), certificate_pem(presented)) as channel:
-            yield Caller(channel, key or identity.key)
+            yield Caller(channel, key or identity.key, f"agent of {name}")
 
     def channel(self, key: bytes | None = None, certificate: bytes | None = None) -> grpc.Channel:
         root = certificate_pem(self.identity("d").authority)
@@ -144,6 +148,14 @@ class Scene:
 
     def identity(self, name: str) -> SiteIdentity:
         return load_identity(self.federation.folder / name)
+
+    def node(self, name: str) -> int:
+        """The number of a site's node."""
+        with closing(Registry(self.federation.home.registry)) as registry:
+            row = registry.site(name)
+        assert row is not None
+        assert row.node_id is not None
+        return row.node_id
 
     @property
     def authority(self) -> Authority:
@@ -163,7 +175,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 def test_without_a_certificate_no_call_is_answered(scene: Scene) -> None:
     with scene.channel() as channel:
-        assert set(Caller(channel, new_key()).every_call().values()) == {UNAVAILABLE}
+        assert set(Caller(channel, new_key(), "nobody").every_call().values()) == {UNAVAILABLE}
         assert answered(lambda: rpc.RegistryStub(channel).Enrol(pb.EnrolRequest(), timeout=CALL)) == UNAVAILABLE
 
 
@@ -213,21 +225,26 @@ def caller(scene: Scene) -> Iterator[Caller]:
         yield opened
 
 
-def test_the_node_key_must_be_that_of_the_certificate(scene: Scene, caller: Caller) -> None:
-    other = Caller(caller.channel, scene.identity("g").key, caller.instance)  # even with the key itself
-    assert answered(other.activate) == DENIED
+@pytest.fixture(scope="module")
+def other(scene: Scene) -> Iterator[Caller]:
+    """Another one."""
+    with scene.caller("g") as opened:
+        assert opened.activate().status == 200
+        yield opened
+
+
+def test_the_node_key_must_be_that_of_the_certificate(caller: Caller, other: Caller) -> None:
+    thief = Caller(caller.channel, other.key, caller.instance)  # even with the key itself
+    assert answered(thief.activate) == DENIED
     both = caller.headers() | {FLEET_HTTP_PUBLIC_KEY_HEADER.title(): other.headers()[FLEET_HTTP_PUBLIC_KEY_HEADER]}
     assert answered(lambda: caller.fleet(FLEET + "activate-node", headers=both)) == DENIED
     none = {name: value for name, value in caller.headers().items() if name != FLEET_HTTP_PUBLIC_KEY_HEADER}
     assert answered(lambda: caller.fleet(FLEET + "activate-node", headers=none)) == DENIED
 
 
-def test_a_site_does_not_speak_for_another_node(scene: Scene, caller: Caller) -> None:
-    with scene.caller("g") as other:
-        number = ActivateNodeResponse.FromString(other.activate().body).node_id
-    node = Node(node_id=number)
-    beat = SendNodeHeartbeatRequest(node=node, heartbeat_interval=30)
-    assert caller.fleet(FLEET + "send-node-heartbeat", beat.SerializeToString()).status == 401
+def test_a_site_does_not_speak_for_another_node(scene: Scene, caller: Caller, other: Caller) -> None:
+    assert (caller.beat(scene.node("d")), other.beat(scene.node("g"))) == (200, 200)
+    assert (caller.beat(scene.node("g")), other.beat(scene.node("d"))) == (401, 401)
 
 
 @pytest.mark.parametrize(
@@ -251,9 +268,7 @@ def test_headers_that_open_other_doors_are_not_carried(scene: Scene, caller: Cal
     secret = control_secret(scene.federation.home)
     smuggled = {CONTROL_HEADER: secret, CONTROL_HEADER.upper(): secret, "flwr-task-token": "x", "host": "elsewhere"}
     smuggled |= {"content-encoding": "gzip", "content-length": "5", "transfer-encoding": "chunked", "connection": "x"}
-    request = ActivateNodeRequest(public_key=caller.public, heartbeat_interval=30).SerializeToString()
-    answer = caller.fleet(FLEET + "activate-node", request, caller.headers() | smuggled)
-    assert answer.status == 200
+    assert caller.beat(scene.node("d"), caller.headers() | smuggled) == 200
 
 
 @pytest.mark.parametrize("value", ["a\r\nlocum-control: x", "a\nb", "a\0b", "ü", "\u2028"])
@@ -269,7 +284,9 @@ def test_a_body_that_is_none_is_refused(caller: Caller) -> None:
     assert large == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-def test_a_site_that_opens_hundreds_of_calls_keeps_no_other_waiting(scene: Scene, caller: Caller) -> None:
+def test_a_site_that_opens_hundreds_of_calls_keeps_no_other_waiting(
+    scene: Scene, caller: Caller, other: Caller
+) -> None:
     over = threading.Event()
     with ExitStack() as stack:
         pull = PullMessagesRequest(node=Node(node_id=1)).SerializeToString()
@@ -281,11 +298,10 @@ def test_a_site_that_opens_hundreds_of_calls_keeps_no_other_waiting(scene: Scene
             pending += [rpc.FleetStub(crowd.channel).Call.future(call, timeout=60) for _ in range(16)]
             put = rpc.BlobsStub(crowd.channel).Put
             pending += [put.future(iter(lambda: over.wait() and None, None), timeout=60) for _ in range(16)]
-        other = stack.enter_context(scene.caller("g"))
         report = pb.ReportRequest(instance=other.instance, activity="idle")
         for _ in range(20):
             assert isinstance(rpc.RegistryStub(other.channel).Report(report, timeout=CALL), pb.ReportReply)
-        assert isinstance(other.activate(), pb.FleetAnswer)
+        assert other.beat(scene.node("g")) == 200
         over.set()
         for call in pending:
             call.cancel()
@@ -311,7 +327,7 @@ def test_hints_need_the_secret_and_are_not_on_the_hospitals_port(scene: Scene, c
 
 
 @pytest.fixture(scope="module")
-def run(scene: Scene) -> tuple[Run, Plan]:
+def run(scene: Scene) -> Iterator[tuple[Run, Plan]]:
     """A run of `a`, `b` and `c`, in which `c` still trains; its tensors are blobs."""
     federation = scene.federation
     of = plan(name="revoked", rounds=1, network=LARGE, participation={"quorum": 2, "deadline": "600 s"})
@@ -325,7 +341,8 @@ def run(scene: Scene) -> tuple[Run, Plan]:
     for name in "ab":
         told(asked, "update", site=name)
     until(lambda: "train" in (federation.folder / "c" / "handled").read_text(), 60, "c does not train")
-    return asked, of
+    yield asked, of
+    federation.sites["c"].kill()
 
 
 def test_blobs_are_for_the_sites_that_have_approved_the_plan(scene: Scene, run: tuple[Run, Plan]) -> None:
@@ -445,6 +462,23 @@ def agent(scene: Scene) -> Path:
     return home
 
 
+@contextmanager
+def hinting(home: Home, node: int) -> Iterator[None]:
+    """Tells the gateway, again and again, that a node has a message."""
+    over = threading.Event()
+
+    def hints() -> Iterator[pb.Sent]:
+        while not over.wait(0.2):
+            yield pb.Sent(nodes=[node])
+
+    secret = (home.superlink / "hints.secret").read_text()
+    with grpc.insecure_channel(f"127.0.0.1:{read_config(home).hints_port}") as channel:
+        stream = rpc.HintsStub(channel).Follow(hints(), metadata=(("locum-hints", secret),))
+        yield
+        over.set()
+        stream.cancel()
+
+
 def _files(*folders: Path) -> set[str]:
     """What lies in a site's folders but for its log."""
     found = (path for folder in folders for path in folder.rglob("*") if not path.is_dir())
@@ -464,8 +498,7 @@ def test_a_bundle_with_code_a_link_a_way_out_or_a_bomb_is_refused_and_nothing_of
         "bomb": (bomb, "'plan.yaml' would unpack to more than 1 MiB"),
     }
     before = _files(agent, agent.parent / "beside")
-    with closing(Registry(home.registry)) as registry:
-        node = registry.site("hospital").node_id  # type: ignore[union-attr]
+    node = scene.node("hospital")
     control = Control(home, read_config(home))
     try:
         for name, (bundle, _) in cases.items():
@@ -479,9 +512,10 @@ def test_a_bundle_with_code_a_link_a_way_out_or_a_bomb_is_refused_and_nothing_of
             control.start_run(_fab() + name.encode(), str(folder))
     finally:
         control.close()
-    for name, (_, words) in cases.items():
-        answer = tmp_path / name / "answer.json"
-        until(answer.exists, 120, f"{name} was not answered")
-        assert json.loads(answer.read_bytes()) == [101, "PLAN_UNREADABLE"]
-        assert words in (agent / "site.log").read_text()
+    with hinting(home, node):
+        for name, (_, words) in cases.items():
+            answer = tmp_path / name / "answer.json"
+            until(answer.exists, 120, f"{name} was not answered")
+            assert json.loads(answer.read_bytes()) == [101, "PLAN_UNREADABLE"]
+            assert words in (agent / "site.log").read_text()
     until(lambda: _files(agent, agent.parent / "beside") <= before, 30, "something was left at the site")
