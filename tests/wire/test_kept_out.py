@@ -26,7 +26,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from flwr.common.constant import TIMESTAMP_HEADER
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse, PullMessagesRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
@@ -480,9 +480,9 @@ def hinting(home: Home, node: int) -> Iterator[None]:
 
 
 def _files(*folders: Path) -> set[str]:
-    """What lies in a site's folders but for its log."""
+    """What lies in a site's folders but for what it writes whatever it is sent."""
     found = (path for folder in folders for path in folder.rglob("*") if not path.is_dir())
-    return {str(path) for path in found if path.name not in {"site.log", "agent.json"}}
+    return {str(path) for path in found if path.name not in {"site.log", "agent.json", "node", "agent.lock"}}
 
 
 def test_a_bundle_with_code_a_link_a_way_out_or_a_bomb_is_refused_and_nothing_of_it_is_unpacked(
@@ -518,4 +518,5 @@ def test_a_bundle_with_code_a_link_a_way_out_or_a_bomb_is_refused_and_nothing_of
             until(answer.exists, 120, f"{name} was not answered")
             assert json.loads(answer.read_bytes()) == [101, "PLAN_UNREADABLE"]
             assert words in (agent / "site.log").read_text()
-    until(lambda: _files(agent, agent.parent / "beside") <= before, 30, "something was left at the site")
+    until(lambda: not _files(agent / "journal"), 30, "a message was left in the journal")
+    assert _files(agent, agent.parent / "beside") <= before
