@@ -42,7 +42,9 @@ for name in $hospitals; do
   locum site start --home "$name" >"$name.log" 2>&1 &
 done
 
-wait $proposing && cat proposed
+wait $proposing
+cat proposed
+
 step "At each hospital a steward reviews and approves it."
 for name in $hospitals; do
   patiently locum site review "$digest" --home "$name"

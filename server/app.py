@@ -11,6 +11,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from locum.common.blobs import DISK_FULL
 from locum.common.durable import replace_file
 from locum.common.errors import LocumError, RunError
 from locum.common.plan import Plan, load_plan
@@ -51,7 +52,8 @@ def _between_hospitals(name: str, grid: Grid) -> None:
         try:
             begin(found.folder)
             wire = Wire(home, read_config(home), run=found, events=events)
-            _run(found.folder, found.plan, grid, wire, events)
+            while not _went_on(found.folder, found.plan, grid, wire, events):
+                pass
         except StoppedError:
             events.emit("stopped")
         except LocumError as error:
@@ -61,13 +63,28 @@ def _between_hospitals(name: str, grid: Grid) -> None:
             events.close()
 
 
+class DiskFullError(RunError):
+    """There is no room for a round or for the result."""
+
+
+def _went_on(folder: Path, plan: Plan, grid: Grid, link: Link, events: Events) -> bool:
+    """Whether the run has reached its end; if the disk is full, the next attempt is worth it once this returns."""
+    try:
+        _run(folder, plan, grid, link, events)
+    except DiskFullError as error:
+        link.wait(error, ())
+        return False
+    return True
+
+
 def _run(folder: Path, plan: Plan, grid: Grid, link: Link, events: Events) -> None:
     try:
         engine = open_engine(plan, grid, Checkpoints(folder / "checkpoints", plan), events, link)
         write_result(folder, run(engine))
     except OSError as error:
         reason = f"{folder} cannot be written: {error.strerror}; committed rounds are kept"
-        raise RunError(reason, "free space or mend the disk, then resume") from error
+        kind = DiskFullError if error.errno in DISK_FULL else RunError
+        raise kind(reason, "free space or mend the disk, then resume") from error
 
 
 def write_result(folder: Path, finished: Finished) -> None:

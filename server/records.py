@@ -12,6 +12,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from locum.common.blobs import DISK_FULL
+
 Number = float | list[list[float]] | None
 
 
@@ -75,8 +77,12 @@ class Events:
         self._file = path.open("ab", buffering=0)
 
     def emit(self, kind: str, **fields: Any) -> None:
-        """Writes one event with the time (seconds since 1970)."""
-        self._file.write(json.dumps({"at": time.time(), "event": kind, **fields}).encode() + b"\n")
+        """Writes one event with the time (seconds since 1970); one that finds no room on the disk is lost."""
+        try:
+            self._file.write(json.dumps({"at": time.time(), "event": kind, **fields}).encode() + b"\n")
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
 
     def close(self) -> None:
         """Closes the file."""

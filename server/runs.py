@@ -252,7 +252,7 @@ class Run:
             since = max(self._will().at, last["at"] if last else 0.0)
             return state, "no process works on it yet", "see that `locum server start` runs", since
         if last is not None and last["event"] == "paused":
-            return "paused", _paused(last), f"it goes on when they are back; or `locum stop {self.id}`", last["at"]
+            return "paused", _paused(last), f"it goes on by itself; or `locum stop {self.id}`", last["at"]
         return "running", "", "", (self.folder / "lock").stat().st_mtime
 
     def _will(self) -> Wanted:

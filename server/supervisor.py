@@ -21,9 +21,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
+from locum.common.durable import replace_file
 from locum.common.errors import LocumError, RunError
 from locum.common.fab import build_bundle
 from locum.server import superlink
@@ -38,6 +39,7 @@ _FIRST_DELAY, _LONGEST_DELAY, _STEADY_SECONDS = 0.2, 30.0, 60.0
 _START_SECONDS = 60.0
 _STOP_SECONDS = 15.0
 _MOST_FAILURES = 8
+_LEAST_SPACE = 16 << 20
 
 
 @dataclass
@@ -60,8 +62,17 @@ class Child:
             self._ended(self.process.returncode, now)
         if now < self.next_start:
             return False
+        self.began = now
+        try:
+            self.process = self._started(home)
+        except OSError as error:
+            self._ended(error.strerror, now)
+            return False
+        return True
+
+    def _started(self, home: Home) -> subprocess.Popen[bytes]:
         with (home.logs / f"{self.name}.log").open("ab") as file:
-            self.process = subprocess.Popen(  # noqa: S603 - our own command line
+            return subprocess.Popen(  # noqa: S603 - our own command line
                 self.command(),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
@@ -70,15 +81,13 @@ class Child:
                 cwd=home.path,
                 start_new_session=True,
             )
-        self.began = now
-        return True
 
-    def _ended(self, code: int, now: float) -> None:
+    def _ended(self, why: object, now: float) -> None:
         steady = now - self.began > _STEADY_SECONDS
         self.delay = _FIRST_DELAY if steady else min(self.delay * 2, _LONGEST_DELAY)
         self.next_start, self.process = now + self.delay, None
         log.warning(
-            "%s ended (%s); it is started again in %.1f s; logs/%s.log says why", self.name, code, self.delay, self.name
+            "%s ended (%s); it is started again in %.1f s; logs/%s.log says why", self.name, why, self.delay, self.name
         )
 
     def stop(self) -> None:
@@ -110,14 +119,19 @@ class Conductor:
     home: Home
     config: ServerConfig
     _attempts: dict[str, _Attempt] = field(default_factory=dict)
+    _problems: dict[str, str] = field(default_factory=dict)
 
     def look(self) -> None:
-        """One look at all runs; a run that cannot be read is told in the log and left alone."""
+        """One look at all runs; what goes wrong with one is told in the log, and the next look tries again."""
         for run in all_runs(self.home):
+            problem = ""
             try:
                 self._see_to(run)
-            except LocumError as error:
-                log.warning("%s: %s", run.id, error)
+            except (LocumError, OSError) as error:
+                problem = str(error)
+            if problem and problem != self._problems.get(run.id):
+                log.warning("%s: %s", run.id, problem)
+            self._problems[run.id] = problem
 
     def _see_to(self, run: Run) -> None:
         status = run.status()
@@ -139,39 +153,54 @@ class Conductor:
         if attempt.failures >= _MOST_FAILURES:
             run.fail(f"its process ended {attempt.failures} times in a row", "see superexec.log, then `locum resume`")
             return
+        _check_space(self.home)
         control = Control(self.home, self.config)
         try:
             if attempt.number is not None:
-                attempt.failures += 1
                 control.stop_run(attempt.number)
-            attempt.number = control.start_run(build_bundle(run.plan), run.id)
-            attempt.at = time.time()
+            number = control.start_run(build_bundle(run.plan), run.id)
         finally:
             control.close()
+        attempt.failures += attempt.number is not None
+        attempt.number, attempt.at = number, time.time()
 
     def _end_process(self, run: Run, since: float) -> None:
         """A process that does not see that it should stop is ended."""
-        process = run.alive()
-        if process is not None and time.time() - since > _STOP_SECONDS:
-            os.kill(process, signal.SIGKILL)
+        if time.time() - since > _STOP_SECONDS:
+            _kill(run)
 
     def stop(self) -> None:
         """Ends the processes of all runs; they go on from their last committed round when the coordinator is back."""
         for run in all_runs(self.home):
-            process = run.alive()
-            if process is not None:
-                os.kill(process, signal.SIGKILL)
+            with suppress(LocumError, OSError):  # the next one must end all the same
+                _kill(run)
 
     def _close(self, run: Run) -> None:
-        """What an ended run leaves behind: its Flower run, and its blobs."""
-        attempt = self._attempts.pop(run.id, None)
+        """What an ended run leaves behind: its blobs, and its Flower run."""
+        shutil.rmtree(self.home.spool / run.id, ignore_errors=True)
+        attempt = self._attempts.get(run.id)
         if attempt is not None and attempt.number is not None:
             control = Control(self.home, self.config)
             try:
                 control.stop_run(attempt.number)
             finally:
                 control.close()
-        shutil.rmtree(self.home.spool / run.id, ignore_errors=True)
+        self._attempts.pop(run.id, None)
+
+
+def _kill(run: Run) -> None:
+    """Ends the process of a run, if it has one."""
+    process = run.alive()
+    if process is not None:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def _check_space(home: Home) -> None:
+    """Raises RunError where a run would only find that nothing can be written."""
+    if shutil.disk_usage(home.path).free < _LEAST_SPACE:
+        reason = f"the disk of {home.path} is full; the run waits until it has {_LEAST_SPACE >> 20} MiB"
+        raise RunError(reason, "free space; the run goes on by itself")
 
 
 def _held_since(run: Run, at: float) -> bool:
@@ -211,7 +240,8 @@ def supervise(home: Home, config: ServerConfig, ended: threading.Event) -> None:
 def _tell(home: Home, processes: list[Child]) -> None:
     """Writes the numbers of the processes down, for people and for tests."""
     numbers = {child.name: child.process.pid for child in processes if child.process is not None}
-    (home.path / "processes.json").write_text(json.dumps(numbers))
+    with suppress(OSError):  # a full disk ends no process
+        replace_file(home.path / "processes.json", json.dumps(numbers).encode())
 
 
 @contextmanager

@@ -84,18 +84,19 @@ class BlobClient:
     Args:
         calls: the service.
         stop: ends every wait; whoever waits raises :class:`Stopping`.
+        log: is told why a blob waits.
     """
 
-    def __init__(self, calls: Calls, stop: threading.Event) -> None:
-        self._calls, self._stop = calls, stop
+    def __init__(self, calls: Calls, stop: threading.Event, log: logging.Logger = log) -> None:
+        self._calls, self._stop, self._log = calls, stop, log
 
     @classmethod
-    def over(cls, channel: grpc.Channel, stop: threading.Event) -> BlobClient:
+    def over(cls, channel: grpc.Channel, stop: threading.Event, log: logging.Logger = log) -> BlobClient:
         """The client over a channel with the site's certificate."""
         stat = channel.unary_unary(f"/{SERVICE}/Stat", pb.BlobKey.SerializeToString, pb.BlobState.FromString)
         put = channel.stream_unary(f"/{SERVICE}/Put", None, pb.BlobState.FromString)
         get = channel.unary_stream(f"/{SERVICE}/Get", pb.GetRequest.SerializeToString, _chunk)
-        return cls(Calls(stat, put, get), stop)
+        return cls(Calls(stat, put, get), stop, log)
 
     def upload(self, run: str, path: Path, *, digest: str | None = None, progress: Progress | None = None) -> Blob:
         """Sends a file until the coordinator has it whole.
@@ -186,7 +187,7 @@ class BlobClient:
             except grpc.FutureCancelledError:
                 words = "nothing moved"
             if words != told:
-                log.info("a blob waits: %s", words)
+                self._log.info("a blob waits: %s", words)
                 told = words
             wait = FIRST_WAIT_SECONDS if moved.kept > before else wait
             if self._stop.wait(wait):

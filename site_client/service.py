@@ -116,7 +116,7 @@ class Service:
         identity = self.identity()
         with self.connect() as channel:
             fleet = Fleet(channel, identity.key, self.instance, lambda: self.pulse.offset)
-            blobs = BlobClient.over(channel, self.stop)
+            blobs = BlobClient.over(channel, self.stop, self.log)
             self._fleet = fleet
             try:
                 self.pulse.greet(channel, self.instance)

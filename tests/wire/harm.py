@@ -21,9 +21,11 @@ from locum.common.build import Model
 from locum.common.errors import Code
 from locum.common.messages import DESCRIBE, EVALUATE, TRAIN, Tensors, TrainTask, unpack
 from locum.common.plan import Plan
+from locum.server import superlink
+from locum.server.home import Home, ServerConfig, read_config
 from locum.server.runs import Run, all_runs
 from tests.peers import Answer, Peer, run_peers
-from tests.wire.federation import Federation, ended, events, open_federation, until
+from tests.wire.federation import Federation, Process, ended, events, locum, move_ports, open_federation, until
 
 #: The peers of a federation under test, and the value that each one's updates have everywhere.
 PEERS: Mapping[str, float] = {"a": 0.1, "b": 0.7, "c": 0.9}
@@ -192,6 +194,40 @@ def _carry(source: socket.socket, target: socket.socket, rate: Callable[[], floa
 def moving(folder: Path) -> None:
     """Waits until a part of a blob has arrived in a folder."""
     until(lambda: any(path.stat().st_size for path in folder.rglob("*.part")), 120, f"no blob moves to {folder}")
+
+
+# --- a SuperLink by itself
+
+
+@dataclass(frozen=True)
+class SuperLink:
+    """Flower's program as the coordinator starts it, and nothing else of the coordinator."""
+
+    home: Home
+    config: ServerConfig
+    process: Process
+
+    @property
+    def number(self) -> int:
+        """Of its process."""
+        assert self.process.popen is not None
+        return self.process.popen.pid
+
+
+@contextmanager
+def open_superlink(folder: Path) -> Iterator[SuperLink]:
+    """A new coordinator's SuperLink, which answers."""
+    home = Home(folder / "coordinator")
+    locum("server", "init", "--name", "test", "--host", "localhost", "--home", home.path)
+    move_ports(home)
+    config = read_config(home)
+    process = Process(superlink.command(home, config), folder / "superlink.log", superlink.environment(home)).start()
+    running = SuperLink(home, config, process)
+    try:
+        until(lambda: listening(running.number), 60, "the SuperLink does not listen")
+        yield running
+    finally:
+        process.kill()
 
 
 # --- processes

@@ -456,6 +456,7 @@ def agent(scene: Scene) -> Path:
     beside.mkdir()
     command = (sys.executable, "-c", "from locum.common.cli import main; main()", "site", "start", "--home", str(home))
     environment = {"HOME": str(beside), "TMPDIR": str(beside), "FLWR_HOME": str(beside / "flwr")}
+    environment["MPLCONFIGDIR"] = str(federation.folder / "fonts")  # a library's list of fonts is made when it is not
     process = Process(command, federation.folder / "hospital.log", environment)
     federation.sites["hospital"] = process.start()
     until((home / "node").exists, 60, "the agent is not connected")
@@ -482,7 +483,8 @@ def hinting(home: Home, node: int) -> Iterator[None]:
 def _files(*folders: Path) -> set[str]:
     """What lies in a site's folders but for what it writes whatever it is sent."""
     found = (path for folder in folders for path in folder.rglob("*") if not path.is_dir())
-    return {str(path) for path in found if path.name not in {"site.log", "agent.json", "node", "agent.lock"}}
+    own = {"site.log", "agent.json", "node", "agent.lock"}
+    return {str(path) for path in found if path.name not in own and path.parent.name != "proposals"}
 
 
 def test_a_bundle_with_code_a_link_a_way_out_or_a_bomb_is_refused_and_nothing_of_it_is_unpacked(

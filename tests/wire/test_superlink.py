@@ -21,40 +21,26 @@ from flwr.superlink.routers.fleet.router import router as fleet_router
 
 from locum.common.errors import RunError
 from locum.server import superlink
-from locum.server.home import Home, ServerConfig, read_config
 from locum.server.superlink import CONTROL_HEADER, Control, control_secret
-from tests.wire.federation import Process, locum, move_ports, until
-from tests.wire.harm import listening
+from tests.wire.harm import SuperLink, listening, open_superlink
 
 _TASK = "/flwr.proto.Runtime/AcquireTask"
 
 
-@dataclass(frozen=True)
-class SuperLink:
-    home: Home
-    config: ServerConfig
-    process: Process
-
-    def post(self, path: str, body: bytes = b"", **headers: str) -> httpx.Response:
-        """Calls from loopback over TLS, as any program of this machine can."""
-        trust = ssl.create_default_context(cafile=str(self.home.superlink / "tls-ca.pem"))
-        url = f"https://127.0.0.1:{self.config.superlink_port}{path}"
-        return httpx.post(url, content=body, headers={"content-type": "application/protobuf", **headers}, verify=trust)
-
-
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SuperLink]:
-    folder = tmp_path_factory.mktemp("superlink")
-    home = Home(folder / "coordinator")
-    locum("server", "init", "--name", "test", "--host", "localhost", "--home", home.path)
-    move_ports(home)
-    config = read_config(home)
-    process = Process(superlink.command(home, config), folder / "log", superlink.environment(home)).start()
-    try:
-        until(lambda: listening(process.popen.pid), 60, "the SuperLink does not listen")
-        yield SuperLink(home, config, process)
-    finally:
-        process.kill()
+    with open_superlink(tmp_path_factory.mktemp("superlink")) as opened:
+        yield opened
+
+
+def _post(running: SuperLink, path: str, **headers: str) -> httpx.Response:
+    """Calls from loopback over TLS, as any program of this machine can."""
+    headers = {"content-type": "application/protobuf", **headers}
+    return httpx.post(f"https://{superlink.address(running.config)}{path}", headers=headers, verify=_trust(running))
+
+
+def _trust(running: SuperLink) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=str(running.home.superlink / "tls-ca.pem"))
 
 
 def test_without_the_secret_every_control_and_fleet_path_answers_401_on_loopback_too(running: SuperLink) -> None:
@@ -63,19 +49,24 @@ def test_without_the_secret_every_control_and_fleet_path_answers_401_on_loopback
     odd = ["/", "/health", "/docs", "/openapi.json", "/v1", "/v1/runtime", "//v1/runtime/", "/V1/runtime/acquire-task"]
     for path in (*routes, *odd):
         for headers in ({}, {CONTROL_HEADER: ""}, {CONTROL_HEADER: "x" * 43}):
-            answer = running.post(path, **headers)
+            answer = _post(running, path, **headers)
             assert (answer.status_code, answer.content) == (401, b""), path
 
 
 def test_a_path_that_only_begins_like_the_runtimes_leads_to_no_other(running: SuperLink) -> None:
     for path in ("/v1/runtime/../control/list-nodes", "/v1/runtime/%2e%2e/control/list-nodes", "/v1/runtime//"):
-        with socket.create_connection(("127.0.0.1", running.config.superlink_port)) as plain:
-            trust = ssl.create_default_context(cafile=str(running.home.superlink / "tls-ca.pem"))
-            with trust.wrap_socket(plain, server_hostname="127.0.0.1") as raw:  # a client would tidy the path
-                head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/protobuf\r\n"
-                raw.sendall(f"{head}Content-Length: 0\r\nConnection: close\r\n\r\n".encode())
-                status = raw.recv(64).split()[1]
-        assert status in {b"401", b"404"}, path
+        assert _status(running, path) in {401, 404}, path
+
+
+def _status(running: SuperLink, path: str) -> int:
+    """The status of a call whose path is sent as it is; a client would tidy it up."""
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/protobuf\r\nContent-Length: 0\r\n\r\n"
+    with (
+        socket.create_connection(("127.0.0.1", running.config.superlink_port)) as plain,
+        _trust(running).wrap_socket(plain, server_hostname="127.0.0.1") as raw,
+    ):
+        raw.sendall(head.encode())
+        return int(raw.recv(64).split()[1])
 
 
 def test_with_the_secret_the_control_api_answers(running: SuperLink) -> None:
@@ -88,8 +79,7 @@ def test_with_the_secret_the_control_api_answers(running: SuperLink) -> None:
 
 def test_a_secret_twice_is_no_secret(running: SuperLink) -> None:
     secret = control_secret(running.home)
-    trust = ssl.create_default_context(cafile=str(running.home.superlink / "tls-ca.pem"))
-    with httpx.Client(verify=trust, headers=[(CONTROL_HEADER, secret), (CONTROL_HEADER, secret)]) as client:
+    with httpx.Client(verify=_trust(running), headers=[(CONTROL_HEADER, secret), (CONTROL_HEADER, secret)]) as client:
         answer = client.post(f"https://127.0.0.1:{running.config.superlink_port}/v1/control/list-nodes")
     assert answer.status_code == 401
 
@@ -106,11 +96,11 @@ def test_no_path_of_the_runtime_api_answers_without_its_own_secret(running: Supe
     version: dict[str, str] = {}
     assert _acquired(running, None, version) in {401, 403}
     for route in runtime_router.routes:
-        assert running.post(route.path, **version).status_code in {401, 403}, route.path
+        assert _post(running, route.path, **version).status_code in {401, 403}, route.path
 
 
 def test_it_listens_on_loopback_and_nowhere_else(running: SuperLink) -> None:
-    assert listening(running.process.popen.pid) == {f"127.0.0.1:{running.config.superlink_port}"}
+    assert listening(running.number) == {f"127.0.0.1:{running.config.superlink_port}"}
 
 
 def _acquired(running: SuperLink, secret: bytes | None, seen: dict[str, str] | None = None) -> int:
