@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all check bench install clean
+.PHONY: demo test test-all check bench proto install clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make check     ruff, strict mypy, import directions"
 	@echo "make test-all  the tests, long forms included"
 	@echo "make bench     the benchmarks of docs/benchmarks.md"
+	@echo "make proto     the code of common/proto, from locum.proto"
 	@echo "make install   the environment alone, in $(VENV)"
 
 $(STAMP): pyproject.toml configs/constraints.txt
@@ -41,6 +42,20 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m locum.simulations.benchmarks
+
+# Another version of the compiler writes other files, and protobuf takes no code that is newer than itself.
+PROTO := build/proto
+build/proto/.installed: Makefile
+	$(PYTHON) -m venv $(PROTO)
+	$(PROTO)/bin/python -m pip install --quiet --disable-pip-version-check grpcio-tools==1.81.1
+	touch $@
+
+proto: build/proto/.installed
+	mkdir -p $(PROTO)/source/locum $(PROTO)/code
+	ln -sfn ../../../../common $(PROTO)/source/locum/common
+	cd $(PROTO) && bin/python -m grpc_tools.protoc -I source --python_out=code --pyi_out=code --grpc_python_out=code \
+		source/locum/common/proto/locum.proto
+	cp $(PROTO)/code/locum/common/proto/locum_pb2* common/proto/
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1elocum/common/proto/locum.proto\x12\x08locum.v1\",\n\x0c\x45nrolRequest\x12\x0f\n\x07request\x18\x01 \x01(\x0c\x12\x0b\n\x03mac\x18\x02 \x01(\x0c\"\x1f\n\x0cRenewRequest\x12\x0f\n\x07request\x18\x01 \x01(\x0c\"O\n\x0c\x43\x65rtificates\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x11\n\tauthority\x18\x02 \x01(\x0c\x12\x17\n\x0flog_certificate\x18\x03 \x01(\x0c\"\x8c\x01\n\rReportRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x10\n\x08\x61\x63tivity\x18\x02 \x01(\t\x12\x0b\n\x03run\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0c\n\x04\x64one\x18\x05 \x01(\x04\x12\r\n\x05total\x18\x06 \x01(\x04\x12\x0f\n\x07version\x18\x07 \x01(\t\x12\r\n\x05\x63lock\x18\x08 \x01(\x01\"4\n\x0bReportReply\x12\r\n\x05\x63lock\x18\x01 \x01(\x01\x12\x16\n\x0eregistry_state\x18\x02 \x01(\x04\"\x12\n\x10ProposalsRequest\"#\n\x0eProposalsReply\x12\x11\n\tenvelopes\x18\x01 \x03(\x0c\"\"\n\x0e\x41pproveRequest\x12\x10\n\x08\x65nvelope\x18\x01 \x01(\x0c\"\x0e\n\x0c\x41pproveReply\"\x9c\x01\n\tFleetCall\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x31\n\x07headers\x18\x02 \x03(\x0b\x32 .locum.v1.FleetCall.HeadersEntry\x12\x0c\n\x04\x62ody\x18\x03 \x01(\x0c\x12\x10\n\x08instance\x18\x04 \x01(\t\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"+\n\x0b\x46leetAnswer\x12\x0e\n\x06status\x18\x01 \x01(\r\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\"4\n\x07\x42lobKey\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\"+\n\tBlobState\x12\x0c\n\x04have\x18\x01 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"H\n\x08PutChunk\x12\x1e\n\x03key\x18\x01 \x01(\x0b\x32\x11.locum.v1.BlobKey\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"<\n\nGetRequest\x12\x1e\n\x03key\x18\x01 \x01(\x0b\x32\x11.locum.v1.BlobKey\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\x15\n\x04Sent\x12\r\n\x05nodes\x18\x01 \x03(\x04\"\x1b\n\x07Replied\x12\x10\n\x08reply_to\x18\x01 \x01(\t2\xb6\x02\n\x08Registry\x12\x37\n\x05\x45nrol\x12\x16.locum.v1.EnrolRequest\x1a\x16.locum.v1.Certificates\x12\x37\n\x05Renew\x12\x16.locum.v1.RenewRequest\x1a\x16.locum.v1.Certificates\x12\x38\n\x06Report\x12\x17.locum.v1.ReportRequest\x1a\x15.locum.v1.ReportReply\x12\x41\n\tProposals\x12\x1a.locum.v1.ProposalsRequest\x1a\x18.locum.v1.ProposalsReply\x12;\n\x07\x41pprove\x12\x18.locum.v1.ApproveRequest\x1a\x16.locum.v1.ApproveReply2;\n\x05\x46leet\x12\x32\n\x04\x43\x61ll\x12\x13.locum.v1.FleetCall\x1a\x15.locum.v1.FleetAnswer2\x99\x01\n\x05\x42lobs\x12.\n\x04Stat\x12\x11.locum.v1.BlobKey\x1a\x13.locum.v1.BlobState\x12\x30\n\x03Put\x12\x12.locum.v1.PutChunk\x1a\x13.locum.v1.BlobState(\x01\x12.\n\x03Get\x12\x14.locum.v1.GetRequest\x1a\x0f.locum.v1.Chunk0\x01\x32\x38\n\x05Hints\x12/\n\x06\x46ollow\x12\x0e.locum.v1.Sent\x1a\x11.locum.v1.Replied(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1elocum/common/proto/locum.proto\x12\x08locum.v1\",\n\x0c\x45nrolRequest\x12\x0f\n\x07request\x18\x01 \x01(\x0c\x12\x0b\n\x03mac\x18\x02 \x01(\x0c\"\x1f\n\x0cRenewRequest\x12\x0f\n\x07request\x18\x01 \x01(\x0c\"O\n\x0c\x43\x65rtificates\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x11\n\tauthority\x18\x02 \x01(\x0c\x12\x17\n\x0flog_certificate\x18\x03 \x01(\x0c\"\x8c\x01\n\rReportRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x10\n\x08\x61\x63tivity\x18\x02 \x01(\t\x12\x0b\n\x03run\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0c\n\x04\x64one\x18\x05 \x01(\x04\x12\r\n\x05total\x18\x06 \x01(\x04\x12\x0f\n\x07version\x18\x07 \x01(\t\x12\r\n\x05\x63lock\x18\x08 \x01(\x01\"4\n\x0bReportReply\x12\r\n\x05\x63lock\x18\x01 \x01(\x01\x12\x16\n\x0eregistry_state\x18\x02 \x01(\x04\"\x12\n\x10ProposalsRequest\"#\n\x0eProposalsReply\x12\x11\n\tenvelopes\x18\x01 \x03(\x0c\"\"\n\x0e\x41pproveRequest\x12\x10\n\x08\x65nvelope\x18\x01 \x01(\x0c\"\x0e\n\x0c\x41pproveReply\"\x0e\n\x0cGreetRequest\"*\n\x08Greeting\x12\r\n\x05\x63lock\x18\x01 \x01(\x01\x12\x0f\n\x07version\x18\x02 \x01(\t\"\x9c\x01\n\tFleetCall\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x31\n\x07headers\x18\x02 \x03(\x0b\x32 .locum.v1.FleetCall.HeadersEntry\x12\x0c\n\x04\x62ody\x18\x03 \x01(\x0c\x12\x10\n\x08instance\x18\x04 \x01(\t\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"+\n\x0b\x46leetAnswer\x12\x0e\n\x06status\x18\x01 \x01(\r\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\"4\n\x07\x42lobKey\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\"+\n\tBlobState\x12\x0c\n\x04have\x18\x01 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"H\n\x08PutChunk\x12\x1e\n\x03key\x18\x01 \x01(\x0b\x32\x11.locum.v1.BlobKey\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"<\n\nGetRequest\x12\x1e\n\x03key\x18\x01 \x01(\x0b\x32\x11.locum.v1.BlobKey\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\x15\n\x04Sent\x12\r\n\x05nodes\x18\x01 \x03(\x04\"\x1b\n\x07Replied\x12\x10\n\x08reply_to\x18\x01 \x01(\t2\xeb\x02\n\x08Registry\x12\x37\n\x05\x45nrol\x12\x16.locum.v1.EnrolRequest\x1a\x16.locum.v1.Certificates\x12\x37\n\x05Renew\x12\x16.locum.v1.RenewRequest\x1a\x16.locum.v1.Certificates\x12\x38\n\x06Report\x12\x17.locum.v1.ReportRequest\x1a\x15.locum.v1.ReportReply\x12\x41\n\tProposals\x12\x1a.locum.v1.ProposalsRequest\x1a\x18.locum.v1.ProposalsReply\x12;\n\x07\x41pprove\x12\x18.locum.v1.ApproveRequest\x1a\x16.locum.v1.ApproveReply\x12\x33\n\x05Greet\x12\x16.locum.v1.GreetRequest\x1a\x12.locum.v1.Greeting2;\n\x05\x46leet\x12\x32\n\x04\x43\x61ll\x12\x13.locum.v1.FleetCall\x1a\x15.locum.v1.FleetAnswer2\x99\x01\n\x05\x42lobs\x12.\n\x04Stat\x12\x11.locum.v1.BlobKey\x1a\x13.locum.v1.BlobState\x12\x30\n\x03Put\x12\x12.locum.v1.PutChunk\x1a\x13.locum.v1.BlobState(\x01\x12.\n\x03Get\x12\x14.locum.v1.GetRequest\x1a\x0f.locum.v1.Chunk0\x01\x32\x38\n\x05Hints\x12/\n\x06\x46ollow\x12\x0e.locum.v1.Sent\x1a\x11.locum.v1.Replied(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,32 +51,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_APPROVEREQUEST']._serialized_end=492
   _globals['_APPROVEREPLY']._serialized_start=494
   _globals['_APPROVEREPLY']._serialized_end=508
-  _globals['_FLEETCALL']._serialized_start=511
-  _globals['_FLEETCALL']._serialized_end=667
-  _globals['_FLEETCALL_HEADERSENTRY']._serialized_start=621
-  _globals['_FLEETCALL_HEADERSENTRY']._serialized_end=667
-  _globals['_FLEETANSWER']._serialized_start=669
-  _globals['_FLEETANSWER']._serialized_end=712
-  _globals['_BLOBKEY']._serialized_start=714
-  _globals['_BLOBKEY']._serialized_end=766
-  _globals['_BLOBSTATE']._serialized_start=768
-  _globals['_BLOBSTATE']._serialized_end=811
-  _globals['_PUTCHUNK']._serialized_start=813
-  _globals['_PUTCHUNK']._serialized_end=885
-  _globals['_GETREQUEST']._serialized_start=887
-  _globals['_GETREQUEST']._serialized_end=947
-  _globals['_CHUNK']._serialized_start=949
-  _globals['_CHUNK']._serialized_end=970
-  _globals['_SENT']._serialized_start=972
-  _globals['_SENT']._serialized_end=993
-  _globals['_REPLIED']._serialized_start=995
-  _globals['_REPLIED']._serialized_end=1022
-  _globals['_REGISTRY']._serialized_start=1025
-  _globals['_REGISTRY']._serialized_end=1335
-  _globals['_FLEET']._serialized_start=1337
-  _globals['_FLEET']._serialized_end=1396
-  _globals['_BLOBS']._serialized_start=1399
-  _globals['_BLOBS']._serialized_end=1552
-  _globals['_HINTS']._serialized_start=1554
-  _globals['_HINTS']._serialized_end=1610
+  _globals['_GREETREQUEST']._serialized_start=510
+  _globals['_GREETREQUEST']._serialized_end=524
+  _globals['_GREETING']._serialized_start=526
+  _globals['_GREETING']._serialized_end=568
+  _globals['_FLEETCALL']._serialized_start=571
+  _globals['_FLEETCALL']._serialized_end=727
+  _globals['_FLEETCALL_HEADERSENTRY']._serialized_start=681
+  _globals['_FLEETCALL_HEADERSENTRY']._serialized_end=727
+  _globals['_FLEETANSWER']._serialized_start=729
+  _globals['_FLEETANSWER']._serialized_end=772
+  _globals['_BLOBKEY']._serialized_start=774
+  _globals['_BLOBKEY']._serialized_end=826
+  _globals['_BLOBSTATE']._serialized_start=828
+  _globals['_BLOBSTATE']._serialized_end=871
+  _globals['_PUTCHUNK']._serialized_start=873
+  _globals['_PUTCHUNK']._serialized_end=945
+  _globals['_GETREQUEST']._serialized_start=947
+  _globals['_GETREQUEST']._serialized_end=1007
+  _globals['_CHUNK']._serialized_start=1009
+  _globals['_CHUNK']._serialized_end=1030
+  _globals['_SENT']._serialized_start=1032
+  _globals['_SENT']._serialized_end=1053
+  _globals['_REPLIED']._serialized_start=1055
+  _globals['_REPLIED']._serialized_end=1082
+  _globals['_REGISTRY']._serialized_start=1085
+  _globals['_REGISTRY']._serialized_end=1448
+  _globals['_FLEET']._serialized_start=1450
+  _globals['_FLEET']._serialized_end=1509
+  _globals['_BLOBS']._serialized_start=1512
+  _globals['_BLOBS']._serialized_end=1665
+  _globals['_HINTS']._serialized_start=1667
+  _globals['_HINTS']._serialized_end=1723
 # @@protoc_insertion_point(module_scope)

@@ -78,6 +78,18 @@ class ApproveReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class GreetRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Greeting(_message.Message):
+    __slots__ = ("clock", "version")
+    CLOCK_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    clock: float
+    version: str
+    def __init__(self, clock: _Optional[float] = ..., version: _Optional[str] = ...) -> None: ...
+
 class FleetCall(_message.Message):
     __slots__ = ("path", "headers", "body", "instance")
     class HeadersEntry(_message.Message):

@@ -61,6 +61,11 @@ class RegistryStub:
                 request_serializer=locum_dot_common_dot_proto_dot_locum__pb2.ApproveRequest.SerializeToString,
                 response_deserializer=locum_dot_common_dot_proto_dot_locum__pb2.ApproveReply.FromString,
                 _registered_method=True)
+        self.Greet = channel.unary_unary(
+                '/locum.v1.Registry/Greet',
+                request_serializer=locum_dot_common_dot_proto_dot_locum__pb2.GreetRequest.SerializeToString,
+                response_deserializer=locum_dot_common_dot_proto_dot_locum__pb2.Greeting.FromString,
+                _registered_method=True)
 
 
 class RegistryServicer:
@@ -98,6 +103,12 @@ class RegistryServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Greet(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RegistryServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -125,6 +136,11 @@ def add_RegistryServicer_to_server(servicer, server):
                     servicer.Approve,
                     request_deserializer=locum_dot_common_dot_proto_dot_locum__pb2.ApproveRequest.FromString,
                     response_serializer=locum_dot_common_dot_proto_dot_locum__pb2.ApproveReply.SerializeToString,
+            ),
+            'Greet': grpc.unary_unary_rpc_method_handler(
+                    servicer.Greet,
+                    request_deserializer=locum_dot_common_dot_proto_dot_locum__pb2.GreetRequest.FromString,
+                    response_serializer=locum_dot_common_dot_proto_dot_locum__pb2.Greeting.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -264,6 +280,33 @@ class Registry:
             '/locum.v1.Registry/Approve',
             locum_dot_common_dot_proto_dot_locum__pb2.ApproveRequest.SerializeToString,
             locum_dot_common_dot_proto_dot_locum__pb2.ApproveReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Greet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/locum.v1.Registry/Greet',
+            locum_dot_common_dot_proto_dot_locum__pb2.GreetRequest.SerializeToString,
+            locum_dot_common_dot_proto_dot_locum__pb2.Greeting.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,4 +1,4 @@
-"""The gateway's service Registry: enrolment, renewal, reports, proposals and approvals.
+"""The gateway's service Registry: enrolment, renewal, reports, proposals, approvals and greetings.
 
 Rules:
   * `Enrol` is for an invitation's certificate, everything else for an enrolled site's; nobody else is answered.
@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TypeVar
 
 import grpc
@@ -66,7 +67,7 @@ class Federation:
 
 
 class RegistryService(RegistryServicer):
-    """Answers the five calls; what decides is below, without a connection."""
+    """Answers the six calls; what decides is below, without a connection."""
 
     def __init__(self, federation: Federation) -> None:
         self._federation = federation
@@ -96,6 +97,12 @@ class RegistryService(RegistryServicer):
         """A site's word on a plan."""
         peer = site_peer(context, self._federation.registry)
         return _answer(context, lambda: approve(self._federation, peer, request))
+
+    def Greet(self, request: pb.GreetRequest, context: grpc.ServicerContext) -> pb.Greeting:  # noqa: N802
+        """To a site that asks whether it would be let in. Nothing is noted: its agent may run meanwhile."""
+        del request
+        site_of(context, self._federation.registry)
+        return pb.Greeting(clock=time.time(), version=version("locum"))
 
 
 def enrol(federation: Federation, invitation: InvitationRow, request: pb.EnrolRequest) -> pb.Certificates:

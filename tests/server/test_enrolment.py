@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 import grpc
@@ -45,7 +46,7 @@ from locum.common.identity import (
 from locum.common.proto import locum_pb2 as pb
 from locum.common.proto.locum_pb2_grpc import RegistryStub
 from locum.server.authority import Authority, load_log_key, refresh_server_certificate
-from locum.server.gateway.live import LEASE_SECONDS
+from locum.server.gateway.live import LEASE_SECONDS, read_live
 from locum.server.gateway.peers import Refusal, admit_invitation, admit_site
 from locum.server.invitations import make_invitation
 from locum.server.registry import RefusedError, Registry
@@ -112,6 +113,7 @@ def every_call(channel: grpc.Channel) -> dict[str, object]:
         "Report": lambda: stub.Report(pb.ReportRequest(instance="i", clock=time.time()), timeout=CALL),
         "Proposals": lambda: stub.Proposals(pb.ProposalsRequest(), timeout=CALL),
         "Approve": lambda: stub.Approve(pb.ApproveRequest(), timeout=CALL),
+        "Greet": lambda: stub.Greet(pb.GreetRequest(), timeout=CALL),
     }
     return {call: answered(ask) for call, ask in calls.items()}
 
@@ -341,7 +343,7 @@ def test_a_registry_that_cannot_be_read_lets_nobody_in(door: Door) -> None:
 
 #: What gRPC answers when the gateway's code raised what nobody expected.
 TRACEBACKS = {str(grpc.StatusCode.UNKNOWN), str(grpc.StatusCode.INTERNAL)}
-CALLS = ["Enrol", "Renew", "Report", "Proposals", "Approve"]
+CALLS = ["Enrol", "Renew", "Report", "Proposals", "Approve", "Greet"]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -485,6 +487,21 @@ def test_a_second_agent_with_the_same_key_is_told_so(shared: Door, name: str) ->
             stub.Report(pb.ReportRequest(instance="two", clock=1.0), timeout=CALL)
     assert refused.value.code() == grpc.StatusCode.ALREADY_EXISTS
     assert f"{LEASE_SECONDS:.0f} s" in refused.value.details()
+
+
+def test_a_greeting_tells_clock_and_version_and_is_noted_nowhere(shared: Door, name: str) -> None:
+    identity = shared.enrol(name)
+    before = shared.registry.state()
+    with shared.channel(identity) as channel:
+        stub = RegistryStub(channel)
+        greeting = stub.Greet(pb.GreetRequest(), timeout=CALL)
+        stub.Report(pb.ReportRequest(instance="one", clock=1.0), timeout=CALL)  # nobody had the lease
+        stub.Greet(pb.GreetRequest(), timeout=CALL)
+    assert abs(greeting.clock - time.time()) < 60
+    assert greeting.version == version("locum")
+    assert shared.registry.state() == before
+    shared.live.flush(now=True)
+    assert [heard.instance for site, heard in read_live(shared.home.live).items() if site == name] == ["one"]
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,7 @@ class Door:
             "Report": pb.ReportRequest,
             "Proposals": pb.ProposalsRequest,
             "Approve": pb.ApproveRequest,
+            "Greet": pb.GreetRequest,
         }
         name = noise.random.choice(list(kinds))
         asked = noise.filled(kinds[name]())

@@ -108,14 +108,14 @@ class Caller:
     def every_call(self, run: str = "run") -> dict[str, object]:
         """What each call that is no enrolment answers: a message, or the status of its refusal."""
         blobs, key = rpc.BlobsStub(self.channel), pb.BlobKey(run=run, sha256="0" * 64, size=1)
+        registry, report = rpc.RegistryStub(self.channel), pb.ReportRequest(instance=self.instance)
         return {
             "Fleet.Call": answered(self.activate),
             "Blobs.Stat": answered(lambda: blobs.Stat(key, timeout=CALL)),
             "Blobs.Put": answered(lambda: blobs.Put(iter([pb.PutChunk(key=key, data=b"x")]), timeout=CALL)),
             "Blobs.Get": answered(lambda: list(blobs.Get(pb.GetRequest(key=key), timeout=CALL))),
-            "Registry.Report": answered(
-                lambda: rpc.RegistryStub(self.channel).Report(pb.ReportRequest(instance=self.instance), timeout=CALL)
-            ),
+            "Registry.Report": answered(lambda: registry.Report(report, timeout=CALL)),
+            "Registry.Greet": answered(lambda: registry.Greet(pb.GreetRequest(), timeout=CALL)),
         }
 
 
