@@ -107,7 +107,7 @@ class EvaluateResult(Header):
 
     round: int = Field(ge=0)
     fold: MeasuredFold
-    cases: int | None
+    cases: int | None = Field(ge=0)
 
 
 H = TypeVar("H", bound=Header)

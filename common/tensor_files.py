@@ -147,14 +147,8 @@ def map_tensors(path: Path, sha256: str) -> Mapped:
     return Mapped(path, Blob(sha256, size), _views(content, specs, len(header)))
 
 
-def forget(tensors: Arrays) -> None:
-    """Gives back the memory that the pages of mapped tensors take here; they come back when they are read again."""
-    for array in tensors.values():
-        forget_part(array)
-
-
 def forget_part(array: NDArray[Any]) -> None:
-    """Gives back the pages of a contiguous view of a mapped file; nothing happens to any other array."""
+    """Gives back the memory of a contiguous view of a mapped file until it is read again; other arrays are left."""
     content = _map_of(array)
     if content is None or not array.size:
         return

@@ -16,7 +16,7 @@ from locum.common.durable import replace_file
 from locum.common.errors import LocumError, RunError
 from locum.common.plan import Plan, load_plan
 from locum.common.tensor_files import write_tensors
-from locum.server.checkpoints import Checkpoints
+from locum.server.checkpoints import Checkpoints, DiskFullError
 from locum.server.link import Direct, Link
 from locum.server.records import Events, RunSummary
 from locum.server.rounds import Finished, open_engine, run
@@ -40,7 +40,6 @@ def main(grid: Grid, context: Context) -> None:
 
 def _between_hospitals(name: str, grid: Grid) -> None:
     """Runs a run of the coordinator. Whatever ends it is told in the run's folder; a process that dies says nothing."""
-    from locum.server.begin import begin
     from locum.server.home import Home, default_home, read_config
     from locum.server.runs import find
     from locum.server.wire import StoppedError, Wire
@@ -48,9 +47,10 @@ def _between_hospitals(name: str, grid: Grid) -> None:
     home = Home(default_home())
     found = find(home, name)
     with found.hold():
+        if not found.goes_on:
+            return  # Flower starts late what a coordinator before this one has asked for
         events = Events(found.events)
         try:
-            begin(found.folder)
             wire = Wire(home, read_config(home), run=found, events=events)
             while not _went_on(found.folder, found.plan, grid, wire, events):
                 pass
@@ -63,15 +63,15 @@ def _between_hospitals(name: str, grid: Grid) -> None:
             events.close()
 
 
-class DiskFullError(RunError):
-    """There is no room for a round or for the result."""
-
-
 def _went_on(folder: Path, plan: Plan, grid: Grid, link: Link, events: Events) -> bool:
-    """Whether the run has reached its end; if the disk is full, the next attempt is worth it once this returns."""
+    """Whether the run has reached its end; False if the disk or the registry failed, and trying again is worth it."""
+    from locum.server.begin import begin
+    from locum.server.registry import RegistryError
+
     try:
+        begin(folder)
         _run(folder, plan, grid, link, events)
-    except DiskFullError as error:
+    except (DiskFullError, RegistryError) as error:
         link.wait(error, ())
         return False
     return True

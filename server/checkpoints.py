@@ -27,6 +27,10 @@ _KEPT = 2
 _MODEL, _STRATEGY = "model.safetensors", "strategy.safetensors"
 
 
+class DiskFullError(RunError):
+    """There is no room for a round or for the result; what is committed is kept."""
+
+
 class _State(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -64,7 +68,8 @@ class Checkpoints:
 
     def rounds(self) -> list[int]:
         """The rounds that are on disk, ascending."""
-        return sorted(int(path.name.removeprefix("round-")) for path in self._folder.glob("round-*"))
+        names = (path.name.removeprefix("round-") for path in self._folder.glob("round-*"))
+        return sorted(int(name) for name in names if name.isdigit())
 
     def commit(self, committed: Committed, *, keep: int | None = None) -> Committed:
         """Writes a round durably, then forgets rounds that are neither recent nor `keep`; raises OSError.

@@ -14,7 +14,7 @@ from typing import Protocol
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from locum.common.errors import RunError
+from locum.common.errors import LocumError
 from locum.common.messages import INLINE, Arrays, Carrier
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.001, 0.2
@@ -26,8 +26,8 @@ class Link(Protocol):
     def nodes(self, known: Iterable[int]) -> Mapping[int, str | None]:
         """The nodes that may take part, of those that Flower knows; by number, with the name in the certificate."""
 
-    def registered(self, sites: Collection[str]) -> dict[str, int]:
-        """Of sites that did not answer, the nodes of those that may come back."""
+    def current(self, sites: Collection[str]) -> dict[str, int]:
+        """Of the sites of a roster, the nodes of those that the link knows better than the roster does."""
 
     def outgoing(self, model: Arrays) -> Carrier:
         """How `model` goes out."""
@@ -50,7 +50,7 @@ class Link(Protocol):
     def away(self, sites: Iterable[str]) -> dict[str, str]:
         """Of these sites, those that were not heard from for long, with the reason in words."""
 
-    def wait(self, refusal: RunError, missing: Collection[str]) -> None:
+    def wait(self, refusal: LocumError, missing: Collection[str]) -> None:
         """Too few sites for the quorum: returns when trying again is worth it, or raises `refusal`.
 
         `missing` are the sites that did not contribute; none named: the link says who is not there.
@@ -67,8 +67,8 @@ class Direct:
         """All of them; they say their names themselves."""
         return dict.fromkeys(known)
 
-    def registered(self, sites: Collection[str]) -> dict[str, int]:
-        """None: who did not answer is not there."""
+    def current(self, sites: Collection[str]) -> dict[str, int]:
+        """None: a node is one agent of this process."""
         del sites
         return {}
 
@@ -106,7 +106,7 @@ class Direct:
         del sites
         return {}
 
-    def wait(self, refusal: RunError, missing: Collection[str]) -> None:
+    def wait(self, refusal: LocumError, missing: Collection[str]) -> None:
         """Nobody will come back: the run ends here."""
         del missing
         raise refusal

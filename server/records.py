@@ -18,7 +18,10 @@ Number = float | list[list[float]] | None
 
 
 class Evaluated(BaseModel):
-    """Metric values of a model on one fold: over all sites by their sums, and of each site that released its own."""
+    """Metric values of a model on one fold: over all sites by their sums, and of each site that released its own.
+
+    `excluded` names the sites without numbers, with the reason; `silent` those of them that did not answer at all.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -28,6 +31,7 @@ class Evaluated(BaseModel):
     per_site: dict[str, dict[str, Number]]
     cases: dict[str, int | None]
     excluded: dict[str, str] = {}
+    silent: tuple[str, ...] = ()
 
 
 class RoundRecord(BaseModel):

@@ -243,10 +243,6 @@ class Registry:
                 reason = f"node {node_id} is another site's than {name}"
                 raise RefusedError(reason, "register the site again") from error
 
-    def site_of_node(self, node_id: int) -> str | None:
-        """The unrevoked site that has this node."""
-        return self.nodes().get(node_id)
-
     def nodes(self) -> dict[int, str]:
         """Unrevoked sites by their nodes at the SuperLink."""
         query = "SELECT node_id, name FROM sites WHERE node_id IS NOT NULL AND revoked_at IS NULL ORDER BY name"
@@ -260,11 +256,6 @@ class Registry:
         if row is None:
             return "unknown"
         return "active" if row["revoked_at"] is None else "revoked"
-
-    def add_certificate(self, name: str, certificate: x509.Certificate) -> None:
-        """Notes a certificate that was issued to an enrolled site by other means than `redeem` and `renew`."""
-        with self._change() as connection:
-            _note_certificate(connection, name, certificate)
 
     def revoke(self, name: str, *, now: datetime | None = None) -> bool:
         """Ends a site, its certificates and its open invitations; returns whether there was anything to end."""

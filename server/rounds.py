@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -46,8 +46,13 @@ from locum.server.admission import Refused, Update, admit, read
 from locum.server.checkpoints import Checkpoints, Committed
 from locum.server.fold import Fold
 from locum.server.link import Link
-from locum.server.records import Evaluated, Events, RoundRecord
+from locum.server.records import Evaluated, Events, Number, RoundRecord
 from locum.server.strategies import Strategy, strategy_of
+
+#: Sums of metrics count cases, or add up fractions and millimetres over them.
+_MOST_SUM = 1e12
+#: Letters of what a site says of its configuration that a person is shown.
+_MOST_SHOWN = 80
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,9 @@ class Finished:
 
     @property
     def status(self) -> str:
-        """`completed`, or `completed with losses` if a site missed a round or could not take part."""
-        return "completed with losses" if self.losses or self.roster.excluded else "completed"
+        """`completed`, or `completed with losses` if a site missed a round or the test, or could not take part."""
+        complete = not (self.losses or self.roster.excluded or untested(self.test))
+        return "completed" if complete else "completed with losses"
 
 
 def run(engine: Engine) -> Finished:
@@ -107,7 +113,7 @@ def run(engine: Engine) -> Finished:
         committed = _next_round(engine, roster, committed)
         committed = _measured(engine, roster, committed)
     chosen = _chosen(engine, committed)
-    test = evaluate(engine, roster, chosen.model, round_number=chosen.round, fold="test")
+    test = _tested(engine, roster, chosen)
     finished = Finished(chosen.model, chosen.round, committed.history, test, roster)
     events.emit("finished", status=finished.status, round=chosen.round, test=test.overall, lost=finished.losses)
     return finished
@@ -131,13 +137,15 @@ def _gathered(engine: Engine, committed: Committed) -> Roster:
     expected = build.configuration(engine.plan, committed.model)
     while True:
         try:
-            return _same_roster(engine, committed, open_roster(engine, expected))
+            return _same_roster(engine, committed, open_roster(engine, expected, committed.roster))
         except TooFewError as error:
             engine.link.wait(error, ())
 
 
-def open_roster(engine: Engine, expected: Mapping[str, str]) -> Roster:
+def open_roster(engine: Engine, expected: Mapping[str, str], begun: Collection[str] = ()) -> Roster:
     """Asks every node for its description; those that agree and are able form the roster, by name.
+
+    Of a run that was `begun` with some sites, no other can hold up the rest by what it answers.
 
     Raises:
         RunError: a site's configuration differs, two nodes have one name, or too few sites are left for the quorum.
@@ -161,7 +169,7 @@ def open_roster(engine: Engine, expected: Mapping[str, str]) -> Roster:
         if found.site in described:
             raise RunError(f"two agents call themselves '{found.site}'", "give every site its own name")
         described[found.site] = (node, found)
-    _agree(expected, {site: found for site, (_, found) in described.items()})
+    _agree(expected, {site: found for site, (_, found) in described.items() if site in begun or not begun})
     excluded |= {site: found.reason for site, (_, found) in described.items() if not found.able}
     able = {site: node for site, (node, found) in sorted(described.items()) if found.able}
     _announce(engine, described, excluded)
@@ -179,7 +187,7 @@ def _too_few(able: Mapping[str, int], plan: Plan, excluded: Mapping[str, str]) -
 def _agree(expected: Mapping[str, str], described: Mapping[str, Description]) -> None:
     """Every site must resolve the plan to the same things as the coordinator."""
     differences = [
-        f"{site}: {topic} is '{found.configuration.get(topic, 'missing')}', here it is '{value}'"
+        f"{site}: {topic} is '{_shown(found.configuration.get(topic, 'missing'))}', here it is '{value}'"
         for site, found in sorted(described.items())
         for topic, value in expected.items()
         if found.configuration.get(topic) != value
@@ -187,8 +195,13 @@ def _agree(expected: Mapping[str, str], described: Mapping[str, Description]) ->
     if differences:
         raise RunError(
             "the sites do not agree on the configuration:\n  " + "\n  ".join(differences),
-            "install the same versions everywhere, or leave these sites out",
+            "install the same versions everywhere, or leave these sites out: locum run DIGEST --without SITE",
         )
+
+
+def _shown(value: str) -> str:
+    """What a site says, as far as a person wants to read it."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in value[:_MOST_SHOWN])
 
 
 def _announce(engine: Engine, described: Mapping[str, tuple[int, Description]], excluded: Mapping[str, str]) -> None:
@@ -206,11 +219,11 @@ def _same_roster(engine: Engine, committed: Committed, roster: Roster) -> Roster
     """The roster that a resumed run began with: a site that is new stays outside, one that is away keeps its place.
 
     Raises:
-        RunError: a site is gone for good.
+        RunError: a site is gone, and nobody waits for it.
     """
     if not committed.roster:
         return roster
-    nodes = {**engine.link.registered(set(committed.roster) - set(roster.nodes)), **roster.nodes}
+    nodes = {**roster.nodes, **engine.link.current(committed.roster)}
     lost = sorted(set(committed.roster) - set(nodes))
     if lost:
         raise RunError(f"the run was started with sites that are missing now: {', '.join(lost)}", "bring them back")
@@ -252,7 +265,7 @@ def one_round(engine: Engine, roster: Roster, committed: Committed, attempt: int
     link = engine.link
     content = pack(TrainTask(plan_digest=plan.digest, round=number), committed.model, link.outgoing(committed.model))
     refused = _away(engine, roster, number)
-    outgoing = {site: (node, content) for site, node in roster.nodes.items() if site not in refused}
+    outgoing = _addressed(engine, roster, content, without=refused)
     fold = Fold(committed.model, list(roster.nodes))
     admitted: dict[str, Update] = {}
     for site, reply in exchange(engine, TRAIN, outgoing, group=str(number)):
@@ -288,6 +301,14 @@ def _away(engine: Engine, roster: Roster, number: int) -> dict[str, Refused]:
     for site, reason in away.items():
         engine.events.emit("refused", round=number, site=site, reason=reason)
     return {site: Refused(reason) for site, reason in away.items()}
+
+
+def _addressed(
+    engine: Engine, roster: Roster, content: RecordDict, *, without: Collection[str]
+) -> dict[str, tuple[int, RecordDict]]:
+    """The message to each site of the roster, at the node that the site has now."""
+    nodes = {**roster.nodes, **engine.link.current(roster.nodes)}
+    return {site: (node, content) for site, node in nodes.items() if site not in without}
 
 
 def _unanswered(engine: Engine, sites: Collection[str]) -> dict[str, Refused]:
@@ -373,47 +394,81 @@ def _measured(engine: Engine, roster: Roster, committed: Committed) -> Committed
     return replace(committed, history=(*committed.history[:-1], record))
 
 
+def _tested(engine: Engine, roster: Roster, chosen: Committed) -> Evaluated:
+    """The final test; raises RunError where fewer sites than the quorum answer and nobody waits for them."""
+    quorum = engine.plan.participation.quorum
+    while True:
+        test = evaluate(engine, roster, chosen.model, round_number=chosen.round, fold="test")
+        if len(roster.nodes) - len(test.silent) >= quorum:
+            return test
+        reasons = "".join(f"\n  {site}: {test.excluded[site]}" for site in test.silent)
+        reason = f"fewer sites than the quorum of {quorum} answer in the final test; all rounds are kept{reasons}"
+        engine.link.wait(TooFewError(reason, "bring the sites back; then resume"), test.silent)
+
+
+def untested(test: Evaluated) -> dict[str, str]:
+    """The sites whose numbers are missing, and why; one that has no case of the fold has answered."""
+    return {site: reason for site, reason in test.excluded.items() if reason != MEANING[Code.NO_DATA][0]}
+
+
 def evaluate(engine: Engine, roster: Roster, model: Arrays, *, round_number: int, fold: MeasuredFold) -> Evaluated:
     """The plan's metrics of a model on one fold, over all sites by adding up their sums, and per site."""
     plan = engine.plan
     task = EvaluateTask(plan_digest=plan.digest, round=round_number, fold=fold)
     content = pack(task, model, engine.link.outgoing(model))
     excluded = {site: refused.reason for site, refused in _away(engine, roster, round_number).items()}
-    outgoing = {site: (node, content) for site, node in roster.nodes.items() if site not in excluded}
+    outgoing = _addressed(engine, roster, content, without=excluded)
     sums: dict[str, Arrays] = {}
     cases: dict[str, int | None] = {}
+    answered: set[str] = set()
     for site, reply in exchange(engine, EVALUATE, outgoing, group=str(round_number)):
-        answer = _read_sums(reply, plan, engine.link.incoming(site))
+        answered.add(site)
+        answer = _read_sums(reply, task, plan, engine.link.incoming(site))
         if isinstance(answer, Refused):
             excluded[site] = answer.reason
         else:
             cases[site], sums[site] = answer[0].cases, answer[1]
-    excluded |= {
-        site: "no answer by the deadline" for site in roster.nodes if site not in sums and site not in excluded
-    }
-    classes = len(plan.contract.classes)
-    order = sorted(sums)
-    metrics = {name: build.metric_of(name) for name in plan.released_metrics}
-    overall = {
-        name: metric.value(np.sum([sums[s][name] for s in order], axis=0), classes) if order else None
-        for name, metric in metrics.items()
-    }
-    per_site = {s: {name: metric.value(sums[s][name], classes) for name, metric in metrics.items()} for s in order}
+    late = [site for site in roster.nodes if site not in sums and site not in excluded]
+    silent = tuple(sorted({*excluded, *late} - answered))
+    excluded |= dict.fromkeys(late, "no answer by the deadline")
     for site in outgoing:
         engine.link.taken(site)
-    return Evaluated(round=round_number, fold=fold, overall=overall, per_site=per_site, cases=cases, excluded=excluded)
+    return Evaluated(
+        round=round_number,
+        fold=fold,
+        overall=_values(plan, _added([sums[site] for site in sorted(sums)])),
+        per_site={site: _values(plan, sums[site]) for site in sorted(sums)},
+        cases=cases,
+        excluded=excluded,
+        silent=silent,
+    )
 
 
-def _read_sums(reply: Message | None, plan: Plan, carrier: Carrier) -> tuple[EvaluateResult, Arrays] | Refused:
-    """A site's metric sums: of the released metrics, finite float64 vectors of each metric's length."""
+def _added(sums: Sequence[Arrays]) -> Arrays:
+    """The sums over several sites, in this order."""
+    return {name: np.sum([part[name] for part in sums], axis=0) for name in (sums[0] if sums else ())}
+
+
+def _values(plan: Plan, sums: Arrays) -> dict[str, Number]:
+    """The plan's metrics of sums; None where there is nothing to compute them of."""
+    classes = len(plan.contract.classes)
+    return {name: build.metric_of(name).value(sums[name], classes) if sums else None for name in plan.released_metrics}
+
+
+def _read_sums(
+    reply: Message | None, task: EvaluateTask, plan: Plan, carrier: Carrier
+) -> tuple[EvaluateResult, Arrays] | Refused:
+    """A site's metric sums: of the released metrics, float64 vectors of each metric's length within `_MOST_SUM`."""
     answer = read(reply, EvaluateResult, plan, carrier)
     if isinstance(answer, Refused):
         return answer
-    sums, classes = answer[1], len(plan.contract.classes)
+    header, sums, classes = *answer, len(plan.contract.classes)
+    if (header.round, header.fold) != (task.round, task.fold):
+        return Refused(f"metrics of the {header.fold} fold in round {header.round}")
     if set(sums) != set(plan.released_metrics):
         return Refused("the metrics are not those that the plan releases")
-    if any(array.dtype != np.float64 or not np.isfinite(array).all() for array in sums.values()):
-        return Refused("a metric's sums are not finite float64 vectors")
+    if not all(array.dtype == np.float64 and ((array >= 0) & (array <= _MOST_SUM)).all() for array in sums.values()):
+        return Refused(f"a metric's sums are not float64 numbers from 0 to {_MOST_SUM:g}")
     if any(array.shape != (build.metric_of(name).length(classes),) for name, array in sums.items()):
         return Refused("a metric's sums have another length")
     return answer

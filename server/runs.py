@@ -49,6 +49,9 @@ State = Literal[
 #: The states in which nothing more happens until somebody wants it.
 ENDED: frozenset[State] = frozenset({"stopped", "completed", "completed with losses", "failed"})
 
+#: What tells one content of the files that end a run from the next.
+Stamp = tuple[tuple[int, int, int], ...]
+
 #: The ends that `run.json` names.
 _ENDS: dict[str, State] = {"completed": "completed", "completed with losses": "completed with losses"}
 
@@ -60,7 +63,10 @@ _LOCK_SECONDS = 1.0
 
 
 class Created(BaseModel):
-    """`created.json`: what the run was made of; `sites` had approved the plan then, `created_at` is since 1970."""
+    """`created.json`: what the run was made of. `created_at` is since 1970.
+
+    `sites` had approved the plan then; those `without` which it runs are not asked, whatever they approve.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -68,6 +74,7 @@ class Created(BaseModel):
     name: str
     created_at: float
     sites: tuple[str, ...]
+    without: tuple[str, ...] = ()
 
 
 class Wanted(BaseModel):
@@ -232,6 +239,16 @@ class Run:
             since = self.folder.stat().st_mtime
         return Status(state, self.committed(), self.rounds, reason, remedy, since)
 
+    @property
+    def stamp(self) -> Stamp:
+        """Another one once somebody has changed what says that the run is at its end."""
+        return tuple(_stamp(self.folder / name) for name in ("run.json", "failure.json", "wanted.json"))
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run is not at its end, and wanted; asked by the process that holds it."""
+        return self._ended(os.getpid()) is None
+
     def _ended(self, process: int | None) -> tuple[State, str, str, float] | None:
         if self.summary.exists():
             return _end_of(self.summary, _stamp(self.summary)), "", "", self.summary.stat().st_mtime
@@ -265,13 +282,16 @@ class Run:
 # --- the runs of a coordinator
 
 
-def create_run(home: Home, plan: Plan, *, sites: Iterable[str] = (), by: str = "") -> Run:
+def create_run(home: Home, plan: Plan, *, sites: Iterable[str] = (), without: Iterable[str] = (), by: str = "") -> Run:
     """Makes the folder of a new run of `plan` that is wanted to run; `sites` have approved it. Raises OSError."""
     now = time.time()
+    created = Created(
+        digest=plan.digest, name=plan.name, created_at=now, sites=tuple(sorted(sites)), without=tuple(sorted(without))
+    )
     home.runs.mkdir(parents=True, exist_ok=True)
     files = {
         "plan.yaml": plan.to_yaml().encode(),
-        "created.json": _json(Created(digest=plan.digest, name=plan.name, created_at=now, sites=tuple(sorted(sites)))),
+        "created.json": _json(created),
         "wanted.json": _json(Wanted(want="run", at=now, by=by)),
     }
     with _one_at_a_time(home.runs / ".lock"):

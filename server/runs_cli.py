@@ -104,6 +104,9 @@ def run(
     home: _HomeDir,
     wait: Annotated[bool, typer.Option("--wait", help="Watch the run until it ends.")] = False,
     anyway: Annotated[bool, typer.Option("--anyway", help="Start it below quorum; it waits for sites.")] = False,
+    without: Annotated[
+        list[str] | None, typer.Option("--without", metavar="SITE", help="Leave a site out; can be given again.")
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """Run a plan that sites have approved."""
@@ -113,17 +116,21 @@ def run(
     folder = _home(home)
     proposal, plan = proposed(folder, digest)
     approved, others = sites_of(folder, proposal.digest)
+    left_out = _known(without or (), (*approved, *others))
+    approved, others = (tuple(site for site in sites if site not in left_out) for sites in (approved, others))
     quorum = plan.participation.quorum
     if len(approved) < quorum and not anyway:
         raise RunError(_below_quorum(plan.name, approved, others, quorum), "wait for them, or start it with --anyway")
     going = [other.id for other in all_runs(folder) if _is_of(other, plan.digest)]
-    made = _made(folder, plan, approved)
+    made = _made(folder, plan, approved, left_out)
     if as_json:
         _tell({"run": made.id, "digest": plan.digest, "approved": list(approved), "not_approved": list(others),
-               "folder": str(made.folder)}, lines=wait)  # fmt: skip
+               "without": list(left_out), "folder": str(made.folder)}, lines=wait)  # fmt: skip
     else:
         typer.echo(f"run {made.id} is asked for: {plan.name}, {plan.rounds} rounds, quorum {quorum}")
         _say_approvals(approved, others)
+        if left_out:
+            typer.echo(f"without {_some(left_out)}")
         if going:
             typer.echo(f"note: {_some(going)} of the same plan is not at its end")
         if len(approved) < quorum:
@@ -141,11 +148,19 @@ def _below_quorum(plan: str, approved: Sequence[str], others: Sequence[str], quo
     return f"{plan} is {have}{missing}; its quorum is {quorum}"
 
 
-def _made(home: Home, plan: Plan, approved: Sequence[str]) -> Run:
+def _known(names: Sequence[str], sites: Sequence[str]) -> tuple[str, ...]:
+    """Names that are sites' names; raises RunError."""
+    for name in names:
+        if name not in sites:
+            raise RunError(f"no site is called '{name}'", f"the sites are {_some(sites)}" if sites else "invite one")
+    return tuple(sorted(set(names)))
+
+
+def _made(home: Home, plan: Plan, approved: Sequence[str], without: Sequence[str]) -> Run:
     from locum.server.runs import create_run
 
     try:
-        return create_run(home, plan, sites=approved, by=_me())
+        return create_run(home, plan, sites=approved, without=without, by=_me())
     except OSError as error:
         raise RunError(
             f"{home.runs} cannot be written: {error.strerror}", "free space, or use the coordinator's account"

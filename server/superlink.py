@@ -1,10 +1,11 @@
 """Flower's SuperLink, as it runs here: its own program on loopback, with a lock on what it leaves open.
 
 In open-source Flower the Control API asks nobody who he is: whoever reaches the port starts runs and thereby code. So
-the program is started through its own extension hook with one middleware more: every path but the Runtime API (which
-has Flower's own secret and task tokens) needs the coordinator's control secret in a header. Flower is not changed.
+the program is started through its own extension hook with one middleware more: every path needs the coordinator's
+control secret in a header, but those of the Runtime API by which SuperExec and a ServerApp do their work; these have
+Flower's own secret and task tokens, and none of them starts anything. Flower is not changed.
 
-The other half of this module is what the coordinator asks of it: start and stop a run, register and remove a node.
+The other half of this module is what the coordinator asks of it: start and stop a run, register a node.
 Flower's private parts used (flwr 1.41): the extension hook, the Control API's client, the program's entry point, and
 the patience with which its grid waits for the objects of a reply.
 """
@@ -34,7 +35,14 @@ if TYPE_CHECKING:
 
 CONTROL_HEADER = "locum-control"
 _HOOK = "flwr.ee.superlink.extensions"
-_OPEN = "/v1/runtime/"
+#: What SuperExec and a ServerApp call. The rest of the Runtime API can give a task's token to other code.
+_OPEN = frozenset(
+    f"/v1/runtime/{name}"
+    for name in (
+        *("acquire-task", "send-task-heartbeat", "pull-task-input", "push-task-output", "push-logs", "get-nodes"),
+        *("push-messages", "pull-messages", "push-object", "pull-object", "confirm-message-received"),
+    )
+)
 
 _Scope = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -46,7 +54,7 @@ _App = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
 
 
 class ControlLock:
-    """ASGI middleware: answers 401 to every HTTP call outside the Runtime API that does not carry the secret."""
+    """ASGI middleware: answers 401 to every HTTP call that is not open to all and does not carry the secret."""
 
     def __init__(self, app: _App, secret: bytes) -> None:
         self._app, self._secret = app, secret
@@ -63,7 +71,7 @@ class ControlLock:
         if scope["type"] != "http":
             return False
         given = [value for name, value in scope["headers"] if name == CONTROL_HEADER.encode()]
-        return str(scope["path"]).startswith(_OPEN) or (len(given) == 1 and hmac.compare_digest(given[0], self._secret))
+        return scope["path"] in _OPEN or (len(given) == 1 and hmac.compare_digest(given[0], self._secret))
 
 
 def _extension(secret: bytes) -> ModuleType:
@@ -127,9 +135,17 @@ def environment(home: Home) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
         "LOCUM_SERVER_HOME": str(home.path),
+        **_past_the_proxy(),
         "MALLOC_ARENA_MAX": "1",  # glibc gives each thread memory of its own and keeps it; this does not cost time here
         PARENT: str(os.getpid()),
     }
+
+
+def _past_the_proxy() -> dict[str, str]:
+    """Keeps loopback off the machine's HTTP proxy: Flower's clients ask the environment, and so does gRPC."""
+    given = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")
+    hosts = dict.fromkeys(filter(None, (*given, "127.0.0.1", "localhost")))
+    return dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(hosts))
 
 
 def address(config: ServerConfig) -> str:
@@ -173,6 +189,7 @@ class Control:
     def __init__(self, home: Home, config: ServerConfig) -> None:
         from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 
+        os.environ.update(_past_the_proxy())
         self._client = ControlHttpClient.from_server_address(
             address(config),
             insecure=False,
@@ -215,12 +232,6 @@ class Control:
 
         answer = self._ask(self._client.ListNodes, ListNodesRequest())
         return {bytes(node.public_key): int(node.node_id) for node in answer.nodes_info if not node.unregistered_at}
-
-    def unregister_node(self, number: int) -> None:
-        """Removes a node; one that is not there is left so."""
-        from flwr.proto.control_pb2 import UnregisterNodeRequest
-
-        self._ask(self._client.UnregisterNode, UnregisterNodeRequest(node_id=number), tolerated=True)
 
     def _ask(self, call: Callable[[Any], Any], request: Any, *, tolerated: bool = False) -> Any:
         try:

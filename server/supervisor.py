@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -29,7 +30,7 @@ from locum.common.errors import LocumError, RunError
 from locum.common.fab import build_bundle
 from locum.server import superlink
 from locum.server.home import Home, ServerConfig
-from locum.server.runs import Run, all_runs
+from locum.server.runs import Run, Stamp, all_runs
 from locum.server.superlink import Control
 
 log = logging.getLogger("locum.server")
@@ -104,10 +105,14 @@ class Child:
 
 @dataclass
 class _Attempt:
-    """A run's newest Flower run, and how often a start brought nothing."""
+    """A run's newest Flower run, and how often a start brought nothing.
+
+    `at` is when it was started, by the clock of files; `began` by one that nobody sets.
+    """
 
     number: int | None = None
     at: float = 0.0
+    began: float = -math.inf
     round: int = 0
     failures: int = 0
 
@@ -120,10 +125,13 @@ class Conductor:
     config: ServerConfig
     _attempts: dict[str, _Attempt] = field(default_factory=dict)
     _problems: dict[str, str] = field(default_factory=dict)
+    _closed: dict[str, Stamp] = field(default_factory=dict)
 
     def look(self) -> None:
         """One look at all runs; what goes wrong with one is told in the log, and the next look tries again."""
         for run in all_runs(self.home):
+            if self._closed.get(run.id) == run.stamp:
+                continue
             problem = ""
             try:
                 self._see_to(run)
@@ -134,9 +142,10 @@ class Conductor:
             self._problems[run.id] = problem
 
     def _see_to(self, run: Run) -> None:
-        status = run.status()
+        stamp, status = run.stamp, run.status()
         if status.ended:
             self._close(run)
+            self._closed[run.id] = stamp
         elif status.state == "stopping":
             self._end_process(run, status.since)
         elif status.state in {"waiting", "restarting"}:
@@ -148,10 +157,11 @@ class Conductor:
         if committed > attempt.round:
             attempt.failures, attempt.round = 0, committed
         patience = _START_SECONDS if attempt.number is not None and not _held_since(run, attempt.at) else 0.0
-        if time.time() - attempt.at < max(patience, min(2.0**attempt.failures, _LONGEST_DELAY) - 1):
+        if time.monotonic() - attempt.began < max(patience, min(2.0**attempt.failures, _LONGEST_DELAY) - 1):
             return
         if attempt.failures >= _MOST_FAILURES:
             run.fail(f"its process ended {attempt.failures} times in a row", "see superexec.log, then `locum resume`")
+            attempt.failures = 0
             return
         _check_space(self.home)
         control = Control(self.home, self.config)
@@ -162,7 +172,7 @@ class Conductor:
         finally:
             control.close()
         attempt.failures += attempt.number is not None
-        attempt.number, attempt.at = number, time.time()
+        attempt.number, attempt.at, attempt.began = number, time.time(), time.monotonic()
 
     def _end_process(self, run: Run, since: float) -> None:
         """A process that does not see that it should stop is ended."""

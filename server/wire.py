@@ -28,8 +28,9 @@ from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError
 
 from locum.common import build
+from locum.common.blobs import SHA256
 from locum.common.durable import replace_file
-from locum.common.errors import LocumError, RunError
+from locum.common.errors import LocumError
 from locum.common.messages import BLOB_THRESHOLD, INLINE, Arrays, Carrier, Fields, MessageError
 from locum.common.plan import Plan
 from locum.common.proto import locum_pb2 as pb
@@ -39,7 +40,7 @@ from locum.server.gateway.hints import HEADER
 from locum.server.gateway.live import read_live
 from locum.server.home import Home, ServerConfig
 from locum.server.records import Events
-from locum.server.registry import Registry
+from locum.server.registry import Registry, RegistryError
 from locum.server.runs import Run
 from locum.server.superlink import wait_for_objects
 
@@ -51,6 +52,8 @@ _PRESENT_SECONDS = 16.0
 _LOOK_SECONDS = 0.5
 _FIRST_PAUSE, _LONGEST_PAUSE = 15.0, 300.0
 _HEADER_ROOM = 1 << 20
+#: Completed replies that the gateway has told and nobody has asked for; a gateway remembers half as many.
+_MOST_HINTS = 20_000
 #: How long a reply that is said to be complete may keep the others waiting, seconds; Flower would wait for two hours.
 _OBJECT_SECONDS = 2.0
 #: What Flower raises for objects that are well named and make no sense.
@@ -89,38 +92,48 @@ class Wire:
         self._spool = home.spool / run.id
         _forget_uploads(self._spool / "up")
         self._hints = _Hints(config, (home.superlink / "hints.secret").read_text())
-        self._pause = _FIRST_PAUSE
+        self._pause, self._calm_after = _FIRST_PAUSE, 0.0
         self._since = time.time()
 
     # --- who
 
     def nodes(self, known: Iterable[int]) -> Mapping[int, str | None]:
-        """The connected nodes of sites that have approved the plan, by the name in the certificate."""
-        names, approved = self._registry.nodes(), self._registry.approvals(self._plan.digest)
-        return {node: names[node] for node in known if names.get(node) in approved}
+        """The connected nodes of sites that take part, by the name in the certificate."""
+        names, asked = self._registry.nodes(), self._asked()
+        return {node: names[node] for node in known if names.get(node) in asked}
 
-    def registered(self, sites: Collection[str]) -> dict[str, int]:
-        """The nodes of enrolled sites that are not there now."""
-        return {name: node for node, name in self._registry.nodes().items() if name in sites}
+    def current(self, sites: Collection[str]) -> dict[str, int]:
+        """The sites' nodes as they are now: one that has enrolled again has another. 0: none, and `away` says why."""
+        nodes = {name: node for node, name in self._registry.nodes().items()}
+        return {site: nodes.get(site, 0) for site in sites}
 
     def away(self, sites: Iterable[str]) -> dict[str, str]:
-        """The sites that were not heard from for too long, and those that were revoked."""
+        """The sites that were not heard from for too long, and those that have no node."""
         heard, now, known = _heard(self._home.live), time.time(), set(self._registry.nodes().values())
         last = {site: max(heard.get(site, 0.0), self._since) for site in sites}
         silent = {site: _silence(heard.get(site)) for site, at in last.items() if now - at > SILENT_SECONDS}
-        return silent | dict.fromkeys(set(last) - known, "its certificate was revoked")
+        return silent | {site: self._outside(site) for site in set(last) - known}
+
+    def _outside(self, site: str) -> str:
+        """Why a site has no node."""
+        row = self._registry.site(site)
+        revoked = row is None or row.revoked_at is not None
+        return "its certificate was revoked" if revoked else "it has enrolled again, and has not connected since"
+
+    def _asked(self) -> set[str]:
+        """The sites that are asked: those that have approved the plan, and were not left out of the run."""
+        return set(self._registry.approvals(self._plan.digest)) - set(self._run.created.without)
 
     # --- tensors
 
     def outgoing(self, model: Arrays) -> Carrier:
         """The model as a file of the spool, linked where it lies already; a small one inside the message."""
         size = sum(array.nbytes for array in model.values())
-        down = self._spool / "down"
-        if not down.exists():
-            down.mkdir(parents=True)
+        down, limit = self._spool / "down", self._spool / "limit.json"
+        down.mkdir(parents=True, exist_ok=True)
+        if not limit.exists():
             most = max(size, _bytes_of_sums(self._plan)) + _HEADER_ROOM
-            limit = {"upload_bytes": most, "plan": self._plan.digest}
-            replace_file(self._spool / "limit.json", json.dumps(limit).encode())
+            replace_file(limit, json.dumps({"upload_bytes": most, "plan": self._plan.digest}).encode())
         return INLINE if size <= BLOB_THRESHOLD else Outgoing(down)
 
     def incoming(self, site: str) -> Carrier:
@@ -164,32 +177,40 @@ class Wire:
                 log.exception("a reply cannot be read")
             yield number, reply
 
-    def wait(self, refusal: RunError, missing: Collection[str]) -> None:
+    def wait(self, refusal: LocumError, missing: Collection[str]) -> None:
         """Pauses the run until a site comes back, or for a while; raises StoppedError."""
+        if time.monotonic() > self._calm_after:
+            self._pause = _FIRST_PAUSE
         before, until = self._present(), time.monotonic() + self._pause
-        away = missing or set(self._registry.approvals(self._plan.digest)) - {site for site, _ in before}
-        self._events.emit("paused", reason=refusal.message, missing=sorted(away))
+        self._events.emit("paused", reason=refusal.message, missing=sorted(missing or self._missing(before)))
         self._pause = min(self._pause * 2, _LONGEST_PAUSE)
         while time.monotonic() < until and not (now := self._present()) - before:
             before = now  # who goes while the run is paused is back when it is heard again
             self._check()
             time.sleep(_LOOK_SECONDS)
+        self._calm_after = time.monotonic() + self._pause
         self._events.emit("resumed")
 
+    def _missing(self, present: set[tuple[str, str]]) -> set[str]:
+        try:
+            return self._asked() - {site for site, _ in present}
+        except RegistryError:
+            return set()
+
     def _present(self) -> set[tuple[str, str]]:
-        """The agents that are there now and may take part: site, and the agent's own number."""
-        approved, now = self._registry.approvals(self._plan.digest), time.time()
+        """The agents that are there now and are asked: site, and the agent's own number. None while nobody knows."""
+        try:
+            asked, now = self._asked(), time.time()
+        except RegistryError as error:
+            log.warning("%s", error)
+            return set()
         heard = read_live(self._home.live).items()
-        return {(site, said.instance) for site, said in heard if site in approved and now - said.at < _PRESENT_SECONDS}
+        return {(site, said.instance) for site, said in heard if site in asked and now - said.at < _PRESENT_SECONDS}
 
     def _check(self) -> None:
         wanted = self._run.wanted
         if wanted is not None and wanted.want == "stop":
             raise StoppedError(f"the run {self._run.id} was stopped", f"`locum resume {self._run.id}` goes on with it")
-
-    def close(self) -> None:
-        """Ends the hints."""
-        self._hints.close()
 
 
 def _bytes_of_sums(plan: Plan) -> int:
@@ -271,7 +292,7 @@ class Incoming:
             return INLINE.fetch(fields)
         digest = str(fields["sha256"])
         path = self.folder / digest
-        if set(fields) != {"sha256", "size"} or not (len(digest) == 64 and digest.isalnum()) or not path.is_file():
+        if set(fields) != {"sha256", "size"} or not SHA256.fullmatch(digest) or not path.is_file():
             raise MessageError("it names a blob that was not uploaded")
         try:
             return map_tensors(path, digest)
@@ -288,10 +309,8 @@ class _Hints:
     def __init__(self, config: ServerConfig, secret: str) -> None:
         self._target, self._secret = f"127.0.0.1:{config.hints_port}", secret
         self._outgoing: queue.SimpleQueue[pb.Sent | None] = queue.SimpleQueue()  # of the stream that is open now
-        self._complete: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._seen: set[str] = set()
+        self._complete: queue.Queue[str | None] = queue.Queue(_MOST_HINTS)
         self._last: list[int] = []
-        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="hints", daemon=True)
         self._thread.start()
 
@@ -301,38 +320,43 @@ class _Hints:
 
     def complete(self, waiting: Collection[str], seconds: float) -> list[str] | None:
         """Of `waiting`, those that are complete; waits up to `seconds` for the first. None if hints may be lost."""
-        found = [number for number in waiting if number in self._seen]
         until = time.monotonic() + seconds
-        while not found and (left := until - time.monotonic()) > 0:
+        while (left := until - time.monotonic()) > 0:
             try:
                 number = self._complete.get(timeout=left)
             except queue.Empty:
                 break
             if number is None:
                 return None
-            self._seen.add(number)
-            found = [number] if number in waiting else []
-        self._seen.difference_update(found)
-        return found
+            if number in waiting:
+                return [number]
+        return []
 
     def _follow(self) -> None:
-        while not self._closed.is_set():
+        while True:
             self._outgoing.put(None)
             self._outgoing = queue.SimpleQueue()
             requests = _until_none(self._outgoing)
             self._outgoing.put(pb.Sent(nodes=self._last))
-            with grpc.insecure_channel(self._target) as channel:
+            with grpc.insecure_channel(self._target, [("grpc.enable_http_proxy", 0)]) as channel:
                 stream = rpc.HintsStub(channel).Follow(requests, metadata=((HEADER, self._secret),))
                 try:
                     for replied in stream:
-                        self._complete.put(replied.reply_to)
+                        self._note(replied.reply_to)
                 except grpc.RpcError:
-                    self._complete.put(None)  # what was completed meanwhile is not known: pull all once
-            self._closed.wait(_LOOK_SECONDS)
+                    self._note(None)  # what was completed meanwhile is not known: pull all once
+            time.sleep(_LOOK_SECONDS)
 
-    def close(self) -> None:
-        self._closed.set()
-        self._outgoing.put(None)
+    def _note(self, number: str | None) -> None:
+        """Keeps a hint; while nobody waits for them, the oldest go, and that some are lost is kept."""
+        while True:
+            try:
+                self._complete.put_nowait(number)
+            except queue.Full:
+                self._complete.get_nowait()
+                number = None
+            else:
+                return
 
 
 def _until_none(hints: queue.SimpleQueue[pb.Sent | None]) -> Iterator[pb.Sent]:

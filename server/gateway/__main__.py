@@ -25,12 +25,14 @@ from locum.server.gateway.live import Live
 from locum.server.gateway.peers import Peer, site_of, site_peer
 from locum.server.gateway.registry import Federation, RegistryService
 from locum.server.gateway.spool import Spool
+from locum.server.gateway.turnstile import Turnstile
 from locum.server.home import Home, ServerConfig, read_config
 from locum.server.parent import end_with_parent
 from locum.server.registry import Registry
 from locum.server.superlink import Control
 
-_THREADS = 256
+#: Made when they are needed; a caller has a few (see `turnstile.py`).
+_THREADS = 1024
 _GRACE_SECONDS = 2.0
 _OPTIONS = (
     *OPTIONS,
@@ -50,7 +52,8 @@ def open_gateway(home: Home, config: ServerConfig) -> Callable[[], None]:
     live, board, stop = Live(home.live), Board(), threading.Event()
     threading.Thread(target=live.keep, args=(stop,), daemon=True).start()
 
-    door = grpc.server(ThreadPoolExecutor(_THREADS, thread_name_prefix="call"), (), (Legible(),), _OPTIONS)
+    threads, interceptors = ThreadPoolExecutor(_THREADS, thread_name_prefix="call"), (Turnstile(), Legible())
+    door = grpc.server(threads, (), interceptors, _OPTIONS)
     federation = Federation(registry, authority, load_log_certificate(home), live)
     rpc.add_RegistryServicer_to_server(RegistryService(federation), door)
     fleet = FleetService(

@@ -194,6 +194,7 @@ class FleetService(rpc.FleetServicer):
             verify=trust,
             timeout=_TIMEOUT,
             limits=limits,
+            trust_env=False,
         )
 
     def Call(self, request: pb.FleetCall, context: grpc.ServicerContext) -> pb.FleetAnswer:  # noqa: N802

@@ -122,16 +122,6 @@ class Spool:
         except (OSError, ValidationError) as error:
             raise SpoolRefusal(Reason.NO_RUN, f"the run {run} does not go on") from error
 
-    def drop_run(self, run: str) -> None:
-        """Removes all blobs of a run; uploads that are on their way end."""
-        shutil.rmtree(self._path / _named(run, blobs.RUN_NAME, "run"), ignore_errors=True)
-
-    def drop_upload(self, run: str, site: str, sha256: str) -> None:
-        """Removes an upload, whole or not."""
-        path = self.upload_path(run, site, sha256)
-        for found in (path, _part(path)):
-            found.unlink(missing_ok=True)
-
     # --- downloads
 
     def download_path(self, run: str, sha256: str) -> Path:

@@ -19,7 +19,7 @@ from locum.common.tensor_files import (
     MAX_HEADER,
     Arrays,
     TensorFileError,
-    forget,
+    forget_part,
     map_tensors,
     write_tensors,
 )
@@ -125,7 +125,8 @@ def test_memory_is_a_chunk_and_pages_are_given_back(tmp_path: Path) -> None:
     _, unread = _anonymous_and_file_pages()
     assert found["v"].sum() + found["w"].sum() == 16 << 20
     grown, read = _anonymous_and_file_pages()
-    forget(found)
+    for mapped in found.values():
+        forget_part(mapped)
     _, forgotten = _anonymous_and_file_pages()
     assert grown - before < 8 << 10
     assert read - unread > 60 << 10
@@ -135,7 +136,7 @@ def test_memory_is_a_chunk_and_pages_are_given_back(tmp_path: Path) -> None:
 
 def test_pages_of_other_arrays_are_left_alone() -> None:
     array = np.arange(10_000)
-    forget({"w": array})
+    forget_part(array)
     assert array.sum() == 49_995_000
 
 

@@ -26,6 +26,7 @@ from locum.server.authority import Authority, door_credentials, initialise, load
 from locum.server.gateway.legible import Legible
 from locum.server.gateway.live import Live
 from locum.server.gateway.registry import Federation, RegistryService
+from locum.server.gateway.turnstile import Turnstile
 from locum.server.home import Home, ServerConfig, read_config
 from locum.server.invitations import invite, make_invitation
 from locum.server.registry import Registry
@@ -93,7 +94,8 @@ def open_door(home: Path, servicers: Sequence[Servicer] = (registry_service,), *
         initialise(opened, ServerConfig(**fields))
     config = read_config(opened)
     authority = load_authority(opened, config)
-    server = grpc.server(ThreadPoolExecutor(16), interceptors=(Legible(),), options=[("grpc.so_reuseport", 0)])
+    interceptors = (Turnstile(), Legible())
+    server = grpc.server(ThreadPoolExecutor(32), interceptors=interceptors, options=[("grpc.so_reuseport", 0)])
     door = Door(opened, config, authority, Registry(opened.registry), Live(opened.live), server)
     for add in servicers:
         add(server, door)

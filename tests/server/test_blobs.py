@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -155,7 +156,7 @@ def test_the_quota_counts_all_runs_of_a_site_and_room_that_is_made_is_used(tmp_p
         with client(served.port) as blobs:
             sending = threading.Thread(target=blobs.upload, args=(RUN, tmp_path / "update"))
             sending.start()
-            served.spool.drop_upload("other-run", "berlin", "1" * 64)
+            served.spool.upload_path("other-run", "berlin", "1" * 64).unlink()
             sending.join(20)
         assert served.uploads() == {BLOB.sha256: CONTENT}
 
@@ -350,7 +351,7 @@ def test_the_end_of_a_run_ends_its_uploads(coordinator: Coordinator) -> None:
     with channel(coordinator.port) as opened:
         call = BlobsStub(opened).Put.future(slow())
         wait_for(lambda: _has(BlobsStub(opened), CHUNK))
-        coordinator.spool.drop_run(RUN)
+        shutil.rmtree(coordinator.path / RUN)
         gate.set()
         assert _refused(lambda: [call.result()])[0] is grpc.StatusCode.NOT_FOUND
     assert list(coordinator.path.iterdir()) == []

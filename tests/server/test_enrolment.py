@@ -263,7 +263,7 @@ def test_an_expired_certificate_is_kept_out_though_the_registry_knows_it(shared:
     identity = shared.enrol(name)
     past = utc_now() - timedelta(days=91)
     expired = shared.authority.issue_site(name, identity.key.public_key(), now=past)
-    shared.registry.add_certificate(name, expired)
+    shared.registry.renew(name, key=identity.key.public_key(), issue=lambda _: expired)
     with shared.channel_as(identity.key, expired) as channel:
         assert set(every_call(channel).values()) == {UNAVAILABLE}
 

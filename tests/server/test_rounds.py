@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,16 @@ import pytest
 from flwr.app import ConfigRecord, RecordDict
 
 from locum.common.errors import Code, RunError
-from locum.common.messages import Description, EvaluateTask, Tensors, TrainResult, TrainTask
+from locum.common.messages import (
+    Description,
+    EvaluateResult,
+    EvaluateTask,
+    Tensors,
+    TrainResult,
+    TrainTask,
+    pack,
+    unpack,
+)
 from locum.common.plan import Plan
 from locum.server.rounds import Finished
 from tests.peers import Answer, Failing, Mute, Peer, Spoiler, run_peers
@@ -276,11 +286,39 @@ def test_metric_sums_of_another_length_cost_the_site_its_evaluation(tmp_path: Pa
     assert finished.test.overall["AUC"] == 1.0
 
 
-def test_metric_sums_that_are_no_sums_cost_the_site_its_evaluation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0, 1e13])
+def test_metric_sums_that_are_no_sums_cost_the_site_its_evaluation(tmp_path: Path, value: float) -> None:
     class Odd(Peer):
         def sums(self, plan: Plan, task: EvaluateTask) -> Tensors:
-            return {**super().sums(plan, task), "AUC": np.full(4096, np.nan)}
+            return {**super().sums(plan, task), "AUC": np.full(4096, value)}
 
     finished = run_peers(plan(rounds=1), [Peer("a"), Odd("b")], tmp_path)
     assert "b" in finished.test.excluded
     assert finished.test.overall["accuracy"] == 1.0
+    assert finished.status == "completed with losses"
+
+
+def test_metrics_of_another_round_cost_the_site_its_evaluation(tmp_path: Path) -> None:
+    class Late(Peer):
+        def evaluate(self, plan: Plan, content: RecordDict) -> Answer:
+            task, _ = unpack(content, EvaluateTask)
+            header = EvaluateResult(plan_digest=plan.digest, round=task.round - 1, fold=task.fold, cases=1)
+            return pack(header, self.sums(plan, task))
+
+    finished = run_peers(plan(rounds=1), [Peer("a"), Late("b")], tmp_path)
+    assert finished.test.excluded == {"b": "metrics of the test fold in round 0"}
+
+
+def test_a_final_test_that_too_few_sites_answer_does_not_pass_for_the_end(tmp_path: Path) -> None:
+    class Gone(Peer):
+        def evaluate(self, plan: Plan, content: RecordDict) -> Answer:
+            task, _ = unpack(content, EvaluateTask)
+            time.sleep(2 if task.fold == "test" else 0)
+            return super().evaluate(plan, content)
+
+    of = plan(rounds=1, participation={"quorum": 2, "deadline": "1 s"})
+    with pytest.raises(RunError, match="fewer sites than the quorum of 2 answer in the final test"):
+        run_peers(of, [Peer("a"), Gone("b")], tmp_path)
+    resumed = run_peers(of, [Peer("a"), Peer("b")], tmp_path)
+    assert resumed.status == "completed"
+    assert resumed.test.overall == {"AUC": 1.0, "accuracy": 1.0}

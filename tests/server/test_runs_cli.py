@@ -145,6 +145,20 @@ def test_a_run_below_quorum_starts_only_when_asked_twice_and_says_that_it_waits(
     assert Run(Path(told["folder"])).status().state == "waiting"
 
 
+def test_a_site_can_be_left_out_of_a_run(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    of = plan(name="without")
+    propose(home, of, "team")
+    approve(home, of.digest, *SITES)
+    assert _locum(home, "run", of.digest[:8], "--without", "nroth") == 1
+    assert "no site is called 'nroth'" in _error(capsys)
+    assert _locum(home, "run", of.digest[:8], "--without", "north", "--without", "st-anne") == 1
+    assert "approved by riverside only" in _error(capsys)
+    assert _locum(home, "run", of.digest[:8], "--without", "north", "--json") == 0
+    told = _json(capsys)
+    assert (told["approved"], told["without"]) == (["riverside", "st-anne"], ["north"])
+    assert newest(home).created.without == ("north",)
+
+
 @pytest.mark.parametrize("digest", ["xyz", "abc", "0" * 64, "../../etc"])
 def test_a_digest_that_names_no_plan_is_told(home: Home, capsys: pytest.CaptureFixture[str], digest: str) -> None:
     assert _locum(home, "run", digest) == 1

@@ -258,6 +258,12 @@ def _words(sending: Sending) -> None:
     sending.send()
 
 
+def _letters(sending: Sending) -> None:
+    """Names a blob in digits that take four bytes each: too long for a file's name."""
+    sending.name({"sha256": "\N{MATHEMATICAL MONOSPACE DIGIT ZERO}" * 64, "size": 7})
+    sending.send()
+
+
 def _garbage(sending: Sending) -> None:
     """A reply whose objects have a right digest and a body of no sense."""
     sending.push(b"Message  10\x00" + b"\xff" * 10)
@@ -330,6 +336,7 @@ SENDS: dict[str, Callable[[Sending], None]] = {
     "foreign": _foreign,
     "outside": _outside,
     "words": _words,
+    "letters": _letters,
     "garbage": _garbage,
     "another_kind": _another_kind,
     "childless": _childless,

@@ -183,7 +183,7 @@ def test_a_foreign_or_expired_certificate_is_kept_out(scene: Scene) -> None:
     identity = scene.identity("d")
     expired = scene.authority.issue_site("d", identity.key.public_key(), now=utc_now() - timedelta(days=91))
     with closing(Registry(scene.federation.home.registry)) as registry:
-        registry.add_certificate("d", expired)
+        registry.renew("d", key=identity.key.public_key(), issue=lambda _: expired)
     forged = Authority(identity.key, identity.certificate, timedelta(days=9)).issue_site("d", identity.key.public_key())
     for certificate in (expired, forged):
         with scene.caller("d", certificate=certificate) as caller:

@@ -57,6 +57,7 @@ BLOBS: dict[str, tuple[str, str]] = {
     "blob-foreign": ("foreign", "it names a blob that was not uploaded"),
     "blob-outside": ("outside", "it names a blob that was not uploaded"),
     "blob-words": ("words", "it names a blob that was not uploaded"),
+    "blob-letters": ("letters", "it names a blob that was not uploaded"),
     "blob-lying": ("lying", "it names a blob that was not uploaded"),
     "blob-large": ("ten_gigabytes", "it names a blob that was not uploaded"),
     "blob-noise": ("no_tensors", "its blob is not tensors"),

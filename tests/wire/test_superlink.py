@@ -99,6 +99,28 @@ def test_no_path_of_the_runtime_api_answers_without_its_own_secret(running: Supe
         assert _post(running, route.path, **version).status_code in {401, 403}, route.path
 
 
+def test_what_a_task_could_start_is_closed_whatever_token_it_has(running: SuperLink) -> None:
+    closed = {route.path for route in runtime_router.routes} - superlink._OPEN
+    assert {"/v1/runtime/start-automation", "/v1/runtime/create-task"} <= closed
+    assert len(superlink._OPEN - {route.path for route in runtime_router.routes}) == 0
+    for path in closed:
+        answer = _post(running, path)
+        assert (answer.status_code, answer.content) == (401, b""), path
+
+
+def test_loopback_is_reached_past_a_proxy_of_the_machine(running: SuperLink, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "intranet")
+    control = Control(running.home, running.config)
+    try:
+        assert control.nodes() == {}
+    finally:
+        control.close()
+    for _ in range(2):
+        assert superlink.environment(running.home)["no_proxy"] == "intranet,127.0.0.1,localhost"
+
+
 def test_it_listens_on_loopback_and_nowhere_else(running: SuperLink) -> None:
     assert listening(running.number) == {f"127.0.0.1:{running.config.superlink_port}"}
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from locum.server.home import Home
+from locum.server.home import Home, read_config
 from locum.server.runs import create_run
-from locum.server.supervisor import Child, Conductor
+from locum.server.supervisor import Child, Conductor, _Attempt
 from tests.plans import plan
+from tests.server.coordinator import new_home
 from tests.wire.federation import until
 from tests.wire.harm import open_superlink
 
@@ -94,6 +95,17 @@ def test_a_process_that_does_not_go_is_ended(home: Home) -> None:
     child.stop()
     assert child.process is not None
     assert child.process.poll() == -9
+
+
+def test_a_run_that_failed_too_often_has_all_its_attempts_again_at_once(tmp_path: Path) -> None:
+    home = new_home(tmp_path / "coordinator")
+    conductor, run = Conductor(home, read_config(home)), create_run(home, plan())
+    conductor._attempts[run.id] = attempt = _Attempt(failures=8)
+    conductor.look()
+    assert run.status().state == "failed"
+    run.want("run")
+    conductor.look()  # no SuperLink is there to start it
+    assert (run.status().state, attempt.failures) == ("waiting", 0)
 
 
 def test_a_superlink_that_is_away_costs_a_run_no_attempt(tmp_path: Path) -> None:
