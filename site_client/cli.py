@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from locum.common.errors import DataError, RunError
+from locum.site_client.doctor_cli import doctor
 from locum.site_client.enrol_cli import enrol
 from locum.site_client.identity import default_home
 from locum.site_client.start_cli import start
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.command()(enrol)
 app.command()(start)
+app.command()(doctor)
 
 _SITE_HELP = "A site.yaml: where the images and labels are."
 _SiteFile = Annotated[Path, typer.Argument(metavar="SITE.yaml", show_default=False, help=_SITE_HELP)]

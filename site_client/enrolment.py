@@ -217,12 +217,13 @@ def _channel(address: str, tls: grpc.ChannelCredentials, proxy: str | None) -> g
     options: list[tuple[str, int | str]] = list(_OPTIONS)
     if proxy is not None:
         options.append(("grpc.http_proxy", proxy))
-    elif _on_loopback(address):
+    elif on_loopback(address):
         options.append(("grpc.enable_http_proxy", 0))
     return grpc.secure_channel(address, tls, options=options)
 
 
-def _on_loopback(address: str) -> bool:
+def on_loopback(address: str) -> bool:
+    """Whether an address, host:port, is this machine's own."""
     host = address.rpartition(":")[0].strip("[]")
     try:
         return ipaddress.ip_address(host).is_loopback
