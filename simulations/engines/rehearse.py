@@ -17,13 +17,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 from locum.common.cli import main
 from locum.common.errors import RunError
 from locum.common.plan import Plan
+from locum.server.event_file import EventReader
 from locum.server.home import Home
 from locum.server.runs import Run, find
 
@@ -31,6 +32,8 @@ _READY_SECONDS = 90.0
 _LOOK_SECONDS = 0.1
 _END_SECONDS = 20.0
 _RUN = "rehearsal.json"
+#: Agents that have just been started may be missing once; sites that fail again and again do not come back.
+_MOST_PAUSES = 2
 #: What the simulation's folder gets of the run's.
 _RESULTS = ("run.json", "model.safetensors")
 
@@ -76,15 +79,14 @@ def run_rehearsal(rehearsal: Rehearsal, watch: Callable[[Run], AbstractContextMa
         RunError: a command failed, or the run did.
     """
     _establish(rehearsal)
-    with ExitStack() as processes:
-        processes.enter_context(_coordinator(rehearsal))
+    with ExitStack() as stack:
+        processes = [stack.enter_context(_coordinator(rehearsal))]
         _enrol_all(rehearsal)
-        for name in rehearsal.sites:
-            processes.enter_context(_agent(rehearsal, name))
-        _approve_all(rehearsal)
+        processes += [stack.enter_context(_agent(rehearsal, name)) for name in rehearsal.sites]
+        _approve_all(rehearsal, processes)
         run = _asked(rehearsal)
         with watch(run):
-            _await_end(run)
+            _await_end(run, processes)
     for name in _RESULTS:
         shutil.copyfile(run.folder / name, rehearsal.folder / name)
 
@@ -109,25 +111,30 @@ def _enrol(rehearsal: Rehearsal, name: str) -> None:
     if (folder / "identity").exists():
         return
     invitation = folder / "invitation.json"
-    invitation.unlink(missing_ok=True)
-    _locum("server", "invite", name, "--out", str(invitation), "--home", str(rehearsal.home))
+    if not _is_used(rehearsal, name):
+        invitation.unlink(missing_ok=True)
+        _locum("server", "invite", name, "--out", str(invitation), "--home", str(rehearsal.home))
     _locum("site", "enrol", str(invitation), "--home", str(folder))
     invitation.unlink()
 
 
-def _approve_all(rehearsal: Rehearsal) -> None:
+def _is_used(rehearsal: Rehearsal, name: str) -> bool:
+    """Whether an enrolment was interrupted when the coordinator had it and the site not: its invitation ends it."""
+    from locum.server.registry import Registry
+
+    with closing(Registry(Home(rehearsal.home).registry)) as registry:
+        return registry.site(name) is not None
+
+
+def _approve_all(rehearsal: Rehearsal, processes: Sequence[_Process]) -> None:
     """Proposes the plan, and approves it at every site as soon as it is there."""
     _locum("propose", str(rehearsal.folder / "plan.yaml"), "--home", str(rehearsal.home))
     for name in rehearsal.sites:
-        _approve(rehearsal, name)
-    _until(lambda: _all_approved(rehearsal), "the sites' approvals did not reach the coordinator")
-
-
-def _approve(rehearsal: Rehearsal, name: str) -> None:
-    folder, digest = rehearsal.site(name), rehearsal.plan.digest
-    proposal = folder / "proposals" / f"{digest}.json"
-    _until(proposal.exists, f"the proposal did not reach {name}; see {folder / 'agent.log'}")
-    _locum("site", "approve", digest, "--steward", "rehearsal", "--yes", "--home", str(folder))
+        folder, digest = rehearsal.site(name), rehearsal.plan.digest
+        proposal = folder / "proposals" / f"{digest}.json"
+        _until(proposal.exists, f"the proposal did not reach {name}; see {folder / 'agent.log'}", processes)
+        _locum("site", "approve", digest, "--steward", "rehearsal", "--yes", "--home", str(folder))
+    _until(lambda: _all_approved(rehearsal), "the sites' approvals did not reach the coordinator", processes)
 
 
 def _all_approved(rehearsal: Rehearsal) -> bool:
@@ -151,8 +158,15 @@ def _asked(rehearsal: Rehearsal) -> Run:
     return find(Home(rehearsal.home), name)
 
 
-def _await_end(run: Run) -> None:
+def _await_end(run: Run, processes: Sequence[_Process]) -> None:
+    """Waits for the run's end; raises RunError if it fails, or if what it waits for will not come."""
+    reader, pauses = EventReader(run.events), 0
+    reader.read()  # what was before
     while not (status := run.status()).ended:
+        _check(processes)
+        pauses += sum(event["event"] == "paused" for event in reader.read())
+        if pauses > _MOST_PAUSES and status.state == "paused":
+            raise RunError(status.reason, "mend what it says, then resume")
         time.sleep(_LOOK_SECONDS)
     if status.state not in {"completed", "completed with losses"}:
         raise RunError(status.reason or f"the run {run.id} was {status.state}", status.remedy)
@@ -161,36 +175,35 @@ def _await_end(run: Run) -> None:
 # --- processes
 
 
+@dataclass(frozen=True)
+class _Process:
+    popen: subprocess.Popen[bytes]
+    log: Path
+
+
 @contextmanager
-def _coordinator(rehearsal: Rehearsal) -> Iterator[None]:
+def _coordinator(rehearsal: Rehearsal) -> Iterator[_Process]:
     command = _command("server", "start", "--home", str(rehearsal.home))
     with _process(command, rehearsal.folder / "coordinator.log") as process:
-        _until(lambda: _is_ready(rehearsal, process), f"the coordinator did not start; see {rehearsal.home / 'logs'}")
-        yield
+        otherwise = f"the coordinator did not start; see {rehearsal.home / 'logs'}"
+        _until(lambda: b"ready:" in process.log.read_bytes(), otherwise, [process])
+        yield process
 
 
-def _is_ready(rehearsal: Rehearsal, process: subprocess.Popen[bytes]) -> bool:
-    if process.poll() is not None:
-        raise RunError("the coordinator ended at once", f"see {rehearsal.folder / 'coordinator.log'}")
-    return b"ready:" in (rehearsal.folder / "coordinator.log").read_bytes()
-
-
-@contextmanager
-def _agent(rehearsal: Rehearsal, name: str) -> Iterator[None]:
+def _agent(rehearsal: Rehearsal, name: str) -> AbstractContextManager[_Process]:
     folder = rehearsal.site(name)
-    with _process(rehearsal.agent(folder), folder / "agent.log"):
-        yield
+    return _process(rehearsal.agent(folder), folder / "agent.log")
 
 
 @contextmanager
-def _process(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _process(command: Sequence[str], log: Path) -> Iterator[_Process]:
     """A process that stays; ended with everything it started."""
     with log.open("wb") as file:
         process = subprocess.Popen(  # noqa: S603 - our own command
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
         )
     try:
-        yield process
+        yield _Process(process, log)
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -215,9 +228,17 @@ def _command(*words: str) -> list[str]:
     return [sys.executable, "-c", "import sys; from locum.common.cli import main; sys.exit(main())", *words]
 
 
-def _until(holds: Callable[[], bool], otherwise: str) -> None:
+def _check(processes: Sequence[_Process]) -> None:
+    """Raises RunError if one of the rehearsal's processes has ended, which none does by itself."""
+    for process in processes:
+        if process.popen.poll() is not None:
+            raise RunError(f"a process of the rehearsal has ended; see {process.log}", "mend what it says, then resume")
+
+
+def _until(holds: Callable[[], bool], otherwise: str, processes: Sequence[_Process]) -> None:
     end = time.monotonic() + _READY_SECONDS
     while not holds():
+        _check(processes)
         if time.monotonic() > end:
             raise RunError(otherwise, "look there, then resume")
         time.sleep(_LOOK_SECONDS)

@@ -4,13 +4,19 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
+import pytest
+
 from locum.common.cli import main
+from locum.common.errors import RunError
 from locum.server.home import Home
 from locum.server.runs import newest
+from locum.simulations.engines import rehearse
+from locum.simulations.engines.rehearse import Rehearsal, run_rehearsal
 from tests.plans import plan
-from tests.wire.federation import until
+from tests.wire.federation import locum, until
 
 RUNNER = [sys.executable, "-c", "import sys; from locum.common.cli import main; sys.exit(main())", "simulate"]
 
@@ -19,6 +25,39 @@ def _plan(folder: Path, **changes: object) -> Path:
     path = folder / "plan.yaml"
     path.write_text(plan(contract__least_patients=2, **changes).to_yaml())
     return path
+
+
+def test_a_rehearsal_whose_agent_ends_is_told_at_once_and_can_be_resumed(tmp_path: Path) -> None:
+    of = plan(rounds=1)
+    (tmp_path / "plan.yaml").write_text(of.to_yaml())
+    dying = Rehearsal(tmp_path, of, ["north"], lambda _: [sys.executable, "-c", "print('no store')"])
+    with pytest.raises(RunError, match=r"has ended; see .*north/agent.log"):
+        run_rehearsal(dying, lambda _: nullcontext())
+
+
+_KILLED = """
+import os, sys
+from locum.common.cli import main
+from locum.site_client import enrolment
+
+enrolment._establish = lambda *_: os._exit(9)
+main(["site", "enrol", sys.argv[1], "--home", sys.argv[2]])
+"""
+
+
+def test_a_rehearsal_killed_when_the_coordinator_knew_the_site_and_the_site_not_yet_goes_on(tmp_path: Path) -> None:
+    one = Rehearsal(tmp_path, plan(), ["north"])
+    north = one.site("north")
+    north.mkdir(parents=True)
+    rehearse._establish(one)
+    with rehearse._coordinator(one):
+        invitation = north / "invitation.json"
+        locum("server", "invite", "north", "--out", invitation, "--home", one.home)
+        killed = subprocess.run([sys.executable, "-c", _KILLED, str(invitation), str(north)], check=False)
+        assert killed.returncode == 9
+        assert not (north / "identity").exists()
+        rehearse._enrol(one, "north")
+    assert (north / "identity" / "site.pem").exists()
 
 
 def test_a_rehearsal_even_interrupted_gives_the_results_of_the_local_engine_to_the_bit(tmp_path: Path) -> None:
