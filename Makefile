@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SIDE_BY_SIDE := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 .PHONY: demo test test-all check bench proto install clean
 .DEFAULT_GOAL := help
@@ -27,10 +28,10 @@ demo: $(STAMP)
 	$(BIN)/locum simulate --baselines --out runs/demo --force
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -q --slow
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) --slow
 
 check: $(STAMP)
 	$(BIN)/ruff check .
