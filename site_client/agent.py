@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from flwr.app import Message, RecordDict
 
@@ -45,6 +45,10 @@ def _nobody(_activity: Activity, _round: int) -> None:
     """Nobody is told."""
 
 
+def _endless(_message: Message) -> None:
+    """No time is set."""
+
+
 @dataclass
 class Agent:
     """One site's agent.
@@ -56,6 +60,7 @@ class Agent:
         log: the site's own log.
         admit: raises SiteFailure unless a plan may run here now.
         told: is told what the agent does, and in which round.
+        seconds_left: how long the worker may take over a message; None for as long as it takes.
     """
 
     site: str
@@ -64,7 +69,8 @@ class Agent:
     log: logging.Logger
     admit: Callable[[Policy, Plan], None] = gate.admit_plan
     told: Callable[[Activity, int], None] = _nobody
-    _plans: dict[str, Plan] = field(default_factory=dict)
+    seconds_left: Callable[[Message], float | None] = _endless
+    _plan: tuple[str, Plan] | None = None
 
     def handle(self, message: Message, bundle: bytes, carrier: Carrier = INLINE) -> Message:
         """Answers a message of the run that `bundle` belongs to; never raises for what arrives.
@@ -81,7 +87,7 @@ class Agent:
             return Message(gate.release_failure(SiteFailure(Code.INTERNAL)), reply_to=message)
 
     def _answer(self, message: Message, bundle: bytes, carrier: Carrier) -> RecordDict:
-        plan = self._plan(bundle)
+        plan = self.plan_of(bundle)
         self.admit(self.policy, plan)
         answers: dict[str, Callable[[_Task], Release]] = {
             DESCRIBE: self._describe,
@@ -91,45 +97,48 @@ class Agent:
         kind = message.metadata.message_type
         if kind not in answers or not message.has_content():
             raise SiteFailure(Code.MESSAGE_UNREADABLE, f"message type {kind!r}")
-        released = answers[kind](_Task(plan, message.content, carrier))
+        released = answers[kind](_Task(plan, message.content, carrier, self.seconds_left(message)))
         return pack(released.header, released.tensors, carrier)
 
-    def _plan(self, bundle: bytes) -> Plan:
+    def plan_of(self, bundle: bytes) -> Plan:
+        """The plan of a bundle, the same object while bundles are the same; raises SiteFailure (PLAN_UNREADABLE)."""
         key = sha256_hex(bundle)
-        if key not in self._plans:
+        if self._plan is None or self._plan[0] != key:
             try:
-                self._plans[key] = plan_of_bundle(bundle)
+                self._plan = key, plan_of_bundle(bundle)
             except PlanError as error:
                 raise SiteFailure(Code.PLAN_UNREADABLE, str(error)) from error
-        return self._plans[key]
+        return self._plan[1]
 
     def _describe(self, asked: _Task) -> Release:
         asked.read(DescribeTask)
-        found, _ = self.worker.call("describe", asked.plan)
+        found, _ = self.worker.call("describe", asked.plan, seconds=asked.seconds)
         return gate.release_description(self.policy, asked.plan, self.site, found)
 
     def _train(self, asked: _Task) -> Release:
         task, model = asked.read(TrainTask)
         began = time.monotonic()
         self.told("training", task.round)
-        done, update = self.worker.call("train", asked.plan, model, round=task.round)
+        done, update = self.worker.call("train", asked.plan, model, seconds=asked.seconds, round=task.round)
         done["seconds"] = time.monotonic() - began
         return gate.release_update(self.policy, asked.plan, task, model=model, update=update, done=done)
 
     def _evaluate(self, asked: _Task) -> Release:
         task, model = asked.read(EvaluateTask)
         self.told("evaluating", task.round)
-        done, sums = self.worker.call("evaluate", asked.plan, model, round=task.round, fold=task.fold)
+        request = {"round": task.round, "fold": task.fold}
+        done, sums = self.worker.call("evaluate", asked.plan, model, seconds=asked.seconds, **request)
         return gate.release_metrics(self.policy, asked.plan, task, cases=done["cases"], sums=sums)
 
 
 @dataclass(frozen=True)
 class _Task:
-    """A message's content, and the plan that it belongs to."""
+    """A message's content, the plan that it belongs to, and how long the worker may take over it."""
 
     plan: Plan
     content: RecordDict
     carrier: Carrier
+    seconds: float | None
 
     def read(self, kind: type[H]) -> tuple[H, Arrays]:
         """The task and its tensors; raises SiteFailure (MESSAGE_UNREADABLE, PLAN_MISMATCH)."""
@@ -139,4 +148,6 @@ class _Task:
             raise SiteFailure(Code.MESSAGE_UNREADABLE, str(error)) from error
         if task.plan_digest != self.plan.digest:
             raise SiteFailure(Code.PLAN_MISMATCH, task.plan_digest)
+        if isinstance(task, TrainTask | EvaluateTask) and task.round > self.plan.rounds:
+            raise SiteFailure(Code.PLAN_MISMATCH, f"round {task.round} of a plan of {self.plan.rounds}")
         return task, tensors

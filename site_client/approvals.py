@@ -1,7 +1,7 @@
 """The site's word on plans: what was proposed, what its stewards approved, and what they took back.
 
 proposals/DIGEST.json   a proposal as the coordinator sent it, signed with the federation's log key
-approvals/DIGEST.json   this site's decisions on the plan, and how far the coordinator knows them
+approvals/DIGEST.json   this site's decisions on the plan
 
 Rules:
   * What lies in the folder counts only if its signature is right, each time it is read: a file that was changed by
@@ -9,7 +9,9 @@ Rules:
   * Nothing is remembered between two questions, so a revocation by another process counts at the next message.
   * An approval is the plan's digest signed with the site's key, under a steward's name. It stands while as many
     different stewards as the policy asks for have approved since the last revocation. One revocation ends it.
-  * The coordinator is told only what stands: the approvals once they are enough, or the revocation.
+  * The coordinator is told only what stands: the newest approval once they are enough, or the revocation. What it has
+    heard is not remembered here: it keeps the newest word, and may have been restored from a backup.
+  * A coordinator cannot fill the disk: of proposals that nobody has decided on, a number is kept, and no more taken.
 """
 
 from __future__ import annotations
@@ -30,7 +32,6 @@ from locum.common.envelope import (
     Approval,
     Digest,
     EnvelopeError,
-    Time,
     open_approval,
     open_proposal,
     seal,
@@ -49,6 +50,8 @@ _NAME = re.compile(r"[0-9a-f]{64}")
 _LEAST_PREFIX = 6
 _LONGEST_NAME = 100
 _TICK = 0.001
+#: Proposals without a decision that are kept: far more than stewards have before them, and at most 200 MiB.
+_MOST_UNDECIDED = 200
 
 
 class _Decisions(BaseModel):
@@ -56,7 +59,6 @@ class _Decisions(BaseModel):
 
     Attributes:
         envelopes: the last revocation, if there is one, and the approvals since.
-        delivered_at: the time of the newest decision that the coordinator has.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,7 +66,6 @@ class _Decisions(BaseModel):
     site: SiteName
     digest: Digest
     envelopes: tuple[str, ...] = ()
-    delivered_at: Time = 0.0
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,16 @@ class Approvals:
         """Keeps a proposal; returns whether it is new here. The first of a plan stays.
 
         Raises:
-            PlanError: it is not signed by the federation, its plan does not have its digest, or it is no plan here.
+            PlanError: it is not signed by the federation, its plan does not have its digest, it is no plan here, or
+                too many others wait for a decision.
         """
         held = self._opened(envelope)
         path = self._proposal_file(held.digest)
-        if self._held(path) is not None:
+        if _content(path) == envelope or self._held(path) is not None:
             return False
+        if len(self._undecided()) >= _MOST_UNDECIDED:
+            reason = f"proposal {held.digest[:12]} is not kept, for {_MOST_UNDECIDED} others wait for a decision"
+            raise PlanError(reason, "revoke those that nobody wants: they are decided then")
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, envelope)
         return True
@@ -175,18 +180,10 @@ class Approvals:
                 self._decide(digest, "revoke", name)
         return self.state(digest)
 
-    def unsent(self) -> tuple[bytes, ...]:
-        """Envelopes for the coordinator, in order: approvals that stand and revocations that it does not know."""
-        found = [one for path in _files(self.home / "approvals") for one in self._unsent(path.stem)]
-        return tuple(envelope for _, envelope in sorted(found))
-
-    def sent(self, envelope: bytes) -> None:
-        """Notes that the coordinator has an envelope; raises EnvelopeError if it is not this site's."""
-        approval = open_approval(envelope, self.identity.key.public_key())
-        with self._locked():
-            known = self._decisions(approval.digest)
-            if known is not None and known.delivered_at < approval.at:
-                self._write(known.model_copy(update={"delivered_at": approval.at}))
+    def decisions(self) -> tuple[bytes, ...]:
+        """What the coordinator shall know, an envelope for each plan: the newest approval that counts, or its end."""
+        found = (self._newest(path.stem) for path in _files(self.home / "approvals"))
+        return tuple(envelope for envelope in found if envelope is not None)
 
     # --- files
 
@@ -243,13 +240,16 @@ class Approvals:
         path = self._approval_file(decisions.digest)
         replace_file(path, seal(_KIND, decisions.model_dump(mode="json"), self.identity.key))
 
-    def _unsent(self, digest: str) -> Iterator[tuple[float, bytes]]:
-        known, stands = self._decisions(digest), self.standing(digest)
+    def _newest(self, digest: str) -> bytes | None:
+        """The newest decision that says whether the plan stands; None if none says it."""
+        known, wanted = self._decisions(digest), "approve" if self.standing(digest) else "revoke"
         if known is None:
-            return
-        for one, envelope in zip(self._approvals(known), known.envelopes, strict=True):
-            if stands == (one.decision == "approve") and one.at > known.delivered_at:
-                yield one.at, envelope.encode()
+            return None
+        told = zip(self._approvals(known), known.envelopes, strict=True)
+        return next((envelope.encode() for one, envelope in reversed(list(told)) if one.decision == wanted), None)
+
+    def _undecided(self) -> list[Path]:
+        return [path for path in _files(self.home / "proposals") if not self._approval_file(path.stem).exists()]
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -268,6 +268,14 @@ def open_approvals(home: Path, policy: Policy) -> Approvals:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.json") if _NAME.fullmatch(path.stem))
+
+
+def _content(path: Path) -> bytes | None:
+    """What a file holds; None if there is none."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 def _name(steward: str) -> str:

@@ -4,7 +4,8 @@ Rules:
   * A cut costs what was on the line. An upload goes on where the coordinator's file ends, a download where ours does.
   * Whatever may pass is tried again, for ever, with a back-off that begins anew when bytes have moved: a coordinator
     that is away, a full disk there, a stream that another one has not yet given way to. A refusal is final.
-  * A blob that was fetched is its digest, or it is not there.
+  * A blob that was fetched is its digest, and on the disk, or it is not there.
+  * A blob that would leave this machine's disk too little is not begun.
   * Memory is one chunk, whatever the blob's size.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ from typing import NamedTuple, TypeVar
 import grpc
 
 from locum.common.blobs import CHUNK, DISK_FULL, GET_DATA, PUT_DATA, SERVICE, Blob, frames, payload, write_all
+from locum.common.durable import flush
 from locum.common.errors import Code, SiteFailure
 from locum.common.proto import locum_pb2 as pb
 
@@ -31,8 +34,12 @@ log = logging.getLogger("locum.site")
 
 #: Told of bytes that are over, and of all of them.
 Progress = Callable[[int, int], None]
+#: Asked before each attempt to send; what it raises ends the sending.
+Permit = Callable[[], None]
 T = TypeVar("T")
 
+#: Bytes of disk that a model leaves free: for the update that is made from it, the journal and the logs.
+DISK_RESERVE = 256 << 20
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.2, 30.0
 #: A call that moves nothing for so long is ended, and made anew.
 STALL_SECONDS = 120.0
@@ -98,17 +105,32 @@ class BlobClient:
         get = channel.unary_stream(f"/{SERVICE}/Get", pb.GetRequest.SerializeToString, _chunk)
         return cls(Calls(stat, put, get), stop, log)
 
-    def upload(self, run: str, path: Path, *, digest: str | None = None, progress: Progress | None = None) -> Blob:
+    def upload(
+        self,
+        run: str,
+        path: Path,
+        *,
+        digest: str | None = None,
+        progress: Progress | None = None,
+        permit: Permit | None = None,
+    ) -> Blob:
         """Sends a file until the coordinator has it whole.
 
-        `digest` is its SHA-256 if that is known; else it is read once more. Raises SiteFailure(UPDATE_REFUSED) if the
-        coordinator does not want it, OSError if the file cannot be read, and Stopping.
+        `digest` is its SHA-256 if that is known; else it is read once more. `permit` is asked before each attempt, and
+        what it raises ends them. Raises SiteFailure(UPDATE_REFUSED) if the coordinator does not want it, OSError if
+        the file cannot be read, and Stopping.
         """
         with path.open("rb", buffering=0) as file:
             blob = Blob(digest or _hash_file(file.fileno()).hexdigest(), os.fstat(file.fileno()).st_size)
             key = pb.BlobKey(run=run, sha256=blob.sha256, size=blob.size)
             moved = _Moved(blob.size, progress or _silent)
-            self._persist(moved, Code.UPDATE_REFUSED, lambda: self._send(key, file.fileno(), moved))
+
+            def attempt() -> bool:
+                if permit is not None:
+                    permit()
+                return self._send(key, file.fileno(), moved)
+
+            self._persist(moved, Code.UPDATE_REFUSED, attempt)
         return blob
 
     def download(self, run: str, sha256: str, size: int, target: Path, *, progress: Progress | None = None) -> None:
@@ -123,8 +145,11 @@ class BlobClient:
         moved = _Moved(size, progress or _silent)
         try:
             with _Arriving(part, size) as arriving:
+                _check_room(target.parent, size - arriving.have)
                 self._persist(moved, Code.MESSAGE_UNREADABLE, lambda: self._fetch(key, arriving, moved))
+                arriving.flush()
             part.replace(target)
+            flush(target.parent)
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
@@ -242,6 +267,10 @@ class _Arriving:
         self.digest.update(data)
         self.have += len(data)
 
+    def flush(self) -> None:
+        """Waits for the disk; raises OSError."""
+        os.fsync(self._file)
+
     def begin_anew(self) -> None:
         """Forgets what is here."""
         os.ftruncate(self._file, 0)
@@ -274,6 +303,14 @@ def _hash_file(file: int) -> hashlib._Hash:
         digest.update(data)
         offset += len(data)
     return digest
+
+
+def _check_room(folder: Path, size: int) -> None:
+    """Raises SiteFailure(DISK_FULL) if so many bytes more would leave the disk too little."""
+    free = shutil.disk_usage(folder).free
+    if free < size + DISK_RESERVE:
+        words = f"a model needs {size} bytes more, {free} are free, and {DISK_RESERVE} of them are to stay so"
+        raise SiteFailure(Code.DISK_FULL, words)
 
 
 def _is_blob(path: Path, blob: Blob) -> bool:

@@ -1,7 +1,8 @@
 """How tensors reach and leave a site: small ones inside the message, others as blobs over the gateway.
 
 A model that has arrived is a file, mapped by the agent and by the worker; the same model is fetched once, however many
-messages name it. An update is a file too; it is sent before the message that names it, and removed when that is done.
+messages name it, and is read against its digest at each. An update is a file too; it is on the disk before a message
+names it, is sent before that, and removed when that is done.
 """
 
 from __future__ import annotations
@@ -14,22 +15,24 @@ from pathlib import Path
 from typing import Protocol
 
 from locum.common.activity import Activity
+from locum.common.durable import flush
 from locum.common.messages import BLOB_THRESHOLD, INLINE, Arrays, Fields, MessageError
 from locum.common.tensor_files import Mapped, map_tensors, write_tensors
+from locum.site_client.blobs import Permit, Progress
 
 _DIGEST = re.compile(r"^[0-9a-f]{64}$")
-
-Progress = Callable[[int, int], None]
 
 
 class Blobs(Protocol):
     """The connection that moves blobs."""
 
-    def upload(self, run: str, path: Path, *, digest: str | None = None, progress: Progress | None = None) -> object:
+    def upload(
+        self, run: str, path: Path, *, digest: str, progress: Progress | None = None, permit: Permit | None = None
+    ) -> object:
         """Sends a file until it has arrived."""
 
     def download(self, run: str, sha256: str, size: int, target: Path, *, progress: Progress | None = None) -> object:
-        """Fetches a file until it is here."""
+        """Fetches a file until it is here, unless it is."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,14 @@ class SiteCarrier:
         run: the run's name at the coordinator.
         folder: where blobs lie on their way.
         told: is told of the way: activity, bytes done, bytes in all.
+        permit: raises unless what is to be sent may still leave.
     """
 
     blobs: Blobs
     run: str
     folder: Path
     told: Callable[[Activity, int, int], None]
+    permit: Permit
 
     def stow(self, tensors: Arrays) -> Fields:
         """Puts tensors into the message or beside it, as a file that :meth:`deliver` sends; raises OSError."""
@@ -55,27 +60,29 @@ class SiteCarrier:
         up = self.folder / "up"
         up.mkdir(parents=True, exist_ok=True)
         if isinstance(tensors, Mapped):
-            tensors.path.replace(up / tensors.sha256)
-            return {"sha256": tensors.sha256, "size": tensors.size}
-        beside = up / f".{os.getpid()}.tmp"
-        digest, size = write_tensors(beside, tensors)
-        beside.replace(up / digest)
+            path, (digest, size) = tensors.path, (tensors.sha256, tensors.size)
+        else:
+            path = up / f".{os.getpid()}.tmp"
+            digest, size = write_tensors(path, tensors)
+        flush(path)
+        path.replace(up / digest)
+        flush(up)
         return {"sha256": digest, "size": size}
 
     def fetch(self, fields: Fields) -> Arrays:
-        """The tensors of a message; a blob is fetched unless it is here. Raises MessageError."""
+        """The tensors of a message; a blob is fetched unless it is here. Raises MessageError, SiteFailure, OSError."""
         if "sha256" not in fields:
             return INLINE.fetch(fields)
         digest, size = fields["sha256"], fields.get("size")
         if set(fields) != {"sha256", "size"} or not isinstance(size, int) or not _DIGEST.match(str(digest)):
             raise MessageError("it names no blob")
         target = self.folder / "down" / str(digest)
-        if not target.exists():
-            _clear(target.parent, keep=f"{digest}.part")
-            self.blobs.download(self.run, str(digest), size, target, progress=self._telling("downloading"))
+        _clear(target.parent, target.name, f"{digest}.part")
+        self.blobs.download(self.run, str(digest), size, target, progress=self._telling("downloading"))
         try:
             return map_tensors(target, str(digest))
         except ValueError as error:
+            target.unlink()
             raise MessageError(f"its blob is not tensors: {error}") from error
 
     def deliver(self, fields: Fields) -> None:
@@ -84,7 +91,7 @@ class SiteCarrier:
             digest = str(fields["sha256"])
             path = self.folder / "up" / digest
             path.stat()
-            self.blobs.upload(self.run, path, digest=digest, progress=self._telling("uploading"))
+            self.blobs.upload(self.run, path, digest=digest, progress=self._telling("uploading"), permit=self.permit)
 
     def delivered(self) -> None:
         """Removes what was sent."""
@@ -94,8 +101,8 @@ class SiteCarrier:
         return lambda done, total: self.told(activity, done, total)
 
 
-def _clear(folder: Path, keep: str = "") -> None:
+def _clear(folder: Path, *keep: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
-        if path.name != keep:
+        if path.name not in keep:
             path.unlink(missing_ok=True)

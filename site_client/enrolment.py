@@ -179,8 +179,10 @@ def needs_renewal(identity: SiteIdentity, now: datetime | None = None) -> bool:
     return renewal_due(identity.certificate, now or utc_now())
 
 
-def renew(identity: SiteIdentity, home: Path, channel: grpc.Channel) -> SiteIdentity:
+def renew(identity: SiteIdentity, home: Path, channel: grpc.Channel, now: datetime | None = None) -> SiteIdentity:
     """The identity with a new certificate of the same key, on the disk; open the channel again to use it.
+
+    `now` is the time by the coordinator's clock, if this machine's is not to be trusted.
 
     Raises:
         grpc.RpcError: the coordinator was not reached or refused; the old certificate goes on to count.
@@ -194,7 +196,7 @@ def renew(identity: SiteIdentity, home: Path, channel: grpc.Channel) -> SiteIden
         log_certificate=parse_certificate(reply.log_certificate),
     )
     check_identity(renewed)
-    check_valid(renewed.certificate, utc_now())
+    check_valid(renewed.certificate, now or utc_now())
     save_identity(home / FOLDER, renewed)
     return renewed
 

@@ -10,9 +10,10 @@ wire form of messages and objects, and the headers by which a node proves its ke
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Any, cast
 
 import grpc
@@ -26,7 +27,7 @@ from flwr.common.serde import message_from_proto, message_to_proto, run_from_pro
 from flwr.proto.fab_pb2 import GetFabRequest
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
@@ -45,7 +46,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
     push_objects,
 )
 from flwr.supercore.primitives.asymmetric import sign_message
-from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClientInterceptor, ProtobufRequestContext
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
@@ -55,6 +56,9 @@ from locum.common.proto import locum_pb2_grpc as rpc
 _CALL_SECONDS = 90.0
 _PULL = "/v1/fleet/pull-messages"
 _PULL_TRIES, _PULL_WAIT = 8, 0.2
+#: What a site takes in before anybody has asked its stewards. A message of ours has three parts, a header and up to
+#: 128 KiB of tensors in the largest, and the gateway carries no call of more than 1 MiB.
+_MOST_PARTS, _MOST_BYTES = 8, 1 << 20
 
 
 class AwayError(Exception):
@@ -121,6 +125,17 @@ class _Tunnel:
         return httpx.Response(answer.status, content=answer.body, request=request)
 
 
+class _Client(FleetHttpClient):
+    """Flower's Fleet client, without the connection of its own that it never uses: all calls go through a tunnel.
+
+    Made Flower's way, the client reads proxies from the environment, and fails on those that it does not know.
+    """
+
+    def __init__(self, interceptors: Sequence[ProtobufClientInterceptor]) -> None:
+        self._base_url, self._interceptors, self._retry_invoker = "http://superlink", tuple(interceptors), None
+        self._client = httpx.Client(trust_env=False)
+
+
 class Fleet:
     """This site as one node. Every method raises AwayError or RefusedError.
 
@@ -136,7 +151,7 @@ class Fleet:
     ) -> None:
         self._public = _public(key)
         self._tunnel = _Tunnel(rpc.FleetStub(channel), instance)
-        self._client = FleetHttpClient("http://superlink", interceptors=[_NodeProof(key, offset), self._tunnel])
+        self._client = _Client([_NodeProof(key, offset), self._tunnel])
         self._node: Node | None = None
         self._runs: dict[int, RunOf] = {}
 
@@ -175,22 +190,34 @@ class Fleet:
         answer = _asked(self._client.PullMessages, PullMessagesRequest(node=self.node))
         if not answer.messages_list:
             return None
-        head, tree = answer.messages_list[0], answer.message_object_trees[0]
-        run = int(head.metadata.run_id)
+        if not answer.message_object_trees:
+            raise RefusedError("a message came without its parts")
+        head, run = answer.messages_list[0], int(answer.messages_list[0].metadata.run_id)
         TaskIdentity.run_id = run
-        pull = make_pull_object_fn_protobuf(self._client.PullObject, self.node, run)
-        names = [item.object_id for item in iterate_object_tree(tree)]
+        contents = self._contents(_parts(answer.message_object_trees[0]), run)
+        message = cast("Message", inflate_object_from_contents(head.metadata.message_id, contents))
+        message.metadata.__dict__["_message_id"] = head.metadata.message_id
+        return Incoming(message, run)
+
+    def _contents(self, names: Sequence[str], run: int) -> dict[str, bytes]:
+        """The parts of a message; no more is taken in than a message of ours has."""
+        fetched = make_pull_object_fn_protobuf(self._client.PullObject, self.node, run)
+
+        def pull(name: str) -> bytes:
+            content = fetched(name)
+            if len(content) > _MOST_BYTES:
+                raise RefusedError(f"a part of a message has {len(content)} bytes, which is more than any of ours")
+            return content
+
         try:
-            contents = _guarded(
+            found: dict[str, bytes] = guarded(
                 lambda: pull_objects(
-                    names, pull, initial_backoff=_PULL_WAIT, max_tries_per_object=_PULL_TRIES, max_time=None
+                    list(names), pull, initial_backoff=_PULL_WAIT, max_tries_per_object=_PULL_TRIES, max_time=None
                 )
             )
         except ObjectPullError as error:
             raise RefusedError(f"a message could not be read: {error}") from error
-        message = cast("Message", inflate_object_from_contents(head.metadata.message_id, contents))
-        message.metadata.__dict__["_message_id"] = head.metadata.message_id
-        return Incoming(message, run)
+        return found
 
     def confirm(self, incoming: Incoming) -> None:
         """Tells the SuperLink that a message is safe here, so that it can forget it."""
@@ -224,7 +251,7 @@ class Fleet:
         )
         objects = get_all_nested_objects(reply)
         try:
-            _guarded(lambda: push_objects(objects, push, object_ids_to_push=set(answer.objects_to_push)))
+            guarded(lambda: push_objects(objects, push, object_ids_to_push=set(answer.objects_to_push)))
         except ObjectPushError as error:
             raise AwayError(f"a reply was cut off: {error}") from error
 
@@ -236,6 +263,19 @@ class Fleet:
     def close(self) -> None:
         """Closes Flower's client; the channel stays its owner's."""
         self._client.close()
+
+
+def _parts(tree: ObjectTree) -> list[str]:
+    """The names of a message's parts; raises RefusedError if they are more than any message of ours has."""
+    names = [item.object_id for item in islice(iterate_object_tree(tree), _MOST_PARTS + 1)]
+    if len(names) > _MOST_PARTS:
+        raise RefusedError(f"a message has more than {_MOST_PARTS} parts")
+    return names
+
+
+def deadline(message: Message) -> float:
+    """When nobody waits any more for the reply to a message, in seconds since 1970 by the coordinator's clock."""
+    return message.metadata.created_at + message.metadata.ttl
 
 
 def dated(reply: Message, message: Message) -> Message:
@@ -264,7 +304,7 @@ def _public(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _asked(call: Callable[[Any], Any], request: Any) -> Any:
-    return _guarded(lambda: call(request))
+    return guarded(lambda: call(request))
 
 
 _LATER = frozenset(
@@ -281,8 +321,11 @@ _LATER = frozenset(
 )
 
 
-def _guarded(call: Callable[[], Any]) -> Any:
-    """Calls, and says of every failure of the way whether it is for now or for good."""
+def guarded(call: Callable[[], Any]) -> Any:
+    """Calls the gateway, and says of every failure of the way whether it is for now or for good.
+
+    Raises AwayError or RefusedError.
+    """
     try:
         return call()
     except grpc.FutureCancelledError as error:
@@ -290,6 +333,8 @@ def _guarded(call: Callable[[], Any]) -> Any:
     except grpc.RpcError as error:
         words = f"{error.details() or error.code().name}"
         raise (AwayError if error.code() in _LATER else RefusedError)(words) from error
+    except ValueError as error:  # Flower's word for an answer that is not the message it must be
+        raise AwayError(f"an answer cannot be read: {error}") from error
     except httpx.HTTPStatusError as error:
         told = FlowerError.from_json(error.response.text)
         words = told.message if told is not None else f"HTTP {error.response.status_code}"

@@ -94,6 +94,13 @@ def admit_plan(policy: Policy, plan: Plan) -> None:
         raise refusal
 
 
+def admit_release(policy: Policy, plan: Plan, *, approved: bool) -> None:
+    """Whether what was made for a plan may leave; raises as :func:`admit_run`. The hours do not matter for it."""
+    if not approved:
+        raise SiteFailure(Code.NOT_APPROVED, plan.digest)
+    admit_plan(policy, plan)
+
+
 def admit_run(policy: Policy, plan: Plan, *, approved: bool, now: datetime) -> None:
     """Whether a run of the plan may ask this site for something now; for every message that comes over the wire.
 
@@ -107,9 +114,7 @@ def admit_run(policy: Policy, plan: Plan, *, approved: bool, now: datetime) -> N
         SiteFailure: NOT_APPROVED; a plan that nobody approved learns no more.
         PolicyRefusal: the policy forbids the plan, or it is outside the hours.
     """
-    if not approved:
-        raise SiteFailure(Code.NOT_APPROVED, plan.digest)
-    admit_plan(policy, plan)
+    admit_release(policy, plan, approved=approved)
     if policy.hours is not None and not open_at(policy.hours, now):
         raise PolicyRefusal("hours", f"it is {now:%a %H:%M}; the hours are {', '.join(map(str, policy.hours))}")
 

@@ -1,8 +1,13 @@
 """The agent's pulse: tells the coordinator that the site lives and what it does, and brings the news back.
 
-One thread for the life of the agent. Every few seconds, and at once when something changes: a report. With the reports
-come the coordinator's clock and whether there are new proposals; what stewards decided goes out, and a certificate that
-runs out is renewed under its own key. Nothing here holds up the work: a call that fails is made again at the next beat.
+One thread for the life of the agent. Every few seconds, and at once when something changes, it makes the steps that are
+due: Flower's heartbeat, the renewal of a certificate that runs out, a report, the stewards' decisions, the proposals.
+Rules:
+  * Nothing here holds up the work.
+  * A step that fails costs itself, and is made again after a pause. A decision that the coordinator refuses costs no
+    other, nor does a proposal that cannot be used here.
+  * The coordinator hears the decisions anew over each connection, and when its registry has changed: one that was
+    restored from a backup must not go on without them.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from importlib.metadata import version
 
 import grpc
@@ -20,11 +26,13 @@ from locum.common.activity import Activity
 from locum.common.errors import LocumError
 from locum.common.proto import locum_pb2 as pb
 from locum.common.proto import locum_pb2_grpc as rpc
-from locum.site_client.fleet import AwayError, Fleet, RefusedError
+from locum.site_client.fleet import AwayError, Fleet, RefusedError, guarded
 
 _BEAT_SECONDS, _NODE_SECONDS, _RENEWAL_SECONDS = 5.0, 20.0, 3600.0
+#: A step that failed is made again after so long, if it is not made more seldom anyway.
+_PAUSE_SECONDS = 10.0
 _CALL_SECONDS = 10.0
-_CLOCK_WARNING = 60.0
+CLOCK_WARNING = 60.0
 
 
 @dataclass(frozen=True)
@@ -43,16 +51,41 @@ class News:
     """What the pulse does with what it hears.
 
     Attributes:
-        receive: takes a signed proposal in. Raises LocumError.
-        unsent: the stewards' signed decisions that the coordinator has not got.
-        sent: notes that one has arrived.
-        renew: renews the certificate over a channel if it is time; returns whether it did. Raises LocumError.
+        receive: takes a signed proposal in. Raises LocumError or OSError.
+        decisions: the stewards' signed decisions that count, one a plan.
+        renew: renews the certificate over a channel if it is due at a time; returns whether it did. Raises LocumError.
     """
 
     receive: Callable[[bytes], object]
-    unsent: Callable[[], Iterable[bytes]]
-    sent: Callable[[bytes], None]
-    renew: Callable[[grpc.Channel], bool]
+    decisions: Callable[[], Iterable[bytes]]
+    renew: Callable[[grpc.Channel, datetime], bool]
+
+
+@dataclass
+class _Way:
+    """An open connection, and how far the pulse is on it.
+
+    Attributes:
+        channel: to the gateway.
+        fleet: the site's node.
+        instance: the agent's, drawn when it starts.
+        state: of the coordinator's registry at the last report.
+        fetched: the state whose proposals are here.
+        told: the decisions that the coordinator has heard in this state.
+        due: when a step is made again, by its name and the monotonic clock.
+    """
+
+    channel: grpc.Channel
+    fleet: Fleet
+    instance: str
+    state: int = -1
+    fetched: int = -1
+    told: set[bytes] = field(default_factory=set)
+    due: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def registry(self) -> rpc.RegistryStub:
+        return rpc.RegistryStub(self.channel)
 
 
 @dataclass
@@ -70,31 +103,31 @@ class Pulse:
     offset: float = 0.0
     _said: Said = Said()
     _changed: threading.Event = field(default_factory=threading.Event)
-    _way: tuple[grpc.Channel, Fleet, str] | None = None
+    _way: _Way | None = None
     _renewed: threading.Event = field(default_factory=threading.Event)
-    _state: int = -1
-    _next_node: float = 0.0
-    _next_renewal: float = 0.0
     _warned: bool = False
 
     def start(self) -> None:
         """Starts the thread; it ends with the process."""
         threading.Thread(target=self._beat, name="pulse", daemon=True).start()
 
+    def now(self) -> float:
+        """Seconds since 1970 by the coordinator's clock, as far as it is known."""
+        return time.time() + self.offset
+
     # --- what the agent tells
 
     def greet(self, channel: grpc.Channel, instance: str) -> None:
-        """The first report over a new connection: the coordinator's clock is known after it. Raises AwayError."""
-        try:
-            self._report(rpc.RegistryStub(channel), instance)
-        except grpc.RpcError as error:
-            raise AwayError(error.details() or error.code().name) from error
+        """The first report over a new connection: the coordinator's clock is known after it.
+
+        Raises AwayError or RefusedError.
+        """
+        self._told(rpc.RegistryStub(channel), instance)
 
     def follow(self, channel: grpc.Channel, fleet: Fleet, instance: str) -> None:
         """The node is up: reports go over this connection from now on."""
         self._renewed.clear()
-        self._state, self._next_node = -1, 0.0
-        self._way = (channel, fleet, instance)
+        self._way = _Way(channel, fleet, instance)
         self._changed.set()
 
     def leave(self) -> None:
@@ -120,6 +153,13 @@ class Pulse:
     # --- the thread
 
     def _beat(self) -> None:
+        steps = (
+            (self._heartbeat, _NODE_SECONDS),
+            (self._renew, _RENEWAL_SECONDS),
+            (self._report, 0.0),
+            (self._decide, 0.0),
+            (self._fetch, 0.0),
+        )
         while True:
             self._changed.wait(_BEAT_SECONDS)
             self._changed.clear()
@@ -127,39 +167,71 @@ class Pulse:
             if way is None:
                 time.sleep(0.05)
                 continue
-            try:
-                self._one(*way)
-            except grpc.RpcError as error:
-                self.log.debug("a report did not arrive: %s", error.details())
-            except (AwayError, RefusedError, LocumError, OSError, ValueError) as error:
-                self.log.warning("%s", error)
+            for step, seconds in steps:
+                name, now = step.__name__, time.monotonic()
+                if now >= way.due.get(name, 0.0):
+                    way.due[name] = now + (seconds if self._done(step, way) else max(seconds, _PAUSE_SECONDS))
 
-    def _one(self, channel: grpc.Channel, fleet: Fleet, instance: str) -> None:
-        stub, now = rpc.RegistryStub(channel), time.monotonic()
-        state = self._report(stub, instance)
-        for envelope in self.news.unsent():
-            stub.Approve(pb.ApproveRequest(envelope=envelope), timeout=_CALL_SECONDS)
-            self.news.sent(envelope)
-        if state != self._state:
-            for envelope in stub.Proposals(pb.ProposalsRequest(), timeout=_CALL_SECONDS).envelopes:
-                self._receive(envelope)
-            self._state = state
-        if now >= self._next_node:
-            self._next_node = now + _NODE_SECONDS
-            fleet.heartbeat()
-        if now >= self._next_renewal:
-            self._next_renewal = now + _RENEWAL_SECONDS
-            if self.news.renew(channel):
-                self._renewed.set()
+    def _done(self, step: Callable[[_Way], None], way: _Way) -> bool:
+        """Makes a step; returns whether it went well."""
+        try:
+            step(way)
+        except AwayError as error:
+            self.log.debug("the coordinator was not reached: %s", error)
+        except (RefusedError, LocumError, OSError) as error:
+            self.log.warning("%s", error)
+        except Exception:  # the edge of the thread: the site's node lives by the steps after this one
+            self.log.exception("a step of the pulse failed; it is made again")
+        else:
+            return True
+        return False
 
-    def _receive(self, envelope: bytes) -> None:
-        """Takes a proposal in; one that cannot be read here costs itself and none of the others."""
+    def _heartbeat(self, way: _Way) -> None:
+        way.fleet.heartbeat()
+
+    def _renew(self, way: _Way) -> None:
+        if self.news.renew(way.channel, datetime.fromtimestamp(self.now(), UTC)):
+            self._renewed.set()
+
+    def _report(self, way: _Way) -> None:
+        state = self._told(way.registry, way.instance)
+        if state != way.state:
+            way.state = state
+            way.told.clear()
+
+    def _decide(self, way: _Way) -> None:
+        for envelope in self.news.decisions():
+            if envelope not in way.told:
+                self._tell(way.registry, envelope)
+                way.told.add(envelope)
+
+    def _tell(self, stub: rpc.RegistryStub, envelope: bytes) -> None:
+        """Hands a decision over; raises AwayError. One that is refused is told here, and offered again later."""
+        try:
+            guarded(lambda: stub.Approve(pb.ApproveRequest(envelope=envelope), timeout=_CALL_SECONDS))
+        except RefusedError as error:
+            self.log.warning("the coordinator does not take a steward's decision: %s", error)
+
+    def _fetch(self, way: _Way) -> None:
+        """Takes the proposals in, if there can be new ones; those that cannot be used here are told together."""
+        state = way.state
+        if state == way.fetched:
+            return
+        reply = guarded(lambda: way.registry.Proposals(pb.ProposalsRequest(), timeout=_CALL_SECONDS))
+        problems = [problem for envelope in reply.envelopes if (problem := self._problem(envelope))]
+        if problems:
+            self.log.warning("%d proposals cannot be used; the first of them: %s", len(problems), problems[0])
+        way.fetched = state
+
+    def _problem(self, envelope: bytes) -> str:
+        """Takes a proposal in; why it cannot be used, empty if it can. Raises OSError."""
         try:
             self.news.receive(envelope)
         except LocumError as error:
-            self.log.warning("a proposal cannot be used: %s", error)
+            return str(error)
+        return ""
 
-    def _report(self, stub: rpc.RegistryStub, instance: str) -> int:
+    def _told(self, stub: rpc.RegistryStub, instance: str) -> int:
         """Says what the agent does; learns the coordinator's clock and the state of its registry."""
         said, before = self._said, time.time()
         request = pb.ReportRequest(
@@ -172,9 +244,9 @@ class Pulse:
             version=version("locum"),
             clock=before,
         )
-        reply = stub.Report(request, timeout=_CALL_SECONDS)
+        reply = guarded(lambda: stub.Report(request, timeout=_CALL_SECONDS))
         self.offset = reply.clock - (before + time.time()) / 2
-        if abs(self.offset) > _CLOCK_WARNING and not self._warned:
+        if abs(self.offset) > CLOCK_WARNING and not self._warned:
             self._warned = True
             self.log.warning("this machine's clock is %.0f s off the coordinator's; set it", -self.offset)
         return int(reply.registry_state)

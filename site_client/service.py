@@ -1,9 +1,13 @@
 """The agent's process: connects out, takes one message at a time, answers it, for ever.
 
 Rules:
-  * It never ends because the coordinator is away: it tries again, from half a second up to a quarter of a minute.
+  * It ends when it is told to, and never by itself: whatever goes wrong it tries again, from half a second up to a
+    quarter of a minute.
   * A message is written down before it is confirmed, its reply before it is sent. After a cut or a crash a finished
     reply is delivered, and work that was not finished is done again; nothing is trained twice for one reply.
+  * What is finished leaves only if approval and policy still allow it, asked before each attempt to send it. The hours
+    are for work, not for what is done.
+  * A message has a time, by the coordinator's clock. When it is over, nothing is done for it and nothing is sent.
   * What a message asks for is decided in `gate.py` and done by the worker. This file only moves messages.
 """
 
@@ -17,7 +21,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +30,20 @@ from flwr.app import ConfigRecord, Message
 from locum.common.activity import Activity
 from locum.common.canonical import sha256_hex
 from locum.common.durable import replace_file
-from locum.common.errors import SiteFailure
+from locum.common.errors import LocumError, SiteFailure
 from locum.site_client import gate
 from locum.site_client.agent import Agent
 from locum.site_client.blobs import BlobClient, Stopping
 from locum.site_client.carrier import SiteCarrier
-from locum.site_client.fleet import AwayError, Fleet, Incoming, RefusedError, dated
+from locum.site_client.fleet import AwayError, Fleet, Incoming, RefusedError, dated, deadline
 from locum.site_client.identity import SiteIdentity
 from locum.site_client.journal import Entry, Journal
 from locum.site_client.pulse import Pulse, Said
+from locum.site_client.status import WORD
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 15.0
+#: A coordinator that gives a message more time than this has made a mistake; the worker's pipe takes no longer wait.
+_LONGEST_WORK = 14 * 86_400.0
 _RECORD = "locum"
 
 
@@ -52,6 +58,7 @@ class Service:
         identity: reads the site's key and certificate; renewal replaces the certificate.
         log: the site's own log.
         pulse: tells the coordinator that the site lives and what it does, and brings news back.
+        may_leave: raises SiteFailure if what was made for a bundle's plan may not leave now.
     """
 
     home: Path
@@ -60,41 +67,55 @@ class Service:
     identity: Callable[[], SiteIdentity]
     log: logging.Logger
     pulse: Pulse
+    may_leave: Callable[[bytes], None]
     stop: threading.Event = field(default_factory=threading.Event)
     instance: str = field(init=False)
 
     def __post_init__(self) -> None:
         self.instance = instance_of(self.home)
         self.journal = Journal(self.home / "journal")
-        self.agent.told = self.doing
+        self.agent.told, self.agent.seconds_left = self.doing, self.seconds_left
         self._run = ""
         self._round = 0
         self._fleet: Fleet | None = None
+        self._word: dict[str, Any] = {"connected": None, "problem": ""}
+        self._noting = threading.Lock()
 
     def run(self) -> None:
         """Works until it is stopped."""
-        wait, told = _FIRST_WAIT, ""
+        wait = _FIRST_WAIT
         while not self.stop.is_set():
             began = time.monotonic()
             try:
-                self._session()
-            except (AwayError, RefusedError) as error:
-                problem = self._problem(error)
-                if problem != told:
-                    self.log.warning("%s; trying again for as long as it takes", problem)
-                self._note(connected=False, problem=problem)
-                told = problem
-            except OSError as error:
-                self.log.error("the agent's folder cannot be used: %s; trying again", error)  # noqa: TRY400
+                self._connected()
             except Stopping:
                 return
+            except Exception:  # the edge of the process: nobody is there at night to start an agent that ended
+                self.log.exception("an unexpected error ended the connection; trying again")
+                self._note(connected=False, problem="an unexpected error, which site.log tells")
             wait = _FIRST_WAIT if time.monotonic() - began > _LONGEST_WAIT else min(wait * 2, _LONGEST_WAIT)
             self.stop.wait(wait * random.uniform(0.7, 1.0))  # noqa: S311 - so that sites do not come back all at once
 
+    def _connected(self) -> None:
+        """One connection, from its beginning to its end; what ends it is told once, however often it does."""
+        try:
+            self._session()
+        except (AwayError, RefusedError, LocumError, OSError) as error:
+            if self.stop.is_set():
+                return  # it was broken off from here
+            problem = self._problem(error)
+            if problem != self._word["problem"]:
+                self.log.warning("%s; trying again for as long as it takes", problem)
+            self._note(connected=False, problem=problem)
+
     def _problem(self, error: Exception) -> str:
         """Why there is no connection, in words; a gateway says nothing to a certificate that is over."""
+        if isinstance(error, OSError):
+            return f"the agent's folder cannot be used: {error}"
+        if isinstance(error, LocumError):
+            return str(error)
         ends = self.identity().certificate.not_valid_after_utc
-        if ends <= datetime.now(UTC):
+        if ends.timestamp() <= self.pulse.now():
             when = f"{ends:%Y-%m-%d %H:%M} UTC"
             return f"this site's certificate ended at {when}: ask for a new invitation, then enrol with --replace"
         return f"the coordinator cannot be reached: {error}"
@@ -122,7 +143,7 @@ class Service:
                 self.pulse.greet(channel, self.instance)
                 self._activate(fleet)
                 self.pulse.follow(channel, fleet, self.instance)
-                self._note(connected=True)
+                self._note(connected=True, problem="")
                 self.log.info("connected to %s as node %d", identity.membership.address, fleet.node.node_id)
                 left = self.journal.current()
                 if left is not None and self._is_wanted(fleet, left):
@@ -137,15 +158,16 @@ class Service:
 
     def _activate(self, fleet: Fleet) -> None:
         """Takes the node up; one that an agent before this left active is taken down first."""
-        number = self.home / "node"
+        path = self.home / "node"
         try:
             node = fleet.activate()
         except RefusedError:
-            if not number.exists():
+            before = _number_in(path)
+            if before is None:
                 raise
-            fleet.take_over(int(number.read_text()))
+            fleet.take_over(before)
             node = fleet.activate()
-        number.write_text(str(node))
+        replace_file(path, str(node).encode())
 
     def _is_wanted(self, fleet: Fleet, left: Entry) -> bool:
         """Whether the coordinator still waits for the reply to a message from before; if not, that is forgotten."""
@@ -168,12 +190,26 @@ class Service:
 
     # --- one message
 
+    def seconds_left(self, message: Message) -> float:
+        """How long the coordinator still waits for the reply to a message; 0 when its time is over."""
+        return min(max(0.0, deadline(message) - self.pulse.now()), _LONGEST_WORK)
+
     def _answer(self, fleet: Fleet, blobs: BlobClient, entry: Entry) -> None:
         """Makes the reply unless it is made, sends it, and forgets the message."""
-        self._run = entry.run.name
-        carrier = SiteCarrier(blobs, entry.run.name, self.home / "work", self.pulse.moving)
-        reply = entry.reply or self._made(entry, carrier)
-        self._deliver(fleet, carrier, entry, reply)
+        self._run, self._round = entry.run.name, 0
+        folder = self.home / "work"
+        carrier = SiteCarrier(blobs, entry.run.name, folder, self._moving, lambda: self._check(entry))
+        try:
+            self._check_time(entry)
+            reply = self._outgoing(carrier, entry, entry.reply or self._made(entry, carrier))
+            self.doing("delivering", self._round)
+            fleet.push(reply)
+        except _LateError:
+            self.log.warning("a message is dropped, for its time is over: nobody waits for its reply any more")
+        except FileNotFoundError:
+            self.log.warning("a finished update is gone from %s; its message is dropped", folder)
+        except RefusedError as error:
+            self.log.warning("the coordinator does not take a reply any more: %s", error)
         self.journal.clear()
         carrier.delivered()
 
@@ -184,19 +220,29 @@ class Service:
         self.journal.finish(reply)
         return reply
 
-    def _deliver(self, fleet: Fleet, carrier: SiteCarrier, entry: Entry, reply: Message) -> None:
-        """Sends a reply's blob, then the reply. One that nobody wants any more is dropped, with a word in the log."""
+    def _outgoing(self, carrier: SiteCarrier, entry: Entry, reply: Message) -> Message:
+        """The reply, once its blob has arrived; in its place a failure, if it may not leave or is not wanted.
+
+        Raises _LateError, and FileNotFoundError if its blob is gone.
+        """
+        if not reply.has_content():
+            return reply
         try:
+            self._check(entry)
             carrier.deliver(_fields(reply))
-            self.doing("delivering", self._round)
-            fleet.push(reply)
-        except FileNotFoundError:
-            self.log.warning("a finished update is gone from %s; its message is dropped", carrier.folder)
         except SiteFailure as failure:
-            self.log.warning("the coordinator does not take an update: %s", failure)
-            fleet.push(dated(Message(gate.release_failure(failure), reply_to=entry.message), entry.message))
-        except RefusedError as error:
-            self.log.warning("the coordinator does not take a reply any more: %s", error)
+            self.log.warning("an answer does not leave: %s", failure)
+            return dated(Message(gate.release_failure(failure), reply_to=entry.message), entry.message)
+        return reply
+
+    def _check(self, entry: Entry) -> None:
+        """Raises _LateError, or SiteFailure if what was made for a message may not leave any more."""
+        self._check_time(entry)
+        self.may_leave(entry.run.bundle)
+
+    def _check_time(self, entry: Entry) -> None:
+        if self.seconds_left(entry.message) == 0:
+            raise _LateError
 
     # --- what it does now
 
@@ -205,11 +251,28 @@ class Service:
         self._round = round_number
         run = "" if activity == "idle" else self._run
         self.pulse.say(Said(activity, run, round_number))
+        self._note(activity=activity, run=run, round=round_number)
 
-    def _note(self, *, connected: bool, problem: str = "") -> None:
-        """Leaves a word for `locum site status`."""
-        word: dict[str, Any] = {"connected": connected, "problem": problem, "at": time.time()}
-        replace_file(self.home / "agent.json", json.dumps(word).encode())
+    def _moving(self, activity: Activity, done: int, total: int) -> None:
+        self.pulse.moving(activity, done, total)
+        self._note(activity=activity, run=self._run, round=self._round)
+
+    def _note(self, **changes: Any) -> None:
+        """Leaves a word for `locum site status`, if there is something new to say. `at`: since when it is connected."""
+        with self._noting:  # gRPC tells of an upload from a thread of its own
+            before, self._word = self._word, {**self._word, **changes}
+            if self._word == before:
+                return
+            if self._word["connected"] != before["connected"]:
+                self._word["at"] = time.time()
+            try:
+                replace_file(self.home / WORD, json.dumps({**self._word, "offset": self.pulse.offset}).encode())
+            except OSError as error:
+                self.log.warning("`locum site status` cannot be told: %s", error)
+
+
+class _LateError(Exception):
+    """The time of a message is over."""
 
 
 def instance_of(home: Path) -> str:
@@ -223,6 +286,14 @@ def instance_of(home: Path) -> str:
         boot = secrets.token_hex(16)
     found = home.stat()
     return f"{sha256_hex(f'{boot} {found.st_dev} {found.st_ino}'.encode())[:16]}:{secrets.token_hex(4)}"
+
+
+def _number_in(path: Path) -> int | None:
+    """The number that a file holds, if it does."""
+    try:
+        return int(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _fields(reply: Message) -> dict[str, Any]:

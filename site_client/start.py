@@ -74,12 +74,16 @@ def open_service(home: Path, configuration: SiteConfiguration, log: logging.Logg
     def admit(policy: Policy, plan: Plan) -> None:
         gate.admit_run(policy, plan, approved=approvals().standing(plan.digest), now=datetime.now().astimezone())
 
-    def renewed(channel: grpc.Channel) -> bool:
+    def may_leave(bundle: bytes) -> None:
+        plan = agent.plan_of(bundle)
+        gate.admit_release(agent.policy, plan, approved=approvals().standing(plan.digest))
+
+    def renewed(channel: grpc.Channel, now: datetime) -> bool:
         current = load_identity(home)
-        if not needs_renewal(current):
+        if not needs_renewal(current, now):
             return False
         try:
-            renew(current, home, channel)
+            renew(current, home, channel, now)
         except grpc.RpcError as error:
             raise connection_error(error, current.membership.address) from error
         except IdentityError as error:
@@ -87,21 +91,20 @@ def open_service(home: Path, configuration: SiteConfiguration, log: logging.Logg
         log.info("the certificate was renewed")
         return True
 
+    agent = Agent(identity.site, configuration.policy, worker, log, admit)
+    news = News(
+        receive=lambda envelope: approvals().receive(envelope),
+        decisions=lambda: approvals().decisions(),
+        renew=renewed,
+    )
     return Service(
         home=home,
-        agent=Agent(identity.site, configuration.policy, worker, log, admit),
+        agent=agent,
         connect=lambda: open_channel(load_identity(home), configuration.proxy),
         identity=lambda: load_identity(home),
         log=log,
-        pulse=Pulse(
-            News(
-                receive=lambda envelope: approvals().receive(envelope),
-                unsent=lambda: approvals().unsent(),
-                sent=lambda envelope: approvals().sent(envelope),
-                renew=renewed,
-            ),
-            log,
-        ),
+        pulse=Pulse(news, log),
+        may_leave=may_leave,
     )
 
 

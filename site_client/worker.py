@@ -2,9 +2,10 @@
 
 The agent and its worker speak over a pipe in two frames a message: JSON, then tensors in safetensors form. Large
 tensors go as the name of a file that the other side maps, so that a model is not copied on its way. Nothing is pickled.
-A worker stays warm across rounds; if it dies, its agent gets `WORKER_DIED` and the next call starts another. Workers
-are forked from a server process that has loaded torch and MONAI once. A worker puts the site's limits on itself before
-it looks at a request; memory beyond its limit is `OUT_OF_MEMORY`, and the worker lives on.
+A worker stays warm across rounds; if it dies, or has not answered in time and is stopped, its agent gets `WORKER_DIED`
+and the next call starts another. If the agent dies, its worker ends at once, in the middle of a step too. Workers are
+forked from a server process that has loaded torch and MONAI once. A worker puts the site's limits on itself before it
+looks at a request; memory beyond its limit is `OUT_OF_MEMORY`, and the worker lives on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ensure_running
@@ -70,6 +71,7 @@ def serve(connection: Connection, settings: Settings) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
     _keep_output(settings)
     _limit(settings)
+    _end_with_agent()
     session: Session | None = None
     theirs = settings.run_dir / "from-worker.safetensors"
     while True:
@@ -83,6 +85,18 @@ def serve(connection: Connection, settings: Settings) -> None:
         except Exception as error:  # noqa: BLE001 - the loop must answer; the agent logs the text, only the code leaves
             answer = _frames(_failure(error), {}, theirs)
         _send(connection, answer)
+
+
+def _end_with_agent() -> None:
+    """Ends this process when its agent has ended, for a step can take hours and nobody waits for it then."""
+    agent = parent_process()
+
+    def watch() -> None:
+        if agent is not None:
+            agent.join()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="agent", daemon=True).start()
 
 
 def _limit(settings: Settings) -> None:
@@ -100,7 +114,8 @@ def _limit_gpu(fraction: float, device: str) -> None:
     import torch
 
     if torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(fraction, torch.device("cuda" if device == "auto" else device))
+        # Without an index torch takes the present device, and does not take `cuda`.
+        torch.cuda.set_per_process_memory_fraction(fraction, device if ":" in device else None)
 
 
 def _keep_output(settings: Settings) -> None:
@@ -209,13 +224,18 @@ class Worker:
         self._connection, self._plan = ours, None
 
     def call(
-        self, operation: str, plan: Plan, tensors: Arrays | None = None, **request: Any
+        self, operation: str, plan: Plan, tensors: Arrays | None = None, *, seconds: float | None = None, **request: Any
     ) -> tuple[dict[str, Any], Arrays]:
-        """Asks the worker and waits; raises SiteFailure with the worker's code, or WORKER_DIED."""
-        with self._turn:
-            return self._call(plan, {"operation": operation, **request}, tensors or {})
+        """Asks the worker and waits, for so many seconds at most; one that has not answered then is stopped.
 
-    def _call(self, plan: Plan, header: dict[str, Any], tensors: Arrays) -> tuple[dict[str, Any], Arrays]:
+        Raises SiteFailure with the worker's code, or WORKER_DIED.
+        """
+        with self._turn:
+            return self._call(plan, {"operation": operation, **request}, tensors or {}, seconds)
+
+    def _call(
+        self, plan: Plan, header: dict[str, Any], tensors: Arrays, seconds: float | None
+    ) -> tuple[dict[str, Any], Arrays]:
         self.start()
         operation = header["operation"]
         if self._plan is not plan:
@@ -223,10 +243,10 @@ class Worker:
             self._plan = None  # a failure may leave the worker at either plan
         frames = self._frames(header, tensors)
         try:
-            reply, arrays = self._exchange(frames)
+            reply, arrays = self._exchange(frames, seconds)
         except _NO_MESSAGE as error:
             self.stop()
-            self.log.exception("the worker died during %s", operation)
+            self.log.exception("the worker gave no answer to %s", operation)
             raise SiteFailure(Code.WORKER_DIED, operation) from error
         if "failure" in reply:
             self.log.error("%s failed: %s", operation, reply["detail"])
@@ -240,11 +260,14 @@ class Worker:
         except OSError as error:
             raise SiteFailure(Code.DISK_FULL, f"{self.settings.run_dir}: {error.strerror}") from error
 
-    def _exchange(self, frames: tuple[bytes, bytes]) -> tuple[dict[str, Any], Arrays]:
-        if self._connection is None:
+    def _exchange(self, frames: tuple[bytes, bytes], seconds: float | None) -> tuple[dict[str, Any], Arrays]:
+        connection = self._connection  # another thread may stop the worker meanwhile
+        if connection is None:
             raise EOFError
-        _send(self._connection, frames)
-        return _receive(self._connection)
+        _send(connection, frames)
+        if not connection.poll(seconds):
+            raise TimeoutError(f"nothing came within the {seconds} s that were left")
+        return _receive(connection)
 
     def stop(self) -> None:
         """Ends the process and a call that waits for it; safe to call twice, and from another thread."""

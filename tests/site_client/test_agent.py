@@ -89,6 +89,18 @@ def test_a_message_of_another_plan_than_the_bundles_is_refused(agent: Agent) -> 
         assert failure(send(agent, of, content, kind)) == (Code.PLAN_MISMATCH, "PLAN_MISMATCH")
 
 
+def test_a_round_that_the_plan_does_not_have_is_refused(agent: Agent) -> None:
+    of = plan(rounds=2)
+    model = initial(of)
+    beyond = {
+        TRAIN: training(of, model, 3),
+        EVALUATE: pack(EvaluateTask(plan_digest=of.digest, round=3, fold="test"), model),
+    }
+    for kind, content in beyond.items():
+        assert failure(send(agent, of, content, kind)) == (Code.PLAN_MISMATCH, "PLAN_MISMATCH")
+    assert not send(agent, of, training(of, model, 2), TRAIN).has_error()
+
+
 def _garbled() -> list[RecordDict]:
     digest = plan().digest
     return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -19,11 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from locum.common.canonical import digest
-from locum.common.envelope import EnvelopeError, open_approval, open_proposal, seal, seal_approval
+from locum.common.envelope import open_approval, open_proposal, seal
 from locum.common.errors import Code, PlanError, RunError, SiteFailure
 from locum.common.proto import locum_pb2 as pb
 from locum.common.proto import locum_pb2_grpc as rpc
 from locum.server.authority import load_log_key
+from locum.site_client import approvals
 from locum.site_client.approvals import Approvals, open_approvals
 from locum.site_client.gate import Policy, admit_run
 from tests.plans import plan
@@ -91,6 +93,18 @@ def test_a_proposal_under_the_name_of_another_does_not_count(hospital: Hospital)
     assert hospital.approvals().proposals() == ()
 
 
+def test_a_coordinator_cannot_fill_the_disk_with_proposals(hospital: Hospital, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(approvals, "_MOST_UNDECIDED", 2)
+    first, second = hospital.proposed(seed=1), hospital.proposed(seed=2)
+    known, third = hospital.approvals(), plan(seed=3)
+    with pytest.raises(PlanError, match="2 others wait for a decision"):
+        known.receive(hospital.proposal(third))
+    assert known.receive(hospital.proposal(first)) is False
+    known.approve(first.digest, "Anna")
+    assert known.receive(hospital.proposal(third)) is True
+    assert {held.digest for held in known.proposals()} == {first.digest, second.digest, third.digest}
+
+
 def test_a_plan_is_found_by_the_first_digits_of_its_digest(hospital: Hospital) -> None:
     digests = [hospital.proposed(seed=seed).digest for seed in range(3)]
     found = hospital.approvals()
@@ -119,7 +133,7 @@ def test_an_approval_is_signed_with_the_sites_key_and_stands_until_it_is_revoked
     assert not hospital.approvals().standing(of.digest)
     assert hospital.approvals().approve(of.digest, "Anna").stands
     assert hospital.approvals().standing(of.digest)
-    (envelope,) = hospital.approvals().unsent()
+    (envelope,) = hospital.approvals().decisions()
     signed = open_approval(envelope, hospital.approvals().identity.certificate.public_key())  # type: ignore[arg-type]
     assert (signed.site, signed.digest, signed.decision, signed.steward) == ("north", of.digest, "approve", "Anna")
     hospital.approvals().revoke(of.digest, "Bert")
@@ -157,9 +171,10 @@ def test_two_stewards_are_two_people(second: str, hospital: Hospital) -> None:
     asked = hospital.approvals(stewards=2)
     assert not asked.approve(of.digest, "Anna").stands
     assert not asked.approve(of.digest, second).stands
-    assert asked.unsent() == ()
+    assert asked.decisions() == ()
     assert asked.approve(of.digest, "Bert").stands
-    assert len(asked.unsent()) == 2
+    (envelope,) = asked.decisions()
+    assert open_approval(envelope, asked.identity.key.public_key()).steward == "Bert"
 
 
 def test_one_steward_takes_back_what_two_approved(hospital: Hospital) -> None:
@@ -198,7 +213,7 @@ def _mutations() -> dict[str, Callable[[bytes, Approvals], bytes]]:
         return seal("decisions", json.loads(content)["body"], Ed25519PrivateKey.generate())
 
     def bare_approval(_: bytes, of: Approvals) -> bytes:
-        return next(iter(of.unsent()))
+        return next(iter(of.decisions()))
 
     return {
         "a letter": lambda content, *_: content.replace(b"Anna", b"Anne"),
@@ -217,7 +232,7 @@ def test_a_file_of_approvals_that_was_tampered_with_does_not_count(how: str, hos
     path = hospital.home / "approvals" / f"{of.digest}.json"
     path.write_bytes(_mutations()[how](path.read_bytes(), known))
     assert not known.standing(of.digest)
-    assert known.unsent() == ()
+    assert known.decisions() == ()
     assert known.damaged() == (path,)
     assert known.approve(of.digest, "Anna").stands
     assert known.damaged() == ()
@@ -255,7 +270,7 @@ def test_a_clock_that_was_set_back_does_not_undo_a_decision(hospital: Hospital) 
     told = []
     for decide in (known.approve, known.revoke, known.approve, known.revoke):
         decide(of.digest, "Anna")
-        told += [open_approval(envelope, known.identity.key.public_key()).at for envelope in known.unsent()]
+        told += [open_approval(envelope, known.identity.key.public_key()).at for envelope in known.decisions()]
     assert told == sorted(set(told))
     assert told[0] == 1000.0
     assert told[-1] == 2000.0
@@ -264,19 +279,15 @@ def test_a_clock_that_was_set_back_does_not_undo_a_decision(hospital: Hospital) 
 # --- what the coordinator is told
 
 
-def test_what_was_delivered_is_not_delivered_again(hospital: Hospital) -> None:
+def test_a_standing_approval_is_told_whenever_it_is_asked_for(hospital: Hospital) -> None:
     of = hospital.proposed()
     known = hospital.approvals()
     known.approve(of.digest, "Anna")
-    (envelope,) = known.unsent()
-    assert known.unsent() == (envelope,)
-    known.sent(envelope)
-    assert hospital.approvals().unsent() == ()
+    (envelope,) = known.decisions()
+    assert hospital.approvals().decisions() == (envelope,)
     known.revoke(of.digest, "Anna")
-    (revocation,) = known.unsent()
+    (revocation,) = known.decisions()
     assert open_approval(revocation, known.identity.key.public_key()).decision == "revoke"
-    known.sent(envelope)  # late word of an older decision
-    assert known.unsent() == (revocation,)
 
 
 def test_an_approval_that_was_taken_back_before_it_was_told_is_never_told(hospital: Hospital) -> None:
@@ -284,7 +295,7 @@ def test_an_approval_that_was_taken_back_before_it_was_told_is_never_told(hospit
     known = hospital.approvals()
     known.approve(of.digest, "Anna")
     known.revoke(of.digest, "Anna")
-    (only,) = known.unsent()
+    (only,) = known.decisions()
     assert open_approval(only, known.identity.key.public_key()).decision == "revoke"
 
 
@@ -293,23 +304,29 @@ def test_a_revocation_is_told_though_one_of_two_stewards_approves_again(hospital
     known = hospital.approvals(stewards=2)
     for name in ("Anna", "Bert"):
         known.approve(of.digest, name)
-    for envelope in known.unsent():
-        known.sent(envelope)
     known.revoke(of.digest, "Bert")
     known.approve(of.digest, "Anna")
-    (only,) = known.unsent()
+    (only,) = known.decisions()
     assert open_approval(only, known.identity.key.public_key()).decision == "revoke"
 
 
-def test_nobody_elses_word_is_noted_as_delivered(hospital: Hospital) -> None:
-    of = hospital.proposed()
-    known = hospital.approvals()
-    known.approve(of.digest, "Anna")
-    (envelope,) = known.unsent()
-    stranger = seal_approval(open_approval(envelope, known.identity.key.public_key()), Ed25519PrivateKey.generate())
-    with pytest.raises(EnvelopeError):
-        known.sent(stranger)
-    assert known.unsent() == (envelope,)
+def test_a_coordinator_restored_from_a_backup_learns_standing_approvals_again(tmp_path: Path) -> None:
+    with open_door(tmp_path / "coordinator") as door:
+        identity = door.enrol("north")
+        site, of = Hospital(door.site_home("north"), load_log_key(door.home)), plan()
+        door.registry.propose(of.digest, site.proposal(of))
+        site.approvals().receive(site.proposal(of))
+        door.registry.close()
+        shutil.copy(door.home.registry, tmp_path / "backup")
+        with closing(door.channel(identity)) as channel:
+            known, stub = site.approvals(), rpc.RegistryStub(channel)  # type: ignore[no-untyped-call]
+            known.approve(of.digest, "Anna")
+            _deliver(stub, known)
+            door.registry.close()
+            shutil.copy(tmp_path / "backup", door.home.registry)
+            assert not door.registry.approved("north", of.digest)
+            _deliver(stub, known)
+            assert door.registry.approved("north", of.digest)
 
 
 def test_a_decision_reaches_a_real_registry_and_counts_there(tmp_path: Path) -> None:
@@ -331,9 +348,8 @@ def test_a_decision_reaches_a_real_registry_and_counts_there(tmp_path: Path) -> 
 
 
 def _deliver(stub: rpc.RegistryStub, known: Approvals) -> None:
-    for envelope in known.unsent():
+    for envelope in known.decisions():
         stub.Approve(pb.ApproveRequest(envelope=envelope), timeout=10)
-        known.sent(envelope)
 
 
 # --- several at once, and whatever order
@@ -361,9 +377,8 @@ def test_a_plan_stands_only_by_the_approvals_since_the_last_revocation(
     told = False  # what the coordinator believes: the newest word that it has
     for what, steward in steps:
         if what == "deliver":
-            for envelope in known.unsent():
+            for envelope in known.decisions():
                 told = open_approval(envelope, known.identity.key.public_key()).decision == "approve"
-                known.sent(envelope)
             assert told == (len(since) >= needed)
             continue
         getattr(known, what)(of.digest, steward)
@@ -402,7 +417,7 @@ def test_an_approval_over_the_wire_needs_the_sites_own_certificate(tmp_path: Pat
         door.registry.propose(of.digest, site.proposal(of))
         site.approvals().receive(site.proposal(of))
         site.approvals().approve(of.digest, "Anna")
-        (envelope,) = site.approvals().unsent()
+        (envelope,) = site.approvals().decisions()
         with closing(door.channel(south)) as channel, pytest.raises(grpc.RpcError):
             rpc.RegistryStub(channel).Approve(pb.ApproveRequest(envelope=envelope), timeout=10)  # type: ignore[no-untyped-call]
         assert door.registry.approvals(of.digest) == {}

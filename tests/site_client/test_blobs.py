@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from locum.common.blobs import CHUNK
 from locum.common.errors import Code, SiteFailure
-from locum.site_client.blobs import BlobClient, Stopping
+from locum.site_client.blobs import DISK_RESERVE, BlobClient, Stopping
 from tests.server.blob_wire import (
     RUN,
     Coordinator,
@@ -231,6 +231,34 @@ def test_a_full_disk_at_the_site_is_told_and_leaves_nothing(coordinator: Coordin
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     assert full.value.code is Code.DISK_FULL
     assert [path.name for path in tmp_path.iterdir()] == ["spool"]
+
+
+def test_a_model_that_would_fill_the_disk_is_not_begun(coordinator: Coordinator, tmp_path: Path) -> None:
+    size = shutil.disk_usage(tmp_path).free - DISK_RESERVE + (64 << 20)
+    with line(coordinator.port) as counted, client(counted.port) as blobs:
+        with pytest.raises(SiteFailure, match="are to stay so") as full:
+            blobs.download(RUN, "0" * 64, size, tmp_path / "model")
+        assert counted.passed == 0
+    assert full.value.code is Code.DISK_FULL
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_upload_is_asked_for_before_each_attempt_and_ends_when_it_may_not_go_on(
+    coordinator: Coordinator, tmp_path: Path
+) -> None:
+    (tmp_path / "update").write_bytes(LARGE)
+    asked: list[int] = []
+
+    def permit() -> None:
+        asked.append(1)
+        if len(asked) > 1:
+            raise SiteFailure(Code.NOT_APPROVED)
+
+    with line(coordinator.port, [9 << 20]) as bad, client(bad.port) as blobs:
+        with pytest.raises(SiteFailure) as ended:
+            blobs.upload(RUN, tmp_path / "update", permit=permit)
+        assert bad.passed < 12 << 20
+    assert ended.value.code is Code.NOT_APPROVED
 
 
 def test_an_update_that_is_gone_is_said_at_once(coordinator: Coordinator, tmp_path: Path) -> None:

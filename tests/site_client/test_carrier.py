@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from locum.common.errors import Code, SiteFailure
 from locum.common.messages import BLOB_THRESHOLD, MessageError
 from locum.common.tensor_files import Mapped, map_tensors, write_tensors
-from locum.site_client.carrier import Progress, SiteCarrier
+from locum.site_client.blobs import Permit, Progress
+from locum.site_client.carrier import SiteCarrier
 
 SMALL = {"w": np.arange(8, dtype=np.float32)}
 LARGE = {"w": np.arange(BLOB_THRESHOLD, dtype=np.float32)}
@@ -23,12 +26,18 @@ class Store:
         self.folder, self.fetched = folder, 0
         folder.mkdir()
 
-    def upload(self, run: str, path: Path, *, digest: str | None = None, progress: Progress | None = None) -> None:
-        (self.folder / str(digest)).write_bytes(path.read_bytes())
+    def upload(
+        self, run: str, path: Path, *, digest: str, progress: Progress | None = None, permit: Permit | None = None
+    ) -> None:
+        if permit is not None:
+            permit()
+        (self.folder / digest).write_bytes(path.read_bytes())
 
     def download(self, run: str, sha256: str, size: int, target: Path, *, progress: Progress | None = None) -> None:
-        self.fetched += 1
-        target.write_bytes((self.folder / sha256).read_bytes())
+        content = (self.folder / sha256).read_bytes()
+        if not target.exists() or target.read_bytes() != content:
+            self.fetched += 1
+            target.write_bytes(content)
 
 
 @pytest.fixture
@@ -38,7 +47,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def carrier(store: Store, tmp_path: Path) -> SiteCarrier:
-    return SiteCarrier(store, "run", tmp_path / "work", lambda *_: None)
+    return SiteCarrier(store, "run", tmp_path / "work", lambda *_: None, lambda: None)
 
 
 def _offered(store: Store, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -80,6 +89,25 @@ def test_the_same_model_is_fetched_once_and_another_one_takes_its_place(
     assert [path.name for path in (tmp_path / "work" / "down").iterdir()] == [second["sha256"]]
 
 
+def test_a_model_that_was_damaged_here_is_fetched_once_more(carrier: SiteCarrier, store: Store, tmp_path: Path) -> None:
+    fields = _offered(store, LARGE)
+    carrier.fetch(fields)
+    path = tmp_path / "work" / "down" / fields["sha256"]
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert np.array_equal(carrier.fetch(fields)["w"], LARGE["w"])
+    assert store.fetched == 2
+
+
+def test_what_may_not_leave_any_more_is_not_sent(carrier: SiteCarrier, store: Store) -> None:
+    def forbid() -> None:
+        raise SiteFailure(Code.NOT_APPROVED)
+
+    fields = carrier.stow(LARGE)
+    with pytest.raises(SiteFailure):
+        replace(carrier, permit=forbid).deliver(fields)
+    assert list(store.folder.iterdir()) == []
+
+
 def test_what_was_delivered_is_removed(carrier: SiteCarrier, tmp_path: Path) -> None:
     carrier.deliver(carrier.stow(LARGE))
     carrier.delivered()
@@ -102,8 +130,9 @@ def test_fields_that_name_no_blob_are_refused(carrier: SiteCarrier, fields: dict
         carrier.fetch(fields)
 
 
-def test_a_blob_that_is_not_tensors_is_refused(carrier: SiteCarrier, store: Store) -> None:
+def test_a_blob_that_is_not_tensors_is_refused_and_not_kept(carrier: SiteCarrier, store: Store, tmp_path: Path) -> None:
     digest = hashlib.sha256(b"not tensors").hexdigest()
     (store.folder / digest).write_bytes(b"not tensors")
     with pytest.raises(MessageError):
         carrier.fetch({"sha256": digest, "size": 11})
+    assert list((tmp_path / "work" / "down").iterdir()) == []

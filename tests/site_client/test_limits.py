@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from locum.common.errors import Code, SiteFailure
 from locum.site_client.settings import Settings
-from locum.site_client.worker import Worker
+from locum.site_client.worker import Worker, _limit_gpu
 from tests.plans import initial
 from tests.site_client.asking import equal, plan
 
@@ -94,3 +95,16 @@ def test_every_thread_of_a_worker_stays_on_its_cpus_and_steps_back(limited: Call
 
 def test_a_share_of_a_gpu_asks_for_no_gpu(limited: Callable[..., Worker]) -> None:
     assert len(_train(limited(gpu_memory_fraction=0.25))) > 0
+
+
+@pytest.mark.parametrize(("device", "index"), [("auto", 3), ("cuda", 3), ("cuda:1", 1)])
+def test_a_share_of_a_gpu_is_of_the_one_that_the_worker_uses(
+    device: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[tuple[float, int]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *share: taken.append(share), raising=False)
+    _limit_gpu(0.5, device)
+    assert taken == [(0.5, index)]

@@ -57,7 +57,7 @@ def test_an_agent_whose_site_enrolled_anew_counts_what_is_approved_with_the_new_
 
             open_approvals(home, Policy()).approve(of.digest, "Anna")
             service.agent.admit(Policy(), of)
-            assert len(list(service.pulse.news.unsent())) == 1
+            assert len(list(service.pulse.news.decisions())) == 1
 
 
 def test_an_agent_whose_certificate_has_ended_says_so_and_what_to_do(tmp_path: Path) -> None:

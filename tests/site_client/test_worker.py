@@ -85,7 +85,7 @@ def test_a_worker_killed_in_a_call_is_told_as_died_and_the_next_call_has_another
 
 
 def test_a_worker_killed_between_rounds_changes_no_bit_of_what_follows(employ: Callable[..., Agent]) -> None:
-    of = batch_norm_plan()
+    of = batch_norm_plan(rounds=3)
     steady, shaken, model = employ(), employ(), initial(of)
     for number in (1, 2, 3):
         a, b = train(steady, of, model, number)[1], train(shaken, of, model, number)[1]
@@ -116,6 +116,26 @@ def test_stopping_a_worker_in_a_call_ends_the_call_and_breaks_nothing_else(worke
             worker.stop()
             assert isinstance(call.exception(), SiteFailure)
         assert worker.pid is None
+
+
+def test_a_worker_that_has_not_answered_in_time_is_stopped_and_the_next_call_has_another(worker: Worker) -> None:
+    of, endless = plan(), plan(training__local_steps=1_000_000)
+    worker.call("describe", of)
+    first, began = worker.pid, time.monotonic()
+    with pytest.raises(SiteFailure) as late:
+        worker.call("train", endless, initial(endless), seconds=0.5, round=1)
+    assert time.monotonic() - began < 10
+    assert late.value.code is Code.WORKER_DIED
+    assert worker.call("describe", of, seconds=60)[0]["able"] is True
+    assert worker.pid not in {first, None}
+
+
+def test_an_agents_message_ends_with_its_time(employ: Callable[..., Agent]) -> None:
+    agent, endless = employ(), plan(training__local_steps=1_000_000)
+    describe(agent, endless)
+    agent.seconds_left = lambda message: 0.5 if message.metadata.message_type == TRAIN else None
+    reply = send(agent, endless, training(endless, initial(endless)), TRAIN)
+    assert failure(reply) == (Code.WORKER_DIED, "WORKER_DIED")
 
 
 def test_calls_at_the_same_time_each_get_their_own_answer(worker: Worker) -> None:
@@ -245,6 +265,41 @@ def test_a_worker_ends_when_its_agent_is_gone(bare: tuple[Connection, BaseProces
     pipe.close()
     process.join(timeout=60)
     assert process.exitcode == 0
+
+
+_AGENT = """
+import logging, sys
+from pathlib import Path
+from locum.site_client.settings import Settings
+from locum.site_client.worker import Worker
+from tests.plans import initial
+from tests.site_client.asking import plan
+worker = Worker(Settings("north", (Path(sys.argv[1]),), Path(sys.argv[2])), logging.getLogger("agent"))
+of = plan(training__local_steps=1_000_000)
+worker.call("describe", of)
+print(worker.pid, flush=True)
+worker.call("train", of, initial(of), round=1)
+"""
+
+
+def test_a_worker_in_the_middle_of_a_step_ends_when_its_agent_is_killed(settings: Settings) -> None:
+    command = [sys.executable, "-c", _AGENT, str(settings.stores[0]), str(settings.run_dir)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as agent:
+        assert agent.stdout is not None
+        pid = int(agent.stdout.readline())
+        time.sleep(0.5)
+        agent.kill()
+    end = time.monotonic() + 20
+    while _runs(pid):
+        assert time.monotonic() < end, "it trains on"
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_ctrl_c_is_for_the_agent_and_does_not_end_a_worker(worker: Worker) -> None:
