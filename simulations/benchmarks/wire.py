@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from locum.simulations.engines.rehearse import Rehearsal, run_rehearsal
 
 _MIB = 1 << 20
 _SAMPLE_SECONDS = 0.1
+_CALM_SECONDS, _IDLE_SECONDS = 3.0, 20.0
 #: Channels of each of the five stages that make a network of about so many MB.
 _WIDTHS = {0.03: 12, 1: 84, 50: 588, 400: 1668}
 
@@ -106,12 +108,16 @@ def _memory(number: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Measured:
-    """One configuration: seconds of each round but the first, and memory."""
+    """One configuration: seconds of each round but the first, and memory.
+
+    `idle` is the share of a core that gateway and SuperLink take together while all sites are there and no run is.
+    """
 
     seconds: tuple[float, ...]
     watched: Watched
     bytes: int
     lost: bool
+    idle: float
 
 
 def rounds(folder: Path, *, sites: int, megabytes: float, count: int) -> Measured:
@@ -127,20 +133,37 @@ def rounds(folder: Path, *, sites: int, megabytes: float, count: int) -> Measure
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.yaml").write_text(plan.to_yaml())
     _describe(folder)
-    watched, seen = Watched(), []
+    watched, seen, idle = Watched(), [], 0.0
 
     @contextmanager
     def watch(run: Run) -> Iterator[None]:
+        nonlocal idle
         with watched.around(folder / "coordinator", run):
             yield
         seen.extend(read_events(run.events))
+        idle = _share_of_a_core(folder / "coordinator")
 
     names = [f"s{number:02}" for number in range(sites)]
     run_rehearsal(Rehearsal(folder, plan, names, _idle_site), watch)
     committed = [event["seconds"] for event in seen if event["event"] == "committed"]
     lost = any(event["event"] in {"refused", "void", "paused"} for event in seen)
     size = (folder / "model.safetensors").stat().st_size
-    return Measured(tuple(committed[1:]), watched, size, lost)
+    return Measured(tuple(committed[1:]), watched, size, lost, idle)
+
+
+def _share_of_a_core(home: Path) -> float:
+    """What gateway and SuperLink take for a while."""
+    numbers = json.loads((home / "processes.json").read_bytes())
+
+    def used() -> float:
+        lines = (Path(f"/proc/{numbers[name]}/stat").read_text() for name in ("gateway", "superlink"))
+        ticks = (line.rpartition(")")[2].split() for line in lines)
+        return sum(int(found[11]) + int(found[12]) for found in ticks) / os.sysconf("SC_CLK_TCK")
+
+    time.sleep(_CALM_SECONDS)
+    before = used()
+    time.sleep(_IDLE_SECONDS)
+    return (used() - before) / _IDLE_SECONDS
 
 
 #: Run in another process, which loads torch.
@@ -202,6 +225,7 @@ def _rows(what: str, measured: Measured) -> Iterator[Row]:
     yield Row(f"{what}: a round (median)", statistics.median(measured.seconds), "s")
     yield Row(f"{what}: a round (longest)", max(measured.seconds), "s")
     yield Row(f"{what}: contributions lost", float(measured.lost), "")
+    yield Row(f"{what}: gateway and SuperLink while nothing runs", measured.idle * 100, "% of a core")
     yield Row(f"{what}: model", measured.bytes / _MIB, "MiB")
     for name in ("gateway", "superlink", "serverapp", "agent"):
         resident, own = measured.watched.resident[name], measured.watched.own[name]
