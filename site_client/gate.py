@@ -43,7 +43,8 @@ class Policy(BaseModel):
         metrics: metrics that may be measured and released.
         most_rounds: rounds of one run.
         least_sites: the sites that a plan must ask for in every sum; its quorum is at least that.
-        release_case_counts: whether the number of cases may be told; if not, a plan that weights by it is refused.
+        release_case_counts: whether the number of cases may be told; if not, a plan that weights by it is refused, and
+            one that releases metrics, for each of their sums tells how many cases went into it.
         release_training_loss: whether the mean training loss may be told.
         hours: when the site works for others, by its own clock.
         stewards: how many different stewards must approve a plan.
@@ -86,6 +87,9 @@ def refusals(policy: Policy, plan: Plan) -> Iterator[PolicyRefusal]:
         yield PolicyRefusal("least_sites", f"a sum may be of {quorum} sites, {policy.least_sites} are the least")
     if not policy.release_case_counts and plan.participation.weighting == "cases":
         yield PolicyRefusal("release_case_counts", "an update's weight would be the number of cases")
+    if not policy.release_case_counts and plan.released_metrics:
+        metrics = ", ".join(plan.released_metrics)
+        yield PolicyRefusal("release_case_counts", f"the sums of {metrics} would tell the number of cases")
 
 
 def admit_plan(policy: Policy, plan: Plan) -> None:

@@ -182,6 +182,7 @@ def _rounds(plan: Plan) -> Words:
         f"{_number(plan.rounds, 'round')} of {plan.strategy.name}; in each, {work} of {training.batch_size} cases.",
         f"A round counts with the updates of at least {_number(taking_part.quorum, 'site')}.",
         f"It waits up to {taking_part.deadline / 60:g} min for a site.",
+        "Until it is revoked, an approval is for any number of runs of this plan, and for a round as often as asked.",
     )
 
 
@@ -200,7 +201,8 @@ def _leaves(plan: Plan, policy: Policy) -> Words:
         "After each round: the number of training cases, as the update's weight." if by_cases else "",
         "After each round: the mean training loss." if loss else "",
         f"{_every(plan.evaluation.every_rounds)} and at the end: sums over the cases from which {metrics} "
-        f"{'is' if len(plan.released_metrics) == 1 else 'are'} computed; with few cases sums can tell of single ones."
+        f"{'is' if len(plan.released_metrics) == 1 else 'are'} computed; they tell the number of cases, and where "
+        "there are few they can tell of single ones."
         if metrics
         else "",
         "When something fails: a code, no text.",
@@ -208,7 +210,7 @@ def _leaves(plan: Plan, policy: Policy) -> Words:
 
 
 def _stays(plan: Plan, policy: Policy) -> Words:
-    counted = plan.release.case_counts and policy.release_case_counts
+    counted = (plan.release.case_counts and policy.release_case_counts) or bool(plan.released_metrics)
     loss = plan.release.training_loss and policy.release_training_loss
     local = plan.tensors.local
     return _kept(

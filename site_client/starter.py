@@ -20,7 +20,7 @@ stores: [store]
 #  least_sites: 3
 #  hours: ["20:00-06:00"]
 #  stewards: 2
-#  release_case_counts: false
+#  release_training_loss: false
 
 # What the training may take of this machine.
 #resources: {threads: 4, memory_gib: 16, device: auto, nice: 10}

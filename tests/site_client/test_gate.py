@@ -18,6 +18,7 @@ from locum.common.messages import (
     pack,
     unpack,
 )
+from locum.common.names import METRICS
 from locum.site_client import gate
 from locum.site_client.agent import Agent
 from locum.site_client.gate import Policy, PolicyRefusal
@@ -42,6 +43,7 @@ _DONE = {"loss": 0.5, "steps": 2, "cases": 7, "seconds": 1.0, "host": "pacs.hosp
         ("metrics", {"metrics": ["AUC"]}, {}),
         ("most_rounds", {"most_rounds": 1}, {}),
         ("release_case_counts", {"release_case_counts": False}, {"participation__weighting": "cases"}),
+        ("release_case_counts", {"release_case_counts": False}, {"participation__weighting": "equal"}),
     ],
 )
 def test_each_clause_of_the_policy_refuses_and_tells_its_name_alone(
@@ -71,6 +73,16 @@ def test_a_plan_within_the_policy_is_admitted(policy: dict[str, Any]) -> None:
     gate.admit_plan(Policy.model_validate(policy), plan())
 
 
+@pytest.mark.parametrize("name", METRICS)
+def test_a_policy_that_keeps_numbers_of_cases_refuses_every_metric_for_its_sums_tell_them(name: str) -> None:
+    base = plan if "classification" in METRICS[name].tasks else segmentation_plan
+    of = base(participation__weighting="equal", evaluation={"metrics": [name]})
+    silent = base(participation__weighting="equal", evaluation={"metrics": [name]}, release={"metrics": []})
+    with pytest.raises(PolicyRefusal, match=f"the sums of {name} would tell the number of cases"):
+        gate.admit_plan(Policy(release_case_counts=False), of)
+    gate.admit_plan(Policy(release_case_counts=False), silent)
+
+
 def test_a_policy_names_the_first_clause_that_a_plan_breaks() -> None:
     with pytest.raises(PolicyRefusal) as refused:
         gate.admit_plan(Policy(tasks=("classification",), most_rounds=1), segmentation_plan())
@@ -93,7 +105,11 @@ def test_a_description_is_copied_field_by_field() -> None:
 
 
 _no_counts = pytest.mark.parametrize(
-    ("policy", "changes"), [({"release_case_counts": False}, {}), ({}, {"release": {"case_counts": False}})]
+    ("policy", "changes"),
+    [
+        ({"release_case_counts": False}, {"release": {"metrics": []}}),
+        ({}, {"release": {"metrics": [], "case_counts": False}}),
+    ],
 )
 
 

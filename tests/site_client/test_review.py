@@ -74,8 +74,9 @@ _EQUAL = {"participation__weighting": "equal"}
         ({}, {}, ["number of training cases", "mean training loss", "cases in each fold", "AUC, accuracy"], []),
         ({"release": {"training_loss": False}}, {}, [], ["The mean training loss."]),
         ({}, {"release_training_loss": False}, [], ["The mean training loss."]),
-        ({"release": {"case_counts": False}, **_EQUAL}, {}, [], ["The number of cases."]),
-        (_EQUAL, {"release_case_counts": False}, [], ["The number of cases."]),
+        ({"release": {"case_counts": False, "metrics": []}, **_EQUAL}, {}, [], ["The number of cases."]),
+        ({"release": {"metrics": []}, **_EQUAL}, {"release_case_counts": False}, [], ["The number of cases."]),
+        ({"release": {"case_counts": False}, **_EQUAL}, {}, ["they tell the number of cases"], []),
         ({"release": {"metrics": ["AUC"]}}, {}, ["AUC is computed"], []),
         ({"release": {"metrics": []}}, {}, ["a code, no text"], []),
         ({"tensors": {"local": ["head.*"]}}, {}, [], ["keeps at each site: head.*"]),
@@ -95,6 +96,10 @@ def test_what_leaves_and_what_stays_is_what_the_gate_does(
     assert "The mean training loss." not in kept or "training loss" not in out
     assert "The number of cases." not in kept or "number of" not in out
     assert "Images, masks, labels" in kept
+
+
+def test_a_review_tells_how_far_an_approval_goes() -> None:
+    assert "any number of runs of this plan" in _words(plan(), "Rounds")
 
 
 def test_running_statistics_stay_unless_they_are_shared_by_name() -> None:
