@@ -21,7 +21,7 @@ from rich.table import Table
 from locum.common.errors import DataError, RunError
 from locum.site_client.doctor_cli import doctor
 from locum.site_client.enrol_cli import enrol
-from locum.site_client.identity import default_home
+from locum.site_client.identity import default_home, usable
 from locum.site_client.start_cli import start
 
 if TYPE_CHECKING:
@@ -154,6 +154,7 @@ def approve(
             typer.echo(approvals.review(whole).text() + "\n")
             typer.confirm(f"{name}, shall this plan run here?", abort=True)
         standing = approvals.approve(whole, name)
+        _tell_clock(home)
     if as_json:
         typer.echo(json.dumps({"digest": whole, **standing.as_dict()}, indent=2))
         return
@@ -168,7 +169,7 @@ def revoke(digest: _Digest, home: _Home, steward: _Steward = None, as_json: _Jso
     from locum.site_client.approvals import open_approvals
     from locum.site_client.gate import Policy
 
-    with _usable(home):
+    with usable(home):
         approvals = open_approvals(home, Policy())  # to take back needs no policy: a broken site.yaml must not stop it
         whole = approvals.find(digest)
         standing = approvals.revoke(whole, _steward_name(steward))
@@ -181,7 +182,7 @@ def status(home: _Home, as_json: _Json = False) -> None:
     """Show who this site is, what was proposed and approved, and whether the agent runs."""
     from locum.site_client.status import status as look
 
-    with _usable(home):
+    with usable(home):
         found = look(home)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
@@ -198,23 +199,25 @@ def status(home: _Home, as_json: _Json = False) -> None:
 
 
 @contextmanager
-def _usable(home: Path) -> Iterator[None]:
-    """Turns a folder that cannot be read or written into words; raises RunError."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{error.filename or home} cannot be used: {error.strerror}", "mend its permissions") from error
-
-
-@contextmanager
 def _approvals(home: Path) -> Iterator[Approvals]:
     from locum.site_client.approvals import open_approvals
     from locum.site_client.configuration import FILE, read_policy
     from locum.site_client.identity import load_identity
 
-    with _usable(home):
+    with usable(home):
         load_identity(home)  # who is not enrolled should hear that first
         yield open_approvals(home, read_policy(home / FILE))
+
+
+def _tell_clock(home: Path) -> None:
+    """Says on standard error that an approval has a wrong date, if the agent knows that."""
+    from locum.site_client.status import CLOCK_WARNING, doing
+
+    off = doing(home).clock_off
+    if abs(off) > CLOCK_WARNING:
+        way = "ahead of" if off > 0 else "behind"
+        typer.echo(f"this machine's clock is {abs(off):.0f} s {way} the coordinator's, and dates approvals", err=True)
+        typer.echo("next: set it", err=True)
 
 
 def _steward_name(given: str | None) -> str:

@@ -33,6 +33,13 @@ _CACHE = 2 * _GIB
 _PROXY = re.compile(r"http://([^\s@/]+@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):\d{1,5}/?")
 
 
+def checked_proxy(address: str) -> str:
+    """The address of an HTTP proxy; raises ValueError if it can be none."""
+    if not _PROXY.fullmatch(address):
+        raise ValueError("write the proxy as http://host:port")
+    return address
+
+
 def _cpus_here() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
@@ -91,9 +98,7 @@ class _Agent(BaseModel):
     @field_validator("proxy")
     @classmethod
     def _an_address(cls, value: str | None) -> str | None:
-        if value is not None and not _PROXY.fullmatch(value):
-            raise ValueError("write the proxy as http://host:port")
-        return value
+        return None if value is None else checked_proxy(value)
 
 
 _DATA_KEYS = (*SiteData.model_fields, "dataset")

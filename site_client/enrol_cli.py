@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from locum.site_client.identity import default_home
+from locum.site_client.identity import default_home, usable
 
 
 def enrol(
@@ -35,8 +35,9 @@ def enrol(
     from locum.site_client.enrolment import enrol as join
     from locum.site_client.starter import write_starter
 
-    identity = join(invitation, home, proxy=proxy, replace=replace)
-    begun = write_starter(home, proxy)
+    with usable(home):
+        identity = join(invitation, home, proxy=_checked(proxy), replace=replace)
+        begun = write_starter(home, proxy)
     member = identity.membership
     expires = identity.certificate.not_valid_after_utc
     if as_json:
@@ -52,3 +53,12 @@ def enrol(
     elif proxy is not None:
         typer.echo(f"write `proxy: {proxy}` into {home / 'site.yaml'}, so that the agent takes the same way")
     typer.echo(f"next: locum site start{'' if home == default_home() else f' --home {home}'}")
+
+
+def _checked(proxy: str | None) -> str | None:
+    from locum.site_client.configuration import checked_proxy
+
+    try:
+        return None if proxy is None else checked_proxy(proxy)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--proxy") from error

@@ -91,7 +91,7 @@ def enrol(path: Path, home: Path, *, proxy: str | None = None, replace: bool = F
     """
     invitation = read_invitation(path)
     _check_invitation(invitation, utc_now())
-    home.mkdir(parents=True, exist_ok=True)
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _alone(home):
         if (home / FOLDER).exists() and not replace:
             raise DataError(f"{home} is enrolled already", "to join anew and keep the old key aside: --replace")

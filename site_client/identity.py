@@ -10,6 +10,8 @@ federation.json    {federation, site, address}
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from locum.common.durable import flush, replace_file
-from locum.common.errors import DataError
+from locum.common.errors import DataError, RunError
 from locum.common.identity import (
     ADDRESS,
     IdentityError,
@@ -42,6 +44,22 @@ def default_home() -> Path:
     """The agent's folder when no `--home` is given."""
     given = os.environ.get(HOME)
     return Path(given) if given else Path("locum-site")
+
+
+@contextmanager
+def usable(home: Path) -> Iterator[None]:
+    """An agent's folder in use: what is made there is for this account alone, and what cannot be done is told in words.
+
+    Raises RunError for a folder that cannot be read or written.
+    """
+    before = os.umask(0o077)
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.filename or home} cannot be used: {error.strerror or error}"
+        raise RunError(reason, "mend its permissions, or free space") from error
+    finally:
+        os.umask(before)
 
 
 class Membership(BaseModel):

@@ -27,12 +27,12 @@ from locum.common.errors import LocumError
 from locum.common.proto import locum_pb2 as pb
 from locum.common.proto import locum_pb2_grpc as rpc
 from locum.site_client.fleet import AwayError, Fleet, RefusedError, guarded
+from locum.site_client.status import CLOCK_WARNING
 
 _BEAT_SECONDS, _NODE_SECONDS, _RENEWAL_SECONDS = 5.0, 20.0, 3600.0
 #: A step that failed is made again after so long, if it is not made more seldom anyway.
 _PAUSE_SECONDS = 10.0
 _CALL_SECONDS = 10.0
-CLOCK_WARNING = 60.0
 
 
 @dataclass(frozen=True)

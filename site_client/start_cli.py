@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from locum.site_client.identity import default_home
+from locum.site_client.identity import default_home, usable
 
 
 def start(
@@ -25,4 +25,5 @@ def start(
     """Run the agent until Ctrl-C or SIGTERM: it connects out, and waits for plans that this site has approved."""
     from locum.site_client.start import start as run
 
-    run(home.absolute())
+    with usable(home):
+        run(home.absolute())

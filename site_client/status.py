@@ -19,6 +19,8 @@ from locum.site_client.identity import SiteIdentity
 from locum.site_client.review import Held, day_and_time, printable
 
 LOCK, WORD = "agent.lock", "agent.json"
+#: A clock is told to be wrong when it is more than so many seconds off the coordinator's.
+CLOCK_WARNING = 60.0
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,19 @@ class Doing:
             return f"runs, not connected since {when}: {printable(str(self.said.get('problem', '')))}"
         return f"runs, connected since {when}{self._work()}"
 
+    @property
+    def clock_off(self) -> float:
+        """Seconds by which this machine's clock was ahead of the coordinator's when the agent last said something."""
+        offset = self.said.get("offset")
+        return -float(offset) if isinstance(offset, int | float) else 0.0
+
     def _work(self) -> str:
         """`, training in round 3 of RUN`, if the agent says so."""
-        parts = {key: printable(str(self.said.get(key) or "")) for key in ("activity", "round", "run")}
-        text = f", {parts['activity']}" if parts["activity"] else ""
-        text += f" in round {parts['round']}" if parts["round"] else ""
-        return text + (f" of {parts['run']}" if parts["run"] else "")
+        activity, number, run = (printable(str(self.said.get(key) or "")) for key in ("activity", "round", "run"))
+        text = f", {activity}" if activity else ""
+        if run:
+            text += f" in round {number} of {run}" if number else f" for {run}"
+        return text
 
 
 def doing(home: Path) -> Doing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import socket
 import threading
 import time
@@ -19,6 +20,7 @@ import pytest
 import typer
 from pydantic import SecretStr
 
+from locum.common.cli import main
 from locum.common.errors import DataError, LocumError, RunError
 from locum.common.identity import (
     IdentityError,
@@ -38,6 +40,7 @@ from locum.common.identity import (
 )
 from locum.common.proto import locum_pb2 as pb
 from locum.common.proto.locum_pb2_grpc import RegistryServicer, RegistryStub, add_RegistryServicer_to_server
+from locum.site_client import enrolment
 from locum.site_client.enrol_cli import enrol as command
 from locum.site_client.enrolment import connection_error, enrol, needs_renewal, open_channel, renew
 from locum.site_client.identity import FOLDER, Membership, SiteIdentity, load_identity, save_identity
@@ -230,6 +233,43 @@ def test_a_token_that_does_not_fit_the_certificate_opens_nothing(shared: Door, n
     assert shared.registry.site(name) is None
 
 
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def _enrol(invitation: Path, home: Path, *options: str) -> int:
+    return main(["site", "enrol", str(invitation), "--home", str(home), *options]) or 0
+
+
+def test_what_enrol_makes_is_for_its_account_alone(shared: Door, name: str, home: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        assert _enrol(shared.invite(name), home / "north") == 0
+        assert os.umask(0o022) == 0o022
+    finally:
+        os.umask(before)
+    made = [home, *home.rglob("*")]
+    assert [str(path) for path in made if path.stat().st_mode & 0o077] == []
+
+
+def test_a_proxy_that_can_be_none_is_refused_before_the_invitation_is_used(
+    shared: Door, name: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    invitation = shared.invite(name)
+    for proxy in ("proxy.hospital.example:3128", "socks5://proxy:1080", "http://proxy"):
+        assert _enrol(invitation, home, "--proxy", proxy) == 2
+        assert "http://host:port" in capsys.readouterr().err
+    assert not home.exists()
+    assert _enrol(invitation, home) == 0
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_words(
+    shared: Door, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert _enrol(shared.invite(name), tmp_path / "file" / "site") == 1
+    assert "cannot be used: Not a directory" in capsys.readouterr().err
+
+
 # --- renewal ----------------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +301,17 @@ def test_a_certificate_is_renewed_and_kept(shared: Door, name: str, home: Path) 
     assert new.key.public_key() == old.key.public_key()
     assert proposals(old) is not None
     assert proposals(new) is not None
+
+
+def test_a_certificate_is_renewed_though_this_machines_clock_is_years_behind(
+    shared: Door, name: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, now = old_site(shared, name, home), utc_now()
+    monkeypatch.setattr(enrolment, "utc_now", lambda: now - timedelta(days=1000))
+    assert not needs_renewal(old)
+    assert needs_renewal(old, now)
+    with open_channel(old) as channel:
+        assert not needs_renewal(renew(old, home, channel, now), now)
 
 
 def test_an_answer_that_is_not_this_sites_certificate_is_not_kept(shared: Door, name: str, home: Path) -> None:

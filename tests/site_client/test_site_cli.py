@@ -145,6 +145,8 @@ def test_the_status_tells_identity_plans_and_agent(site: Site, hospital: Hospita
             {"connected": True, "at": NOW, "activity": "training", "round": 3, "run": "r-1"},
             "training in round 3 of r-1",
         ),
+        ({"connected": True, "at": NOW, "activity": "downloading", "round": 0, "run": "r-1"}, "downloading for r-1"),
+        ({"connected": True, "at": NOW, "activity": "idle", "round": 0, "run": ""}, ", idle"),
     ],
 )
 def test_the_status_tells_what_a_running_agent_says(
@@ -158,6 +160,29 @@ def test_the_status_tells_what_a_running_agent_says(
     assert found["agent"]["running"] is True
     assert state in found["agent"]["state"]
     assert _json(site("status", "--json"))["agent"]["running"] is False
+
+
+@pytest.mark.parametrize(
+    ("offset", "told"), [(-300.0, "300 s ahead of"), (300.0, "300 s behind"), (59.0, ""), ("soon", ""), (None, "")]
+)
+def test_an_approval_that_a_wrong_clock_dates_is_told(
+    offset: object, told: str, site: Site, hospital: Hospital
+) -> None:
+    of = hospital.proposed()
+    (hospital.home / "agent.json").write_text(json.dumps({"connected": True, "at": NOW, "offset": offset}))
+    code, _, errors = site("approve", of.digest, "--yes", "--json")
+    assert code == 0
+    assert told in errors
+    assert bool(told) == ("clock" in errors)
+
+
+@pytest.mark.parametrize("command", ["review", "status", "start"])
+def test_a_folder_that_cannot_be_used_is_told_in_words(command: str, site: Site, hospital: Hospital) -> None:
+    for name in ("agent.lock", f"proposals/{'a' * 64}.json"):
+        (hospital.home / name).mkdir(parents=True)
+    code, _, errors = site(command)
+    assert code == 1
+    assert "cannot be used: Is a directory" in errors
 
 
 @pytest.mark.parametrize("word", ["[1]", "not json", "{"])
