@@ -201,9 +201,7 @@ class Service:
         carrier = SiteCarrier(blobs, entry.run.name, folder, self._moving, lambda: self._check(entry))
         try:
             self._check_time(entry)
-            reply = self._outgoing(carrier, entry, entry.reply or self._made(entry, carrier))
-            self.doing("delivering", self._round)
-            fleet.push(reply)
+            self._deliver(fleet, carrier, entry, entry.reply or self._made(entry, carrier))
         except _LateError:
             self.log.warning("a message is dropped, for its time is over: nobody waits for its reply any more")
         except FileNotFoundError:
@@ -219,6 +217,12 @@ class Service:
             raise Stopping
         self.journal.finish(reply)
         return reply
+
+    def _deliver(self, fleet: Fleet, carrier: SiteCarrier, entry: Entry, reply: Message) -> None:
+        """Sends a reply's blob, then the reply, or what goes in its place."""
+        outgoing = self._outgoing(carrier, entry, reply)
+        self.doing("delivering", self._round)
+        fleet.push(outgoing)
 
     def _outgoing(self, carrier: SiteCarrier, entry: Entry, reply: Message) -> Message:
         """The reply, once its blob has arrived; in its place a failure, if it may not leave or is not wanted.
