@@ -44,6 +44,17 @@ def replace_file(path: Path, content: bytes | Write) -> None:
     flush(path.parent)
 
 
+def replace_unflushed(path: Path, content: bytes) -> None:
+    """Replaces a file that only tells how things are now: whole for whoever reads, of no use after a power cut."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
 def create_folder(path: Path, files: Mapping[str, bytes | Write]) -> None:
     """Creates the folder `path` with `files`, written in their order, atomically and durably; raises OSError.
 

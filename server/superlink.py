@@ -133,7 +133,7 @@ def environment(home: Home) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
         "LOCUM_SERVER_HOME": str(home.path),
         **_past_the_proxy(),
         "MALLOC_ARENA_MAX": "1",  # glibc gives each thread memory of its own and keeps it; this does not cost time here

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from locum.common.durable import replace_file
+from locum.common.durable import replace_unflushed
 from locum.common.errors import LocumError, RunError
 from locum.common.fab import build_bundle
 from locum.server import superlink
@@ -251,7 +251,7 @@ def _tell(home: Home, processes: list[Child]) -> None:
     """Writes the numbers of the processes down, for people and for tests."""
     numbers = {child.name: child.process.pid for child in processes if child.process is not None}
     with suppress(OSError):  # a full disk ends no process
-        replace_file(home.path / "processes.json", json.dumps(numbers).encode())
+        replace_unflushed(home.path / "processes.json", json.dumps(numbers).encode())
 
 
 @contextmanager

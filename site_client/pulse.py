@@ -30,6 +30,10 @@ from locum.site_client.fleet import AwayError, Fleet, RefusedError, guarded
 from locum.site_client.status import CLOCK_WARNING
 
 _BEAT_SECONDS, _NODE_SECONDS, _RENEWAL_SECONDS = 5.0, 20.0, 3600.0
+#: Approvals are looked for so often at most: their signatures are checked each time.
+_DECISION_SECONDS = 2.0
+#: What changes within so short a time is told together.
+_TOGETHER_SECONDS = 0.1
 #: A step that failed is made again after so long, if it is not made more seldom anyway.
 _PAUSE_SECONDS = 10.0
 _CALL_SECONDS = 10.0
@@ -157,11 +161,12 @@ class Pulse:
             (self._heartbeat, _NODE_SECONDS),
             (self._renew, _RENEWAL_SECONDS),
             (self._report, 0.0),
-            (self._decide, 0.0),
+            (self._decide, _DECISION_SECONDS),
             (self._fetch, 0.0),
         )
         while True:
-            self._changed.wait(_BEAT_SECONDS)
+            if self._changed.wait(_BEAT_SECONDS):
+                time.sleep(_TOGETHER_SECONDS)
             self._changed.clear()
             way = self._way
             if way is None:

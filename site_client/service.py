@@ -29,7 +29,7 @@ from flwr.app import ConfigRecord, Message
 
 from locum.common.activity import Activity
 from locum.common.canonical import sha256_hex
-from locum.common.durable import replace_file
+from locum.common.durable import replace_file, replace_unflushed
 from locum.common.errors import LocumError, SiteFailure
 from locum.site_client import gate
 from locum.site_client.agent import Agent
@@ -270,7 +270,7 @@ class Service:
             if self._word["connected"] != before["connected"]:
                 self._word["at"] = time.time()
             try:
-                replace_file(self.home / WORD, json.dumps({**self._word, "offset": self.pulse.offset}).encode())
+                replace_unflushed(self.home / WORD, json.dumps({**self._word, "offset": self.pulse.offset}).encode())
             except OSError as error:
                 self.log.warning("`locum site status` cannot be told: %s", error)
 

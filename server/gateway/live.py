@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from locum.common.durable import replace_file
+from locum.common.durable import replace_unflushed
 from locum.common.proto.locum_pb2 import ReportRequest
 
 log = logging.getLogger("locum.gateway")
@@ -110,7 +110,7 @@ class Live:
                     return
                 content = {site: asdict(heard) for site, heard in sorted(self._heard.items())}
                 self._changed, self._written = False, self._clock()
-            replace_file(self._path, json.dumps(content).encode())
+            replace_unflushed(self._path, json.dumps(content).encode())
 
     def keep(self, stop: threading.Event) -> None:
         """Writes what changed, every second, until `stop` is set; a full disk is tried again."""
