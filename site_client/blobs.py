@@ -4,7 +4,7 @@ Rules:
   * A cut costs what was on the line. An upload goes on where the coordinator's file ends, a download where ours does.
   * Whatever may pass is tried again, for ever, with a back-off that begins anew when bytes have moved: a coordinator
     that is away, a full disk there, a stream that another one has not yet given way to. A refusal is final.
-  * A blob that was fetched is its digest, and on the disk, or it is not there.
+  * A blob that was fetched is its digest, or it is not there.
   * A blob that would leave this machine's disk too little is not begun.
   * Memory is one chunk, whatever the blob's size.
 """
@@ -26,7 +26,6 @@ from typing import NamedTuple, TypeVar
 import grpc
 
 from locum.common.blobs import CHUNK, DISK_FULL, GET_DATA, PUT_DATA, SERVICE, Blob, frames, payload, write_all
-from locum.common.durable import flush
 from locum.common.errors import Code, SiteFailure
 from locum.common.proto import locum_pb2 as pb
 
@@ -139,7 +138,7 @@ class BlobClient:
         One that is there already is read and, if it is the blob, kept. Raises SiteFailure(MESSAGE_UNREADABLE) if the
         coordinator does not have it, SiteFailure(DISK_FULL), OSError and Stopping.
         """
-        if _is_blob(target, Blob(sha256, size)):
+        if is_blob(target, Blob(sha256, size)):
             return
         key, part = pb.BlobKey(run=run, sha256=sha256, size=size), target.with_name(f"{target.name}.part")
         moved = _Moved(size, progress or _silent)
@@ -147,9 +146,7 @@ class BlobClient:
             with _Arriving(part, size) as arriving:
                 _check_room(target.parent, size - arriving.have)
                 self._persist(moved, Code.MESSAGE_UNREADABLE, lambda: self._fetch(key, arriving, moved))
-                arriving.flush()
             part.replace(target)
-            flush(target.parent)
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
@@ -267,10 +264,6 @@ class _Arriving:
         self.digest.update(data)
         self.have += len(data)
 
-    def flush(self) -> None:
-        """Waits for the disk; raises OSError."""
-        os.fsync(self._file)
-
     def begin_anew(self) -> None:
         """Forgets what is here."""
         os.ftruncate(self._file, 0)
@@ -313,7 +306,8 @@ def _check_room(folder: Path, size: int) -> None:
         raise SiteFailure(Code.DISK_FULL, words)
 
 
-def _is_blob(path: Path, blob: Blob) -> bool:
+def is_blob(path: Path, blob: Blob) -> bool:
+    """Whether the file is there and is this blob; raises OSError."""
     try:
         with path.open("rb", buffering=0) as file:
             return os.fstat(file.fileno()).st_size == blob.size and _hash_file(file.fileno()).hexdigest() == blob.sha256

@@ -1,8 +1,8 @@
 """How tensors reach and leave a site: small ones inside the message, others as blobs over the gateway.
 
 A model that has arrived is a file, mapped by the agent and by the worker; the same model is fetched once, however many
-messages name it, and is read against its digest at each. An update is a file too; it is on the disk before a message
-names it, is sent before that, and removed when that is done.
+messages name it. An update is a file too; it is sent before the message that names it, and removed when that is done.
+Nothing here is flushed: what a process finds that was there before it, it reads against its digest first.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from locum.common.activity import Activity
-from locum.common.durable import flush
+from locum.common.blobs import Blob
 from locum.common.messages import BLOB_THRESHOLD, INLINE, Arrays, Fields, MessageError
 from locum.common.tensor_files import Mapped, map_tensors, write_tensors
-from locum.site_client.blobs import Permit, Progress
+from locum.site_client.blobs import Permit, Progress, is_blob
 
 _DIGEST = re.compile(r"^[0-9a-f]{64}$")
 
@@ -45,6 +45,7 @@ class SiteCarrier:
         folder: where blobs lie on their way.
         told: is told of the way: activity, bytes done, bytes in all.
         permit: raises unless what is to be sent may still leave.
+        known: digests of models that this process has fetched, or found whole.
     """
 
     blobs: Blobs
@@ -52,6 +53,7 @@ class SiteCarrier:
     folder: Path
     told: Callable[[Activity, int, int], None]
     permit: Permit
+    known: set[str] = field(default_factory=set)
 
     def stow(self, tensors: Arrays) -> Fields:
         """Puts tensors into the message or beside it, as a file that :meth:`deliver` sends; raises OSError."""
@@ -64,9 +66,7 @@ class SiteCarrier:
         else:
             path = up / f".{os.getpid()}.tmp"
             digest, size = write_tensors(path, tensors)
-        flush(path)
         path.replace(up / digest)
-        flush(up)
         return {"sha256": digest, "size": size}
 
     def fetch(self, fields: Fields) -> Arrays:
@@ -77,13 +77,22 @@ class SiteCarrier:
         if set(fields) != {"sha256", "size"} or not isinstance(size, int) or not _DIGEST.match(str(digest)):
             raise MessageError("it names no blob")
         target = self.folder / "down" / str(digest)
-        _clear(target.parent, target.name, f"{digest}.part")
-        self.blobs.download(self.run, str(digest), size, target, progress=self._telling("downloading"))
+        if digest not in self.known or not target.exists():
+            _clear(target.parent, target.name, f"{digest}.part")
+            self.blobs.download(self.run, str(digest), size, target, progress=self._telling("downloading"))
+            self.known.add(str(digest))
         try:
             return map_tensors(target, str(digest))
         except ValueError as error:
             target.unlink()
             raise MessageError(f"its blob is not tensors: {error}") from error
+
+    def holds(self, fields: Fields) -> bool:
+        """Whether the blob that a reply from before names, if it does, is here whole."""
+        if "sha256" not in fields:
+            return True
+        digest = str(fields["sha256"])
+        return is_blob(self.folder / "up" / digest, Blob(digest, int(fields["size"])))
 
     def deliver(self, fields: Fields) -> None:
         """Sends the blob that a reply names; raises FileNotFoundError if it is not here."""

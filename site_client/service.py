@@ -76,6 +76,7 @@ class Service:
         self.journal = Journal(self.home / "journal")
         self.agent.told, self.agent.seconds_left = self.doing, self.seconds_left
         self._run = ""
+        self._models: set[str] = set()
         self._round = 0
         self._fleet: Fleet | None = None
         self._word: dict[str, Any] = {"connected": None, "problem": ""}
@@ -198,10 +199,10 @@ class Service:
         """Makes the reply unless it is made, sends it, and forgets the message."""
         self._run, self._round = entry.run.name, 0
         folder = self.home / "work"
-        carrier = SiteCarrier(blobs, entry.run.name, folder, self._moving, lambda: self._check(entry))
+        carrier = SiteCarrier(blobs, entry.run.name, folder, self._moving, lambda: self._check(entry), self._models)
         try:
             self._check_time(entry)
-            self._deliver(fleet, carrier, entry, entry.reply or self._made(entry, carrier))
+            self._deliver(fleet, carrier, entry, self._before(entry, carrier) or self._made(entry, carrier))
         except _LateError:
             self.log.warning("a message is dropped, for its time is over: nobody waits for its reply any more")
         except FileNotFoundError:
@@ -210,6 +211,10 @@ class Service:
             self.log.warning("the coordinator does not take a reply any more: %s", error)
         self.journal.clear()
         carrier.delivered()
+
+    def _before(self, entry: Entry, carrier: SiteCarrier) -> Message | None:
+        """The reply that was made before, unless its update has not outlived a power cut."""
+        return entry.reply if entry.reply is not None and carrier.holds(_fields(entry.reply)) else None
 
     def _made(self, entry: Entry, carrier: SiteCarrier) -> Message:
         reply = dated(self.agent.handle(entry.message, entry.run.bundle, carrier), entry.message)

@@ -89,13 +89,32 @@ def test_the_same_model_is_fetched_once_and_another_one_takes_its_place(
     assert [path.name for path in (tmp_path / "work" / "down").iterdir()] == [second["sha256"]]
 
 
-def test_a_model_that_was_damaged_here_is_fetched_once_more(carrier: SiteCarrier, store: Store, tmp_path: Path) -> None:
+def test_a_model_that_was_damaged_in_a_power_cut_is_fetched_once_more(
+    carrier: SiteCarrier, store: Store, tmp_path: Path
+) -> None:
     fields = _offered(store, LARGE)
     carrier.fetch(fields)
     path = tmp_path / "work" / "down" / fields["sha256"]
+    after = replace(carrier, known=set())  # another process
+    assert np.array_equal(after.fetch(fields)["w"], LARGE["w"])
+    assert store.fetched == 1
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    assert np.array_equal(carrier.fetch(fields)["w"], LARGE["w"])
+    after = replace(carrier, known=set())
+    assert np.array_equal(after.fetch(fields)["w"], LARGE["w"])
     assert store.fetched == 2
+    path.unlink()
+    assert np.array_equal(after.fetch(fields)["w"], LARGE["w"])
+
+
+def test_an_update_that_was_damaged_in_a_power_cut_is_not_held(carrier: SiteCarrier, tmp_path: Path) -> None:
+    fields = carrier.stow(LARGE)
+    assert carrier.holds(fields)
+    assert carrier.holds(carrier.stow(SMALL))
+    path = tmp_path / "work" / "up" / str(fields["sha256"])
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert not carrier.holds(fields)
+    path.unlink()
+    assert not carrier.holds(fields)
 
 
 def test_what_may_not_leave_any_more_is_not_sent(carrier: SiteCarrier, store: Store) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import PullMessagesResponse
@@ -217,6 +217,21 @@ def test_an_update_that_was_finished_is_delivered_after_a_restart(site: Site) ->
     until(lambda: site.coordinator.replies)
     assert site.coordinator.replies[0].has_content()
     assert site.answerer.trained == 0
+
+
+def test_an_update_that_did_not_outlive_a_power_cut_is_made_again(site: Site) -> None:
+    message = _message()
+    message.metadata.__dict__["_message_id"] = message.object_id
+    gone = _reply(message)
+    record = gone.content["locum"]
+    assert isinstance(record, ConfigRecord)
+    gone.content["locum"] = ConfigRecord({"json": record["json"], "sha256": "0" * 64, "size": 7})
+    site.service.journal.begin(Incoming(message, 1), RunOf("run-1", build_bundle(OF)))
+    site.service.journal.finish(dated(gone, message))
+    site.start()
+    until(lambda: site.coordinator.replies)
+    assert site.answerer.trained == 1
+    assert not site.coordinator.replies[0].has_error()
 
 
 def test_an_update_that_was_finished_stays_when_the_approval_is_gone(site: Site) -> None:
