@@ -50,13 +50,13 @@ from locum.site_client.identity import FOLDER, SiteIdentity, load_identity
 from locum.site_client.imaging.catalog import FILE_NAME
 from locum.site_client.probe import SECONDS, Peer, connect, handshake, host_and_port, proxy_to, resolve
 from locum.site_client.review import printable
+from locum.site_client.status import CLOCK_WARNING
 
 Verdict = Literal["ok", "warning", "failed", "skipped"]
 
 _GIB = 1 << 30
 _LEAST_DISK = 5 * _GIB
 _LEAST_MEMORY_GIB = 2.0
-_MOST_CLOCK_SECONDS = 60.0
 _TORCH_SECONDS = 120.0
 _PACKAGES = ("torch", "monai", "flwr")
 _INSPECTED = "if that is a proxy that opens TLS, have it let this address pass untouched; else check the address"
@@ -397,7 +397,7 @@ def _clock(heard: Heard | Check) -> Check:
     if isinstance(heard, Check):
         return _after("clock", heard)
     found = f"it is {abs(heard.ahead):.0f} s {'ahead of' if heard.ahead > 0 else 'behind'} the coordinator's"
-    if abs(heard.ahead) > _MOST_CLOCK_SECONDS:
+    if abs(heard.ahead) > CLOCK_WARNING:
         return Check("clock", "warning", found, "have it set (NTP): approvals and certificates need it")
     return Check("clock", "ok", found)
 
