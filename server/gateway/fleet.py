@@ -8,6 +8,8 @@ Rules:
     asks neither whose node a message names nor how its objects hang together.
   * A pull waits here until there is something to pull, one of a site at a time. Idle sites cost the SuperLink nothing
     but a heartbeat.
+  * What a message to many sites has in common is asked for once: a site gets parts of its own message only, whoever
+    pulled them first.
   * Flower gives a message away once. Here it is given again until the agent has confirmed it: what was on its way to an
     agent that died, or over a line that was cut, is not lost with it.
   * A site is one agent: a second one with the same key is refused while the first is alive.
@@ -24,7 +26,7 @@ import re
 import ssl
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +35,13 @@ import grpc
 import httpx
 from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse, PushMessagesRequest, PushMessagesResponse
-from flwr.proto.message_pb2 import ObjectTree, PushObjectRequest, PushObjectResponse
+from flwr.proto.message_pb2 import (
+    ObjectTree,
+    PullObjectRequest,
+    PullObjectResponse,
+    PushObjectRequest,
+    PushObjectResponse,
+)
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from google.protobuf.message import DecodeError
 
@@ -49,9 +57,9 @@ log = logging.getLogger("locum.gateway")
 _PREFIX = "/v1/fleet/"
 _ACTIVATE, _PULL = _PREFIX + "activate-node", _PREFIX + "pull-messages"
 _PUSH, _PUSH_OBJECT = _PREFIX + "push-messages", _PREFIX + "push-object"
-_CONFIRM = _PREFIX + "confirm-message-received"
+_PULL_OBJECT, _CONFIRM = _PREFIX + "pull-object", _PREFIX + "confirm-message-received"
 #: The calls by which an agent takes the message that a pull has named.
-_TAKING = frozenset({_CONFIRM, *(_PREFIX + name for name in ("get-run", "get-fab", "pull-object"))})
+_TAKING = frozenset({_CONFIRM, _PULL_OBJECT, *(_PREFIX + name for name in ("get-run", "get-fab"))})
 _ALLOWED = frozenset(
     {
         *(_ACTIVATE, _PULL, _PUSH, _PUSH_OBJECT, *_TAKING),
@@ -67,6 +75,8 @@ _MOST_OBJECTS = 3
 _OBJECT = re.compile(r"[0-9a-f]{64}")
 _PARKED_SECONDS = 50.0
 _REMEMBERED = 10_000
+#: Parts of messages that are kept for other sites; each is at most `_MAX_BODY`.
+_MOST_PARTS = 64
 _MOST_AGAIN = 3
 _TIMEOUT = httpx.Timeout(30, connect=5)
 
@@ -113,6 +123,36 @@ class Uploads:
                 return
             self._open.pop(session, None)
         self._board.completed(upload.reply_to)
+
+
+class Parts:
+    """Parts of messages as the SuperLink gave them, by their digest, for the sites whose message has the same part."""
+
+    def __init__(self) -> None:
+        self._offered: dict[str, frozenset[str]] = {}
+        self._kept: OrderedDict[str, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def offer(self, site: str, answer: bytes) -> None:
+        """The site gets this answer to a pull, and may ask for the parts that it names."""
+        trees = PullMessagesResponse.FromString(answer).message_object_trees
+        with self._lock:
+            self._offered[site] = frozenset(name for tree in trees for name in _names(tree))
+
+    def known(self, site: str, body: bytes) -> bytes | None:
+        """The answer to the site's call for a part, if it is here and the part is of the site's message."""
+        name = PullObjectRequest.FromString(body).object_id
+        with self._lock:
+            return self._kept.get(name) if name in self._offered.get(site, ()) else None
+
+    def keep(self, body: bytes, answer: bytes) -> None:
+        """The SuperLink has given a part."""
+        if not PullObjectResponse.FromString(answer).object_available or len(answer) > _MAX_BODY:
+            return
+        with self._lock:
+            self._kept[PullObjectRequest.FromString(body).object_id] = answer
+            if len(self._kept) > _MOST_PARTS:
+                self._kept.popitem(last=False)
 
 
 class Unconfirmed:
@@ -184,6 +224,7 @@ class FleetService(rpc.FleetServicer):
         self._board, self._uploads = board, Uploads(board)
         self._admit, self._claim, self._register = admit, claim, register
         self._unconfirmed = Unconfirmed(home.superlink / "unconfirmed")
+        self._parts = Parts()
         self._parked: dict[str, threading.Event] = {}
         self._lock = threading.Lock()
         trust = ssl.create_default_context(cafile=str(home.superlink / "tls-ca.pem"))
@@ -209,6 +250,9 @@ class FleetService(rpc.FleetServicer):
             elif request.path == _PUSH:
                 _check_reply(PushMessagesRequest.FromString(request.body), context)
             elif request.path == _PULL and (body := self._waited(site, request.body, context)) is not None:
+                self._parts.offer(site, body)
+                return pb.FleetAnswer(status=httpx.codes.OK, body=body)
+            elif request.path == _PULL_OBJECT and (body := self._parts.known(site, request.body)) is not None:
                 return pb.FleetAnswer(status=httpx.codes.OK, body=body)
             answer = self._forward(request)
             if answer.status_code == httpx.codes.OK:
@@ -249,11 +293,14 @@ class FleetService(rpc.FleetServicer):
             self._board.pulled(_node_of(request.body), found=found)
             if found:
                 self._unconfirmed.given(site, answer)
+                self._parts.offer(site, answer)
                 self._board.left(self._parked[site])  # if that is another pull by now, the message is for that one
         elif request.path == _PUSH:
             self._uploads.pushed(request.body, answer)
         elif request.path == _PUSH_OBJECT:
             self._uploads.stored(request.body, answer)
+        elif request.path == _PULL_OBJECT:
+            self._parts.keep(request.body, answer)
 
     def close(self) -> None:
         """Closes the connections to the SuperLink."""
