@@ -15,8 +15,8 @@ export LOCUM_SERVER_HOME=$PWD/coordinator
 trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT
 step() { printf '\n--- %3d s  %s\n' $((SECONDS - began)) "$1"; }
 patiently() { # what another desk must do first is tried again for two minutes
-  for _ in {1..120}; do "$@" >said 2>&1 && return; sleep 1; done
-  cat said >&2; return 1
+  for _ in {1..120}; do "$@" >"said.$BASHPID" 2>&1 && rm "said.$BASHPID" && return; sleep 1; done
+  cat "said.$BASHPID" >&2; return 1
 }
 
 began=$SECONDS
@@ -34,22 +34,26 @@ locum propose "$plan" >proposed &
 proposing=$!
 digest=$(locum plan digest "$plan")
 
-step "Each hospital joins, ingests its images, and starts its agent."
-for name in $hospitals; do
-  patiently locum site enrol "$name.invitation.json" --home "$name"
-  locum site ingest "simulated/sites/$name/raw/site.yaml" --store "$name/store"
-  echo "resources: {threads: 1}" >>"$name/site.yaml" # they share this machine's processor
-  locum site start --home "$name" >"$name.log" 2>&1 &
-done
+step "Each hospital joins, ingests its images, and starts its agent; what they say is in NAME.log."
+hospital() {
+  patiently locum site enrol "$1.invitation.json" --home "$1"
+  locum site ingest "simulated/sites/$1/raw/site.yaml" --store "$1/store"
+  echo "resources: {threads: 1}" >>"$1/site.yaml" # they share this machine's processor
+  exec locum site start --home "$1"
+}
+for name in $hospitals; do hospital "$name" >"$name.log" 2>&1 & done
 
 wait $proposing
 cat proposed
 
-step "At each hospital a steward reviews and approves it."
-for name in $hospitals; do
-  patiently locum site review "$digest" --home "$name"
-  locum site approve "$digest" --home "$name" --steward "steward of $name" --yes
-done
+step "At each hospital a steward reviews and approves it, as soon as the agent has it."
+steward() {
+  patiently locum site review "$digest" --home "$1"
+  locum site approve "$digest" --home "$1" --steward "steward of $1" --yes
+}
+deciding=()
+for name in $hospitals; do steward "$name" & deciding+=($!); done
+for one in "${deciding[@]}"; do wait "$one"; done
 
 step "The ML team runs it, and fetches what came out."
 patiently locum run "$digest"
