@@ -21,7 +21,8 @@ from rich.table import Table
 from locum.common.errors import DataError, RunError
 from locum.site_client.doctor_cli import doctor
 from locum.site_client.enrol_cli import enrol
-from locum.site_client.identity import default_home, usable
+from locum.site_client.identity import usable
+from locum.site_client.options import Home, Json
 from locum.site_client.start_cli import start
 
 if TYPE_CHECKING:
@@ -45,17 +46,6 @@ _KeyFile = Annotated[
     Path | None,
     typer.Option("--key-file", help="The site's secret key; drawn and kept in the store as split.key if absent."),
 ]
-_Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-_Home = Annotated[
-    Path,
-    typer.Option(
-        "--home",
-        metavar="DIR",
-        default_factory=default_home,
-        show_default="$LOCUM_SITE_HOME or ./locum-site",
-        help="The agent's folder.",
-    ),
-]
 _Digest = Annotated[
     str, typer.Argument(metavar="DIGEST", show_default=False, help="The plan's digest, or at least 6 first digits.")
 ]
@@ -68,7 +58,7 @@ _SPLIT = (0.8, 0.1, 0.1)
 
 
 @app.command()
-def ingest(site: _SiteFile, store: _Store, key_file: _KeyFile = None, as_json: _Json = False) -> None:
+def ingest(site: _SiteFile, store: _Store, key_file: _KeyFile = None, as_json: Json = False) -> None:
     """Bring the store up to date: read, check, convert and catalogue the site's images."""
     # The imaging libraries take most of a second to load: not for `--help`.
     from locum.site_client.configuration import read_data
@@ -87,7 +77,7 @@ def ingest(site: _SiteFile, store: _Store, key_file: _KeyFile = None, as_json: _
 @app.command()
 def catalog(
     store: _Store,
-    as_json: _Json = False,
+    as_json: Json = False,
     quarantine: Annotated[bool, typer.Option("--quarantine", help="List every item in quarantine, and why.")] = False,
 ) -> None:
     """Show what the store holds: counts, folds, labels, and makes of scanners."""
@@ -114,11 +104,11 @@ def catalog(
 
 @app.command()
 def review(
-    home: _Home,
+    home: Home,
     digest: Annotated[
         str | None, typer.Argument(metavar="[DIGEST]", show_default=False, help="A plan; without it, all are listed.")
     ] = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Show what was proposed; for one plan, in words, what it would do here."""
     from locum.site_client.status import proposal_as_dict
@@ -140,10 +130,10 @@ def review(
 @app.command()
 def approve(
     digest: _Digest,
-    home: _Home,
+    home: Home,
     steward: _Steward = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Let a plan run here: show it, ask, and sign its digest with the site's key."""
     if as_json and not yes:
@@ -164,7 +154,7 @@ def approve(
 
 
 @app.command()
-def revoke(digest: _Digest, home: _Home, steward: _Steward = None, as_json: _Json = False) -> None:
+def revoke(digest: _Digest, home: Home, steward: _Steward = None, as_json: Json = False) -> None:
     """Take an approval back: the agent refuses the plan from its next message on."""
     from locum.site_client.approvals import open_approvals
     from locum.site_client.gate import Policy
@@ -178,7 +168,7 @@ def revoke(digest: _Digest, home: _Home, steward: _Steward = None, as_json: _Jso
 
 
 @app.command()
-def status(home: _Home, as_json: _Json = False) -> None:
+def status(home: Home, as_json: Json = False) -> None:
     """Show who this site is, what was proposed and approved, and whether the agent runs."""
     from locum.site_client.status import status as look
 

@@ -9,23 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from locum.site_client.identity import default_home
+from locum.site_client.options import Home, Json
 
 if TYPE_CHECKING:
     from locum.site_client.doctor import Check
 
 
 def doctor(
-    home: Annotated[
-        Path,
-        typer.Option(
-            "--home",
-            metavar="DIR",
-            default_factory=default_home,
-            show_default="$LOCUM_SITE_HOME or ./locum-site",
-            help="The agent's folder.",
-        ),
-    ],
+    home: Home,
     invitation: Annotated[
         Path | None,
         typer.Argument(metavar="[INVITE]", show_default=False, help="An invitation, before it is used; it stays good."),
@@ -33,7 +24,7 @@ def doctor(
     proxy: Annotated[
         str | None, typer.Option("--proxy", metavar="URL", help="An HTTP proxy to try: http://host:port.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Look at this machine and at the way to the coordinator; change nothing. Ends with 1 if something failed."""
     from locum.site_client.doctor import examine

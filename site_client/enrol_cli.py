@@ -9,27 +9,19 @@ from typing import Annotated
 import typer
 
 from locum.site_client.identity import default_home, usable
+from locum.site_client.options import Home, Json
 
 
 def enrol(
     invitation: Annotated[
         Path, typer.Argument(metavar="INVITE", show_default=False, help="The file that the coordinator sent.")
     ],
-    home: Annotated[
-        Path,
-        typer.Option(
-            "--home",
-            metavar="DIR",
-            default_factory=default_home,
-            show_default="$LOCUM_SITE_HOME or ./locum-site",
-            help="The agent's folder.",
-        ),
-    ],
+    home: Home,
     proxy: Annotated[
         str | None, typer.Option("--proxy", metavar="URL", help="An HTTP proxy on the way: http://host:port.")
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Join anew; the old identity is kept aside.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Join a federation: the key is made here and stays here, the coordinator certifies it."""
     from locum.site_client.enrolment import enrol as join

@@ -9,23 +9,11 @@ import grpc
 import pytest
 
 from locum.common.proto import locum_pb2 as pb
-from locum.common.proto.locum_pb2_grpc import BlobsServicer, BlobsStub, add_BlobsServicer_to_server
+from locum.common.proto.locum_pb2_grpc import BlobsStub, add_BlobsServicer_to_server
 from locum.server.gateway.legible import Legible
+from tests.server.counting import Counting
 
 GARBAGE = b"\xff\xff\xff"
-
-
-class Counting(BlobsServicer):  # type: ignore[misc]
-    """Answers with how much it was sent."""
-
-    def Stat(self, request: pb.BlobKey, context: object) -> pb.BlobState:  # noqa: N802
-        return pb.BlobState(have=request.size)
-
-    def Put(self, requests: Iterator[pb.PutChunk], context: object) -> pb.BlobState:  # noqa: N802
-        return pb.BlobState(have=sum(len(chunk.data) for chunk in requests))
-
-    def Get(self, request: pb.GetRequest, context: object) -> Iterator[pb.Chunk]:  # noqa: N802
-        yield from (pb.Chunk(data=b"x") for _ in range(request.offset))
 
 
 @pytest.fixture

@@ -11,25 +11,13 @@ import grpc
 import pytest
 
 from locum.common.proto import locum_pb2 as pb
-from locum.common.proto.locum_pb2_grpc import BlobsServicer, BlobsStub, add_BlobsServicer_to_server
+from locum.common.proto.locum_pb2_grpc import BlobsStub, add_BlobsServicer_to_server
 from locum.server.gateway.legible import Legible
 from locum.server.gateway.turnstile import MOST_CALLS, Turnstile
+from tests.server.counting import Counting
 from tests.wire.federation import until
 
 CALL = 20.0
-
-
-class Counting(BlobsServicer):  # type: ignore[misc]
-    """Answers with how much it was sent."""
-
-    def Stat(self, request: pb.BlobKey, context: object) -> pb.BlobState:  # noqa: N802
-        return pb.BlobState(have=request.size)
-
-    def Put(self, requests: Iterator[pb.PutChunk], context: object) -> pb.BlobState:  # noqa: N802
-        return pb.BlobState(have=sum(len(chunk.data) for chunk in requests))
-
-    def Get(self, request: pb.GetRequest, context: object) -> Iterator[pb.Chunk]:  # noqa: N802
-        yield from (pb.Chunk(data=b"x") for _ in range(request.offset))
 
 
 @contextmanager
