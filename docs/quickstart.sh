@@ -15,8 +15,9 @@ export LOCUM_SERVER_HOME=$PWD/coordinator
 trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT
 step() { printf '\n--- %3d s  %s\n' $((SECONDS - began)) "$1"; }
 patiently() { # what another desk must do first is tried again for two minutes
-  for _ in {1..120}; do "$@" >"said.$BASHPID" 2>&1 && rm "said.$BASHPID" && return; sleep 1; done
-  cat "said.$BASHPID" >&2; return 1
+  local said=said.$BASHPID
+  for _ in {1..120}; do "$@" >"$said" 2>&1 && rm "$said" && return; sleep 1; done
+  cat "$said" >&2; return 1
 }
 
 began=$SECONDS

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import ssl
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.error import FlowerError
-from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClientInterceptor, ProtobufRequestContext
 
 from locum.common.errors import RunError
 from locum.server.home import Home, ServerConfig
@@ -142,7 +143,7 @@ def environment(home: Home) -> dict[str, str]:
 
 
 def _past_the_proxy() -> dict[str, str]:
-    """Keeps loopback off the machine's HTTP proxy: Flower's clients ask the environment, and so does gRPC."""
+    """Keeps calls to loopback off the machine's HTTP proxy, in processes whose clients are Flower's."""
     given = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")
     hosts = dict.fromkeys(filter(None, (*given, "127.0.0.1", "localhost")))
     return dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(hosts))
@@ -183,19 +184,23 @@ def control_secret(home: Home) -> str:
     return (home.superlink / "control.secret").read_text()
 
 
+class _Client(ControlHttpClient):
+    """Flower's client of the Control API, which would go to loopback by a proxy that the environment names."""
+
+    def __init__(self, url: str, root: Path, interceptors: tuple[ProtobufClientInterceptor, ...]) -> None:
+        self._base_url, self._interceptors, self._retry_invoker = url, interceptors, None
+        trust = ssl.create_default_context(cafile=str(root))
+        self._client = httpx.Client(verify=trust, timeout=30, trust_env=False)
+
+
 class Control:
     """The coordinator's hold on its SuperLink. Every method raises RunError if the SuperLink does not answer."""
 
     def __init__(self, home: Home, config: ServerConfig) -> None:
         from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 
-        os.environ.update(_past_the_proxy())
-        self._client = ControlHttpClient.from_server_address(
-            address(config),
-            insecure=False,
-            root_certificates=(home.superlink / "tls-ca.pem").read_bytes(),
-            interceptors=[RuntimeVersionHttpInterceptor(component_name="Locum"), _Secret(control_secret(home))],
-        )
+        interceptors = (RuntimeVersionHttpInterceptor(component_name="Locum"), _Secret(control_secret(home)))
+        self._client = _Client(f"https://{address(config)}", home.superlink / "tls-ca.pem", interceptors)
 
     def start_run(self, bundle: bytes, run: str) -> int:
         """Starts a Flower run of a bundle for the run named `run`; returns Flower's number of it."""
