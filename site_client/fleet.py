@@ -10,6 +10,7 @@ wire form of messages and objects, and the headers by which a node proves its ke
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -153,6 +154,7 @@ class Fleet:
         self._tunnel = _Tunnel(rpc.FleetStub(channel), instance)
         self._client = _Client([_NodeProof(key, offset), self._tunnel])
         self._node: Node | None = None
+        self._beat = 0.0
         self._runs: dict[int, RunOf] = {}
 
     def activate(self) -> int:
@@ -184,6 +186,7 @@ class Fleet:
         request = SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
         if not _asked(self._client.SendNodeHeartbeat, request).success:
             raise RefusedError("the SuperLink does not know this node")
+        self._beat = time.monotonic()
 
     def pull(self) -> Incoming | None:
         """The next message, or None if there was none within the time that the gateway waits for one."""
@@ -238,7 +241,9 @@ class Fleet:
         return RunOf(str(found.override_config.get("run", "")), bytes(fab.content))
 
     def push(self, reply: Message) -> None:
-        """Delivers a reply, whole."""
+        """Delivers a reply, whole. Of a node that is not online Flower makes up an error, though its reply is there."""
+        if time.monotonic() - self._beat > HEARTBEAT_DEFAULT_INTERVAL:
+            self.heartbeat()
         TaskIdentity.run_id = reply.metadata.run_id
         reply.metadata.__dict__["_message_id"] = reply.object_id
         bare = remove_content_from_message(reply) if reply.has_content() else reply
