@@ -56,6 +56,8 @@ class Code(IntEnum):
     MESSAGE_UNREADABLE = 111
     PLAN_UNBUILDABLE = 112
     NOT_APPROVED = 113
+    SECURE_SUM_REFUSED = 114
+    SETUP_UNKNOWN = 115
 
 
 #: What a code means to the ML team, and what they can do about it without seeing the site's log.
@@ -85,6 +87,14 @@ MEANING: dict[Code, tuple[str, str]] = {
     Code.NOT_APPROVED: (
         "the site has not approved this plan, or took its approval back",
         "ask the site's steward to review it: locum site review",
+    ),
+    Code.SECURE_SUM_REFUSED: (
+        "the site refused a step of secure aggregation",
+        "ask the site for its own log, which says which check failed",
+    ),
+    Code.SETUP_UNKNOWN: (
+        "the site has no keys of this roster",
+        "nothing: the next attempt sets up anew",
     ),
 }
 

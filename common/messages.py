@@ -11,33 +11,44 @@ or the name of the blob that holds them (see :class:`Carrier`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
-import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from locum.common.canonical import sha256_hex
+from locum.common.identity import SiteName
 from locum.common.plan import Fold
+from locum.common.tensor_files import Sendable, in_memory
 
 Tensors = dict[str, NDArray[Any]]
 Arrays = Mapping[str, NDArray[Any]]
 Fields = Mapping[str, Any]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+#: Signed statements, certificates and sealed keys, as text.
+Envelope = Annotated[str, StringConstraints(max_length=64 << 10)]
+Certificate = Annotated[str, StringConstraints(max_length=16 << 10)]
+Text = Annotated[str, StringConstraints(max_length=4 << 10)]
+RunName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,80}$")]
 
 #: Flower message types, one a task.
 DESCRIBE, TRAIN, EVALUATE = "query.describe", "train", "evaluate"
+#: The three of a set-up of secure aggregation, and the second exchange of each of its sums.
+KEYS, PAIRS, BEGIN, UNMASK = "query.keys", "query.pairs", "query.begin", "query.unmask"
 
 #: Tensors of up to so many bytes travel inside a message also between hospitals.
 BLOB_THRESHOLD = 128 << 10
 
 _RECORD, _HEADER, _TENSORS = "locum", "json", "tensors"
 #: The element types that a message carries, as NumPy names them.
-DTYPES = frozenset({"float16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64"})
+DTYPES = frozenset(
+    {"float16", "float32", "float64", "uint8", "int8", "int16", "int32", "uint32", "int64", "uint64"}
+)
 _MAX_NAME = 512
 
 
@@ -64,7 +75,7 @@ class Description(Header):
     must be equal at every site. `missing_classes` are classes without a training case.
     """
 
-    site: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,39}$")]
+    site: SiteName
     configuration: dict[str, str]
     cases: dict[Fold, int] | None
     missing_classes: tuple[str, ...] = ()
@@ -72,10 +83,25 @@ class Description(Header):
     reason: str = Field("", max_length=200)
 
 
+class Secured(BaseModel):
+    """What makes a task one of a secure sum (see :mod:`locum.common.secagg`).
+
+    Attributes:
+        context: the signed context of the sum.
+        keys: by site, the content key of the model, sealed to it (base64url).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    context: Envelope
+    keys: dict[SiteName, Text]
+
+
 class TrainTask(Header):
     """The model of a round goes out; its tensors are the shared tensors of the network."""
 
     round: int = Field(ge=1)
+    secured: Secured | None = None
 
 
 class TrainResult(Header):
@@ -100,6 +126,7 @@ class EvaluateTask(Header):
 
     round: int = Field(ge=0)
     fold: MeasuredFold
+    secured: Secured | None = None
 
 
 class EvaluateResult(Header):
@@ -110,13 +137,81 @@ class EvaluateResult(Header):
     cases: int | None = Field(ge=0)
 
 
+class MaskedResult(Header):
+    """What a site gives to a secure sum: tensors are those of :mod:`locum.common.secagg.upload`.
+
+    The plan may release what else it says of itself: a loss, a number of cases; and its own metric sums, as tensors.
+
+    Attributes:
+        upload: the signed header.
+        loss: the site's own training loss.
+        cases: the number of cases that it trained on or measured.
+    """
+
+    upload: Envelope
+    loss: float | None = None
+    cases: int | None = Field(None, ge=0)
+
+
+class KeysTask(Header):
+    """Asks for a site's keys of a set-up."""
+
+    run: RunName
+
+
+class KeysResult(Header):
+    """The signed statement of a site's public keys, and its certificate (PEM)."""
+
+    keys: Envelope
+    certificate: Certificate
+
+
+class PairsTask(Header):
+    """The roster, and by site the run keys and certificates that it means."""
+
+    run: RunName
+    roster: Envelope
+    keys: dict[SiteName, Envelope]
+    certificates: dict[SiteName, Certificate]
+
+
+class PairsResult(Header):
+    """By peer, the signed half of a secret that is sealed to it."""
+
+    pairs: dict[SiteName, Envelope]
+
+
+class BeginTask(Header):
+    """By peer, the half of a secret that it has sealed to this site."""
+
+    run: RunName
+    pairs: dict[SiteName, Envelope]
+
+
+class BeginResult(Header):
+    """The digest of the roster under which the site is ready for sums."""
+
+    roster: Digest
+
+
+class UnmaskTask(Header):
+    """Asks a survivor for what unmasks the sum; the tensor `boxes` holds a row for each survivor, in their order."""
+
+    context: Envelope
+    uploads: dict[SiteName, Envelope]
+
+
+class UnmaskResult(Header):
+    """The tensor `sealed` holds the site's shares, sealed to the aggregator."""
+
+
 H = TypeVar("H", bound=Header)
 
 
 class Carrier(Protocol):
     """How tensors travel: inside the message, or beside it as a blob."""
 
-    def stow(self, tensors: Arrays) -> Fields:
+    def stow(self, tensors: Sendable) -> Fields:
         """The fields of a message that carry or name `tensors`."""
 
     def fetch(self, fields: Fields) -> Arrays:
@@ -127,9 +222,9 @@ class Carrier(Protocol):
 class Inline:
     """Tensors travel inside the message, in safetensors form."""
 
-    def stow(self, tensors: Arrays) -> Fields:
+    def stow(self, tensors: Sendable) -> Fields:
         """The bytes of `tensors`; nothing if there are none."""
-        return {_TENSORS: save({name: np.asarray(array, order="C") for name, array in tensors.items()})}
+        return {_TENSORS: save(in_memory(tensors))}
 
     def fetch(self, fields: Fields) -> Arrays:
         """The tensors that the bytes hold; raises MessageError."""
@@ -142,10 +237,27 @@ class Inline:
 INLINE = Inline()
 
 
-def pack(header: Header, tensors: Arrays | None = None, carrier: Carrier = INLINE) -> RecordDict:
-    """Puts a header and tensors into a Flower record."""
+def pack(
+    header: Header | Callable[[str], Header], tensors: Sendable | None = None, carrier: Carrier = INLINE
+) -> RecordDict:
+    """Puts a header and tensors into a Flower record; the header may be made of the SHA-256 of the tensors' file."""
     fields = carrier.stow(tensors) if tensors else {}
+    return assemble(header(digest_of(fields)) if callable(header) else header, fields)
+
+
+def assemble(header: Header, fields: Fields) -> RecordDict:
+    """A Flower record of a header and the fields that carry or name tensors."""
     return RecordDict({_RECORD: ConfigRecord({_HEADER: header.model_dump_json().encode(), **fields})})
+
+
+def digest_of(fields: Fields) -> str:
+    """The SHA-256 of the file of the tensors that fields carry or name; of nothing where there are none."""
+    return str(fields["sha256"]) if "sha256" in fields else sha256_hex(fields.get(_TENSORS, b""))
+
+
+def body_of(record: RecordDict) -> str:
+    """The SHA-256 of the file of a message's tensors; of one that :func:`unpack` has read."""
+    return digest_of(record.config_records[_RECORD])
 
 
 def unpack(record: RecordDict, kind: type[H], carrier: Carrier = INLINE) -> tuple[H, Arrays]:

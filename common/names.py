@@ -126,6 +126,14 @@ METRICS: Mapping[str, Entry] = MappingProxyType(
 
 STRATEGIES: Mapping[str, Entry] = MappingProxyType({"FedAvg": Entry("locum.server.strategies.fedavg:strategy")})
 
+#: Rules that compare the updates of single sites, by the names that people know them by. None can be a strategy here.
+NEED_SINGLE_UPDATES = frozenset(
+    {
+        *("Median", "CoordinateMedian", "FedMedian", "GeometricMedian", "RFA"),
+        *("TrimmedMean", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan", "FLTrust", "FoolsGold", "qFedAvg", "QFedAvg"),
+    }
+)
+
 
 @dataclass(frozen=True)
 class TransformEntry:

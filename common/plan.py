@@ -192,9 +192,13 @@ class DifferentialPrivacy(_Strict):
 
 
 class Protection(_Strict):
-    """How an update is protected on its way and in the sum."""
+    """How an update is protected on its way and in the sum.
+
+    `ring` is how many bits a coordinate of an update has in a secure sum.
+    """
 
     secure_aggregation: Literal["off", "required"] = "off"
+    ring: Literal[32, 64] = 32
     differential_privacy: DifferentialPrivacy | None = None
 
 
@@ -208,12 +212,20 @@ class Evaluation(_Strict):
     batch_size: int = Field(8, ge=1, le=4096)
 
 
+Told = Literal["metrics", "training_loss", "case_counts"]
+
+
 class Release(_Strict):
-    """What may leave a site besides the update itself; `metrics: null` means every metric of `evaluation`."""
+    """What may leave a site besides the update itself; `metrics: null` means every metric of `evaluation`.
+
+    Under secure aggregation these leave as sums over the sites. `per_site` names those that each site also tells of
+    itself, in the clear.
+    """
 
     metrics: tuple[str, ...] | None = None
     training_loss: bool = True
     case_counts: bool = True
+    per_site: tuple[Told, ...] = ()
 
 
 class Plan(_Strict):
@@ -252,6 +264,20 @@ class Plan(_Strict):
     def released_metrics(self) -> tuple[str, ...]:
         """The metrics whose sums may leave a site."""
         return self.evaluation.metrics if self.release.metrics is None else self.release.metrics
+
+    @property
+    def secured(self) -> bool:
+        """Whether updates are summed securely."""
+        return self.protection.secure_aggregation == "required"
+
+    def tells(self, what: Told) -> bool:
+        """Whether each site tells something of itself, and not only as a part of a secure sum."""
+        released = {
+            "metrics": bool(self.released_metrics),
+            "training_loss": self.release.training_loss,
+            "case_counts": self.release.case_counts,
+        }
+        return released[what] and (not self.secured or what in self.release.per_site)
 
     def canonical(self) -> bytes:
         """The RFC 8785 canonical JSON of the plan, every default written out."""

@@ -13,6 +13,7 @@ from typing import Any
 from locum.common import names
 from locum.common.names import suggestion
 from locum.common.plan import Part, Plan, Problem
+from locum.common.secagg import MOST_SITES
 from locum.common.yaml_source import Location
 
 _DOTTED = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")
@@ -70,6 +71,11 @@ def _name_problems(plan: Plan) -> list[Problem]:
         for location, part, group in parts_of(plan)
         if part.name not in names.known(group)
     ]
+    if plan.strategy.name in names.NEED_SINGLE_UPDATES:
+        found = [problem for problem in found if problem.location[0] != "strategy"]
+        message = f"{plan.strategy.name} compares single updates, and a strategy sees their sum only"
+        remedy = f"use one of: {', '.join(names.known('locum.strategies'))}; admission.norm_bound limits what one site can do"
+        found.append(Problem(("strategy", "name"), message, remedy))
     if plan.optimiser.name not in names.OPTIMISERS:
         found.append(_unknown(("optimiser", "name"), plan.optimiser.name, tuple(names.OPTIMISERS)))
     for section, part, table in (
@@ -181,9 +187,13 @@ def _sampling_problems(plan: Plan) -> list[Problem]:
 
 def _protection_problems(plan: Plan) -> list[Problem]:
     found: list[Problem] = []
-    if plan.protection.secure_aggregation == "required":
-        message = "this version cannot aggregate securely yet, and will not pretend to"
-        found.append(Problem(("protection", "secure_aggregation"), message, "set it to 'off'"))
+    for index, what in enumerate(plan.release.per_site):
+        if what != "metrics" and not getattr(plan.release, what):
+            message = f"each site is to tell its {what}, which release.{what} withholds"
+            found.append(Problem(("release", "per_site", index), message, f"remove it, or set release.{what}: true"))
+    if plan.secured and plan.participation.quorum > MOST_SITES:
+        message = f"a secure sum has at most {MOST_SITES} sites"
+        found.append(Problem(("participation", "quorum"), message, "lower it"))
     if plan.protection.differential_privacy is not None:
         message = "this version has no differential privacy yet, and will not pretend to"
         found.append(Problem(("protection", "differential_privacy"), message, "remove it"))

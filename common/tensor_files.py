@@ -38,9 +38,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "I16": np.dtype("<i2"),
     "F16": np.dtype("<f2"),
     "I32": np.dtype("<i4"),
+    "U32": np.dtype("<u4"),
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
     "I64": np.dtype("<i8"),
+    "U64": np.dtype("<u8"),
 }
 _NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 _RANK = {name: rank for rank, name in enumerate(DTYPES)}
@@ -59,7 +61,7 @@ class _Entry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    dtype: Literal["U8", "I8", "I16", "F16", "I32", "F32", "F64", "I64"]
+    dtype: Literal["U8", "I8", "I16", "F16", "I32", "U32", "F32", "F64", "I64", "U64"]
     shape: tuple[Annotated[int, Field(ge=0, lt=_MAX_ELEMENTS)], ...] = Field(max_length=32)
     data_offsets: tuple[int, int]
 
@@ -109,7 +111,43 @@ class Mapped(Mapping[str, NDArray[Any]]):
         return len(self._tensors)
 
 
-def write_tensors(path: Path, tensors: Arrays, *, flush: bool = False) -> Blob:
+class Lazy:
+    """A tensor that is made while it is written, piece by piece, once.
+
+    Attributes:
+        dtype: of its elements.
+        shape: its shape.
+        pieces: its elements in C order, in contiguous arrays; one may lie where the one before it lay.
+    """
+
+    def __init__(self, dtype: np.dtype[Any], shape: tuple[int, ...], pieces: Iterable[NDArray[Any]]) -> None:
+        self.dtype, self.shape, self.pieces = dtype, shape, pieces
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def whole(self) -> NDArray[Any]:
+        """All of it in memory."""
+        content = b"".join(piece.tobytes() for piece in self.pieces)
+        return np.frombuffer(content, self.dtype).reshape(self.shape)
+
+
+Tensor = NDArray[Any] | Lazy
+#: Tensors that go out.
+Sendable = Mapping[str, Tensor]
+
+
+def in_memory(tensors: Sendable) -> dict[str, NDArray[Any]]:
+    """Tensors that are all there, contiguous."""
+    return {
+        name: tensor.whole() if isinstance(tensor, Lazy) else np.asarray(tensor, order="C")
+        for name, tensor in tensors.items()
+    }
+
+
+def write_tensors(path: Path, tensors: Sendable, *, flush: bool = False) -> Blob:
     """Writes `tensors` to `path` and hashes them on the way; memory is a chunk, whatever their size.
 
     `flush` waits for the disk. Raises TensorFileError for names and dtypes without a form, and OSError; a file that
@@ -160,7 +198,7 @@ def forget_part(array: NDArray[Any]) -> None:
 # --- form
 
 
-def _spec(name: str, array: NDArray[Any]) -> _Spec:
+def _spec(name: str, array: Tensor) -> _Spec:
     dtype = _NAMES.get(array.dtype.name)
     if dtype is None:
         raise TensorFileError(f"tensor {name!r} has the type {array.dtype.name}, which no file carries")
@@ -218,8 +256,11 @@ def _views(content: _Map, specs: Iterable[_Spec], offset: int) -> Arrays:
 # --- memory
 
 
-def _chunks(array: NDArray[Any]) -> Iterator[memoryview]:
-    """The bytes of an array in C order and little-endian, in pieces; a piece is copied only where it must be."""
+def _chunks(array: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor in C order and little-endian, in pieces; a piece is copied only where it must be."""
+    if isinstance(array, Lazy):
+        yield from (piece.data.cast("B") for piece in array.pieces)
+        return
     pieces = np.nditer(  # type: ignore[call-overload]  # NumPy's own types misspell "contig"
         array,
         flags=["external_loop", "buffered", "zerosize_ok"],

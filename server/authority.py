@@ -163,16 +163,22 @@ def initialise(home: Home, config: ServerConfig, *, now: datetime | None = None)
     began = now or utc_now()
     for folder in (home.path, home.authority, home.superlink, home.runs, home.spool, home.logs):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    key, certificate = _root(Subject(config.name, "authority", config.name).to_x509(), began)
-    authority = Authority(key, certificate, timedelta(days=config.certificate_days))
-    _write_pair(home.authority / "ca", key, certificate)
-    server_key, log_key = new_key(), ed25519.Ed25519PrivateKey.generate()
+    authority = found(home, config.name, timedelta(days=config.certificate_days), now=began)
+    server_key = new_key()
     server = authority.issue_server(config.host, server_key.public_key(), now=now)
     _write_pair(home.authority / "server", server_key, server)
-    _write_pair(home.authority / "log", log_key, authority.issue_log(log_key.public_key(), now=now))
     _prepare_superlink(home.superlink, config.name, began)
     Registry.create(home.registry).close()
     replace_file(home.configuration, yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
+    return authority
+
+
+def found(home: Home, federation: str, site_life: timedelta, *, now: datetime) -> Authority:
+    """Makes a federation's root and the log's key in `home.authority`, which is empty."""
+    key, certificate = _root(Subject(federation, "authority", federation).to_x509(), now)
+    authority, log_key = Authority(key, certificate, site_life), ed25519.Ed25519PrivateKey.generate()
+    _write_pair(home.authority / "ca", key, certificate)
+    _write_pair(home.authority / "log", log_key, authority.issue_log(log_key.public_key(), now=now))
     return authority
 
 

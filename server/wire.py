@@ -35,7 +35,7 @@ from locum.common.messages import BLOB_THRESHOLD, INLINE, Arrays, Carrier, Field
 from locum.common.plan import Plan
 from locum.common.proto import locum_pb2 as pb
 from locum.common.proto import locum_pb2_grpc as rpc
-from locum.common.tensor_files import Mapped, map_tensors, write_tensors
+from locum.common.tensor_files import Mapped, Sendable, map_tensors, write_tensors
 from locum.server.gateway.hints import HEADER
 from locum.server.gateway.live import read_live
 from locum.server.home import Home, ServerConfig
@@ -249,7 +249,7 @@ class Outgoing:
 
     folder: Path
 
-    def stow(self, tensors: Arrays) -> Fields:
+    def stow(self, tensors: Sendable) -> Fields:
         """Links the file that the tensors are mapped from, or writes one; raises OSError."""
         if isinstance(tensors, Mapped):
             digest, size = tensors.sha256, tensors.size
@@ -282,7 +282,7 @@ class Incoming:
 
     folder: Path
 
-    def stow(self, tensors: Arrays) -> Fields:
+    def stow(self, tensors: Sendable) -> Fields:
         """A small thing goes inside the message."""
         return INLINE.stow(tensors)
 

@@ -7,16 +7,25 @@ volume store and catalog), `run/` (local tensors) and `site.log`.
 from __future__ import annotations
 
 import logging
+import shutil
+from datetime import timedelta
 from pathlib import Path
 
 from locum.common.errors import RunError
+from locum.common.identity import PublicKey, certified_key, new_key, utc_now
 from locum.common.plan import Plan, parse_plan
+from locum.common.secagg.roster import Trust
+from locum.server.authority import Authority, found, load_log_certificate
 from locum.server.checkpoints import Checkpoints
+from locum.server.home import Home
 from locum.simulations.preparation import Prepared
 from locum.site_client.agent import Agent
 from locum.site_client.gate import Policy
+from locum.site_client.secure import Credentials, SecureSite, seeded
 from locum.site_client.settings import Settings
 from locum.site_client.worker import Worker, process_context
+
+_CERTIFICATES = timedelta(days=90)
 
 
 def begin(folder: Path, plan: Plan) -> None:
@@ -42,13 +51,30 @@ def _begin(folder: Path, plan: bytes) -> None:
         commit_initial(of, checkpoints)
 
 
-def open_agent(site: Prepared, policy: Policy, *, cache_bytes: int) -> Agent:
-    """The agent of a prepared site, its worker started."""
+def found_federation(folder: Path) -> Authority:
+    """A new authority in a run's folder, for as long as this process runs: who resumes the run sets up anew."""
+    home = Home(folder)
+    shutil.rmtree(home.authority, ignore_errors=True)
+    home.authority.mkdir(parents=True, mode=0o700)
+    return found(home, "simulation", _CERTIFICATES, now=utc_now())
+
+
+def open_agent(site: Prepared, policy: Policy, authority: Authority, *, cache_bytes: int) -> Agent:
+    """The agent of a prepared site, its worker started, with a certificate of the simulation's own authority."""
     log = site_log(site.folder / "site.log", site.name)
     settings = Settings(site.name, (site.store,), site.folder / "run", cache_bytes=cache_bytes)
     worker = Worker(settings, log)
     worker.start()
-    return Agent(site.name, policy, worker, log)
+    log_key = certified_key(load_log_certificate(Home(site.folder.parents[1])))
+    return Agent(site.name, policy, worker, log, secure_site(site.folder / "secagg", site.name, authority, log_key))
+
+
+def secure_site(folder: Path, name: str, authority: Authority, log_key: PublicKey) -> SecureSite:
+    """A site's part in secure sums: a key of its own, and rounding by the plan's seed."""
+    key = new_key()
+    trust = Trust(authority.federation, authority.certificate, log_key)
+    credentials = Credentials(name, key, authority.issue_site(name, key.public_key()), trust)
+    return SecureSite(folder, lambda: credentials, utc_now, seeded)
 
 
 def site_log(path: Path, name: str) -> logging.Logger:

@@ -24,7 +24,7 @@ from locum.common.errors import MEANING, RunError, SiteFailure
 from locum.common.fab import build_bundle
 from locum.common.plan import Plan
 from locum.server.watch import Watch
-from locum.simulations.institutions import begin, open_agent, site_log
+from locum.simulations.institutions import begin, found_federation, open_agent, site_log
 from locum.simulations.preparation import Prepared, cores, prepare
 from locum.simulations.sites import Site
 from locum.site_client.agent import Agent
@@ -39,7 +39,7 @@ _FILES = (
     *("events.jsonl", "run.json", "model.safetensors", "metrics.json", "report.html", "model_card.md"),
     *("rehearsal.json", "coordinator.log"),
 )
-_FOLDERS = ("checkpoints", "sites", "coordinator")
+_FOLDERS = ("checkpoints", "sites", "coordinator", "authority")
 
 
 #: `local`: agents in this process. `rehearse`: a real coordinator and real agents, on loopback.
@@ -125,7 +125,7 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
         begun.result()
     if simulation.engine == "rehearse":
         _rehearse(simulation, prepared, console)
-    with _agents(prepared) as agents:
+    with _agents(folder, prepared) as agents:
         if simulation.engine == "local":
             _run(simulation, agents, console)
         try:
@@ -150,9 +150,9 @@ def _told(site: Prepared) -> str:
 
 
 @contextmanager
-def _agents(prepared: Sequence[Prepared]) -> Iterator[dict[str, Agent]]:
-    share = _CACHE_BYTES // len(prepared)
-    agents = {site.name: open_agent(site, Policy(), cache_bytes=share) for site in prepared}
+def _agents(folder: Path, prepared: Sequence[Prepared]) -> Iterator[dict[str, Agent]]:
+    share, authority = _CACHE_BYTES // len(prepared), found_federation(folder)
+    agents = {site.name: open_agent(site, Policy(), authority, cache_bytes=share) for site in prepared}
     try:
         yield agents
     finally:

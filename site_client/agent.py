@@ -13,6 +13,8 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from flwr.app import Message, RecordDict
 
@@ -21,24 +23,40 @@ from locum.common.canonical import sha256_hex
 from locum.common.errors import Code, PlanError, SiteFailure
 from locum.common.fab import plan_of_bundle
 from locum.common.messages import (
+    BEGIN,
     DESCRIBE,
     EVALUATE,
     INLINE,
+    KEYS,
+    PAIRS,
     TRAIN,
+    UNMASK,
     Arrays,
+    BeginTask,
     Carrier,
     DescribeTask,
     EvaluateTask,
     H,
+    KeysTask,
     MessageError,
+    PairsTask,
     TrainTask,
+    UnmaskTask,
     pack,
     unpack,
 )
 from locum.common.plan import Plan
+from locum.common.secagg.roster import Context, Roster
+from locum.common.secagg.upload import Layout
+from locum.common.sums import metrics_layout, training_layout
 from locum.site_client import gate
-from locum.site_client.gate import Policy, Release
+from locum.site_client.gate import Masked, Policy, Release
+from locum.site_client.secure import SecureSite
 from locum.site_client.worker import Worker
+
+T = TypeVar("T", KeysTask, PairsTask, BeginTask)
+#: The name of a run within one process.
+LOCAL = "local"
 
 
 def _nobody(_activity: Activity, _round: int) -> None:
@@ -58,6 +76,7 @@ class Agent:
         policy: what the site allows.
         worker: the process that holds data and torch.
         log: the site's own log.
+        secure: the site's part in secure sums.
         admit: raises SiteFailure unless a plan may run here now.
         told: is told what the agent does, and in which round.
         seconds_left: how long the worker may take over a message; None for as long as it takes.
@@ -67,18 +86,19 @@ class Agent:
     policy: Policy
     worker: Worker
     log: logging.Logger
+    secure: SecureSite
     admit: Callable[[Policy, Plan], None] = gate.admit_plan
     told: Callable[[Activity, int], None] = _nobody
     seconds_left: Callable[[Message], float | None] = _endless
     _plan: tuple[str, Plan] | None = None
 
-    def handle(self, message: Message, bundle: bytes, carrier: Carrier = INLINE) -> Message:
+    def handle(self, message: Message, bundle: bytes, carrier: Carrier = INLINE, *, run: str = LOCAL) -> Message:
         """Answers a message of the run that `bundle` belongs to; never raises for what arrives.
 
-        `carrier` says how tensors come in and go out.
+        `carrier` says how tensors come in and go out, `run` is the run's name.
         """
         try:
-            return Message(self._answer(message, bundle, carrier), reply_to=message)
+            return Message(self._answer(message, bundle, carrier, run), reply_to=message)
         except SiteFailure as failure:
             self.log.warning("refused %s: %s", message.metadata.message_type, failure)
             return Message(gate.release_failure(failure), reply_to=message)
@@ -86,18 +106,22 @@ class Agent:
             self.log.exception("failed on %s", message.metadata.message_type)
             return Message(gate.release_failure(SiteFailure(Code.INTERNAL)), reply_to=message)
 
-    def _answer(self, message: Message, bundle: bytes, carrier: Carrier) -> RecordDict:
+    def _answer(self, message: Message, bundle: bytes, carrier: Carrier, run: str) -> RecordDict:
         plan = self.plan_of(bundle)
         self.admit(self.policy, plan)
         answers: dict[str, Callable[[_Task], Release]] = {
             DESCRIBE: self._describe,
             TRAIN: self._train,
             EVALUATE: self._evaluate,
+            KEYS: self._keys,
+            PAIRS: self._pairs,
+            BEGIN: self._begin,
+            UNMASK: self._unmask,
         }
         kind = message.metadata.message_type
         if kind not in answers or not message.has_content():
             raise SiteFailure(Code.MESSAGE_UNREADABLE, f"message type {kind!r}")
-        released = answers[kind](_Task(plan, message.content, carrier, self.seconds_left(message)))
+        released = answers[kind](_Task(plan, run, message.content, carrier, self.seconds_left(message)))
         return pack(released.header, released.tensors, carrier)
 
     def plan_of(self, bundle: bytes) -> Plan:
@@ -117,25 +141,72 @@ class Agent:
 
     def _train(self, asked: _Task) -> Release:
         task, model = asked.read(TrainTask)
+        context = None
+        if asked.plan.secured:
+            context, model = self.secure.open(asked.run, task, model)
         began = time.monotonic()
         self.told("training", task.round)
-        done, update = self.worker.call("train", asked.plan, model, seconds=asked.seconds, round=task.round)
+        request = {"round": task.round, "attempt": context.attempt if context else 1}
+        done, update = self.worker.call("train", asked.plan, model, seconds=asked.seconds, **request)
         done["seconds"] = time.monotonic() - began
-        return gate.release_update(self.policy, asked.plan, task, model=model, update=update, done=done)
+        if context is None:
+            return gate.release_update(self.policy, asked.plan, task, model=model, update=update, done=done)
+        masked = gate.mask_update(self.policy, asked.plan, model=model, update=update, done=done)
+        size = sum(tensor.size for tensor in model.values())
+        return self._given(asked, context, masked, partial(training_layout, asked.plan, size=size))
 
     def _evaluate(self, asked: _Task) -> Release:
         task, model = asked.read(EvaluateTask)
+        context = None
+        if asked.plan.secured:
+            context, model = self.secure.open(asked.run, task, model)
         self.told("evaluating", task.round)
+        cases, sums = self._measured(asked, task, model)
+        if context is None:
+            return gate.release_metrics(self.policy, asked.plan, task, cases=cases, sums=sums)
+        masked = gate.mask_metrics(self.policy, asked.plan, cases=cases, sums=sums)
+        return self._given(asked, context, masked, partial(metrics_layout, asked.plan))
+
+    def _measured(self, asked: _Task, task: EvaluateTask, model: Arrays) -> tuple[int, Arrays]:
+        """The number of cases and their metric sums; in a secure sum nobody learns of a site that has none."""
         request = {"round": task.round, "fold": task.fold}
-        done, sums = self.worker.call("evaluate", asked.plan, model, seconds=asked.seconds, **request)
-        return gate.release_metrics(self.policy, asked.plan, task, cases=done["cases"], sums=sums)
+        try:
+            done, sums = self.worker.call("evaluate", asked.plan, model, seconds=asked.seconds, **request)
+        except SiteFailure as failure:
+            if failure.code is Code.NO_DATA and asked.plan.secured:
+                return 0, {}
+            raise
+        return done["cases"], sums
+
+    # --- secure sums
+
+    def _given(self, asked: _Task, context: Context, masked: Masked, layout: Callable[[Roster], Layout]) -> Release:
+        tensors, signed = self.secure.give(asked.run, asked.plan, context, layout=layout, given=masked.given)
+        return masked.release(tensors, signed)
+
+    def _keys(self, asked: _Task) -> Release:
+        return Release(self.secure.keys(asked.plan, asked.of_this_run(asked.read(KeysTask)[0])))
+
+    def _pairs(self, asked: _Task) -> Release:
+        task = asked.of_this_run(asked.read(PairsTask)[0])
+        gate.admit_roster(self.policy, len(task.keys))
+        return Release(self.secure.pairs(asked.plan, task, self.policy.min_sites))
+
+    def _begin(self, asked: _Task) -> Release:
+        return Release(self.secure.begin(asked.plan, asked.of_this_run(asked.read(BeginTask)[0])))
+
+    def _unmask(self, asked: _Task) -> Release:
+        task, boxes = asked.read(UnmaskTask)
+        gate.admit_roster(self.policy, len(task.uploads))
+        return Release(*self.secure.unmask(asked.run, asked.plan, task, boxes, self.policy.min_sites))
 
 
 @dataclass(frozen=True)
 class _Task:
-    """A message's content, the plan that it belongs to, and how long the worker may take over it."""
+    """A message's content, the plan and the run that it belongs to, and how long the worker may take over it."""
 
     plan: Plan
+    run: str
     content: RecordDict
     carrier: Carrier
     seconds: float | None
@@ -151,3 +222,9 @@ class _Task:
         if isinstance(task, TrainTask | EvaluateTask) and task.round > self.plan.rounds:
             raise SiteFailure(Code.PLAN_MISMATCH, f"round {task.round} of a plan of {self.plan.rounds}")
         return task, tensors
+
+    def of_this_run(self, task: T) -> T:
+        """A step of a set-up; raises SiteFailure unless it is of this run, and of a plan that asks for secure sums."""
+        if task.run != self.run or not self.plan.secured:
+            raise SiteFailure(Code.SECURE_SUM_REFUSED, f"a set-up of the run {task.run}")
+        return task

@@ -17,7 +17,7 @@ from typing import Protocol
 from locum.common.activity import Activity
 from locum.common.blobs import Blob
 from locum.common.messages import BLOB_THRESHOLD, INLINE, Arrays, Fields, MessageError
-from locum.common.tensor_files import Mapped, map_tensors, write_tensors
+from locum.common.tensor_files import Mapped, Sendable, map_tensors, write_tensors
 from locum.site_client.blobs import Permit, Progress, is_blob
 
 _DIGEST = re.compile(r"^[0-9a-f]{64}$")
@@ -55,7 +55,7 @@ class SiteCarrier:
     permit: Permit
     known: set[str] = field(default_factory=set)
 
-    def stow(self, tensors: Arrays) -> Fields:
+    def stow(self, tensors: Sendable) -> Fields:
         """Puts tensors into the message or beside it, as a file that :meth:`deliver` sends; raises OSError."""
         if sum(array.nbytes for array in tensors.values()) <= BLOB_THRESHOLD:
             return INLINE.stow(tensors)

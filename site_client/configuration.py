@@ -94,6 +94,7 @@ class _Agent(BaseModel):
     resources: Resources = Resources()
     proxy: str | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    rehearsal: bool = False
 
     @field_validator("proxy")
     @classmethod
@@ -116,6 +117,7 @@ class SiteConfiguration:
         resources: what the worker may take.
         proxy: the HTTP proxy on the way out, `http://host:port`.
         log_level: how much the agent writes into its log.
+        rehearsal: whether updates are rounded by the plan's seed, so that a rehearsal gives the same bits again.
         data: the images that `locum site ingest` reads, if the file says so.
     """
 
@@ -124,6 +126,7 @@ class SiteConfiguration:
     resources: Resources = field(default_factory=Resources)
     proxy: str | None = field(default=None, repr=False)  # it may hold a password
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    rehearsal: bool = False
     data: SiteData | None = None
 
     def settings(self, site: str, run_dir: Path) -> Settings:
@@ -155,6 +158,7 @@ def read_configuration(path: Path) -> SiteConfiguration:
         resources=own.resources,
         proxy=own.proxy,
         log_level=own.log_level,
+        rehearsal=own.rehearsal,
         data=data,
     )
 

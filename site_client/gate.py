@@ -5,16 +5,19 @@ Rules:
   * Over the wire it runs only if the site's stewards approved it too, and only in the site's hours.
   * Everything that leaves a site is made by a function of this module, field by field; what it does not copy stays.
   * A failure leaves as its type and code, and for a policy refusal the clause's name. Its text never leaves.
-  * An update is checked here as the coordinator would check it, before it leaves.
+  * An update is checked here as the coordinator would check it, before it leaves; under secure aggregation before it is
+    masked, for nobody can look at it then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from flwr.app import Error
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -26,10 +29,15 @@ from locum.common.messages import (
     EvaluateResult,
     EvaluateTask,
     Header,
+    MaskedResult,
     TrainResult,
     TrainTask,
 )
 from locum.common.plan import Plan
+from locum.common.secagg import LEAST_SITES
+from locum.common.secagg.upload import TOLD, Given
+from locum.common.sums import CASES, LOSS, WEIGHT, metric_lengths, weight_cap
+from locum.common.tensor_files import Sendable
 from locum.common.updates import update_problem
 from locum.site_client.hours import Hours, open_at
 
@@ -42,10 +50,12 @@ class Policy(BaseModel):
         networks: networks that may be trained.
         metrics: metrics that may be measured and released.
         most_rounds: rounds of one run.
-        least_sites: the sites that a plan must ask for in every sum; its quorum is at least that.
-        release_case_counts: whether the number of cases may be told; if not, a plan that weights by it is refused, and
-            one that releases metrics, for each of their sums tells how many cases went into it.
-        release_training_loss: whether the mean training loss may be told.
+        min_sites: the least sites of a roster and of a secure sum, this one among them.
+        require_secure_aggregation: whether a plan that shows the coordinator each site's update is refused.
+        release_case_counts: whether this site's number of cases may be told; if not, a plan is refused in which its
+            weight or its metrics, seen by themselves, would tell it. As a part of a secure sum they do not.
+        release_training_loss: whether this site's mean training loss may be told.
+        release_site_metrics: whether this site's own metrics may be told where the plan asks for them beside a sum.
         hours: when the site works for others, by its own clock.
         stewards: how many different stewards must approve a plan.
     """
@@ -56,9 +66,11 @@ class Policy(BaseModel):
     networks: tuple[str, ...] | None = None
     metrics: tuple[str, ...] | None = None
     most_rounds: int | None = Field(None, ge=1)
-    least_sites: int | None = Field(None, ge=1)
+    min_sites: int = Field(LEAST_SITES, ge=LEAST_SITES)
+    require_secure_aggregation: bool = False
     release_case_counts: bool = True
     release_training_loss: bool = True
+    release_site_metrics: bool = True
     hours: Hours | None = None
     stewards: Literal[1, 2] = 1
 
@@ -82,12 +94,11 @@ def refusals(policy: Policy, plan: Plan) -> Iterator[PolicyRefusal]:
         yield PolicyRefusal("metrics", f"it measures {', '.join(forbidden)}")
     if policy.most_rounds is not None and plan.rounds > policy.most_rounds:
         yield PolicyRefusal("most_rounds", f"it has {plan.rounds} rounds, {policy.most_rounds} are allowed")
-    if policy.least_sites is not None and plan.participation.quorum < policy.least_sites:
-        quorum = plan.participation.quorum
-        yield PolicyRefusal("least_sites", f"a sum may be of {quorum} sites, {policy.least_sites} are the least")
-    if not policy.release_case_counts and plan.participation.weighting == "cases":
+    if policy.require_secure_aggregation and not plan.secured:
+        yield PolicyRefusal("require_secure_aggregation", "the coordinator would see each site's update")
+    if not policy.release_case_counts and not plan.secured and plan.participation.weighting == "cases":
         yield PolicyRefusal("release_case_counts", "an update's weight would be the number of cases")
-    if not policy.release_case_counts and plan.released_metrics:
+    if not policy.release_case_counts and not plan.secured and plan.released_metrics:
         metrics = ", ".join(plan.released_metrics)
         yield PolicyRefusal("release_case_counts", f"the sums of {metrics} would tell the number of cases")
 
@@ -124,10 +135,10 @@ def admit_run(policy: Policy, plan: Plan, *, approved: bool, now: datetime) -> N
 
 
 class Release(NamedTuple):
-    """What may leave the site in answer to one message: a header, and tensors."""
+    """What may leave the site in answer to one message: a header, or what makes it, and tensors (see `pack`)."""
 
-    header: Header
-    tensors: Arrays = MappingProxyType({})
+    header: Header | Callable[[str], Header]
+    tensors: Sendable = MappingProxyType({})
 
 
 def release_description(policy: Policy, plan: Plan, site: str, found: Mapping[str, Any]) -> Release:
@@ -150,10 +161,8 @@ def release_update(
     policy: Policy, plan: Plan, task: TrainTask, *, model: Arrays, update: Arrays, done: Mapping[str, Any]
 ) -> Release:
     """The update, if it is one the coordinator may fold; raises SiteFailure (UPDATE_REFUSED)."""
-    problem = update_problem(update, model, plan.admission.norm_bound)
-    if problem is not None:
-        raise SiteFailure(Code.UPDATE_REFUSED, problem)
-    loss = done["loss"] if plan.release.training_loss and policy.release_training_loss else None
+    _check_update(plan, model, update)
+    loss = done["loss"] if plan.tells("training_loss") and policy.release_training_loss else None
     told = _counts(policy, plan) or plan.training.local_steps is not None  # the steps of an epoch tell the cases
     return Release(
         TrainResult(
@@ -168,9 +177,15 @@ def release_update(
     )
 
 
+def _check_update(plan: Plan, model: Arrays, update: Arrays) -> None:
+    problem = update_problem(update, model, plan.admission.norm_bound)
+    if problem is not None:
+        raise SiteFailure(Code.UPDATE_REFUSED, problem)
+
+
 def _counts(policy: Policy, plan: Plan) -> bool:
     """Whether plan and policy let the site tell its numbers of cases."""
-    return plan.release.case_counts and policy.release_case_counts
+    return plan.tells("case_counts") and policy.release_case_counts
 
 
 def _weight(plan: Plan, cases: int) -> float:
@@ -182,6 +197,49 @@ def release_metrics(policy: Policy, plan: Plan, task: EvaluateTask, *, cases: in
     allowed = {name: sums[name] for name in plan.released_metrics}
     told = cases if _counts(policy, plan) else None
     return Release(EvaluateResult(plan_digest=plan.digest, round=task.round, fold=task.fold, cases=told), allowed)
+
+
+# --- under secure aggregation
+
+
+def admit_roster(policy: Policy, sites: int) -> None:
+    """Raises :class:`PolicyRefusal` if a roster or a sum has too few sites."""
+    if sites < policy.min_sites:
+        raise PolicyRefusal("min_sites", f"{sites} sites, {policy.min_sites} are the least")
+
+
+class Masked(NamedTuple):
+    """What a site may give to a secure sum, and what it tells of itself beside it."""
+
+    given: Given
+    header: Callable[[str], MaskedResult]
+    told: Arrays = MappingProxyType({})
+
+    def release(self, tensors: Sendable, signed: Callable[[str], str]) -> Release:
+        """What leaves: the masked tensors under a header that is signed over the SHA-256 of their file."""
+        return Release(lambda body: self.header(signed(body)), {**tensors, **self.told})
+
+
+def mask_update(policy: Policy, plan: Plan, *, model: Arrays, update: Arrays, done: Mapping[str, Any]) -> Masked:
+    """An update that may go into a secure sum; raises SiteFailure (UPDATE_REFUSED)."""
+    _check_update(plan, model, update)
+    weight = _weight(plan, done["cases"]) / weight_cap(plan)
+    scalars = {WEIGHT: np.array([weight]), LOSS: np.array([weight * done["loss"]])}
+    loss = done["loss"] if plan.tells("training_loss") and policy.release_training_loss else None
+    cases = done["cases"] if _counts(policy, plan) else None
+    header = partial(MaskedResult, plan_digest=plan.digest, loss=loss, cases=cases)
+    return Masked(Given(update, weight, scalars), lambda upload: header(upload=upload))
+
+
+def mask_metrics(policy: Policy, plan: Plan, *, cases: int, sums: Arrays) -> Masked:
+    """The sums of the metrics that the plan releases, and of no other; none of a site without a case are zeros."""
+    lengths = metric_lengths(plan)
+    allowed = {name: sums[name] if cases else np.zeros(length) for name, length in lengths.items()}
+    told = plan.tells("metrics") and policy.release_site_metrics
+    header = partial(MaskedResult, plan_digest=plan.digest, cases=cases if _counts(policy, plan) else None)
+    scalars = {**allowed, CASES: np.array([float(cases)])}
+    beside = {f"{TOLD}{name}": allowed[name] for name in allowed} if told else {}
+    return Masked(Given({}, 1.0, scalars), lambda upload: header(upload=upload), beside)
 
 
 def release_failure(failure: SiteFailure) -> Error:

@@ -42,7 +42,7 @@ def _describe(session: Session, _request: Mapping[str, Any], _tensors: Arrays) -
 
 
 def _train(session: Session, request: Mapping[str, Any], tensors: Arrays) -> tuple[dict[str, Any], Tensors]:
-    update, done, cases = train_round(session, tensors, request["round"])
+    update, done, cases = train_round(session, tensors, request["round"], request.get("attempt", 1))
     return {"steps": done.steps, "loss": done.loss, "cases": cases}, update
 
 

@@ -217,7 +217,7 @@ class Service:
         return entry.reply if entry.reply is not None and carrier.holds(_fields(entry.reply)) else None
 
     def _made(self, entry: Entry, carrier: SiteCarrier) -> Message:
-        reply = dated(self.agent.handle(entry.message, entry.run.bundle, carrier), entry.message)
+        reply = dated(self.agent.handle(entry.message, entry.run.bundle, carrier, run=entry.run.name), entry.message)
         if self.stop.is_set():
             raise Stopping
         self.journal.finish(reply)

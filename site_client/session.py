@@ -159,21 +159,27 @@ def _missing_classes(plan: Plan, cases: Sequence[Case]) -> list[str]:
     return [name for name in plan.contract.classes if name not in present]
 
 
-def train_round(session: Session, model: Arrays, round_number: int) -> tuple[Model, train.Trained, int]:
-    """Trains one round from `model`; returns the update (local − global), what was done, and the number of cases."""
+def train_round(
+    session: Session, model: Arrays, round_number: int, attempt: int = 1
+) -> tuple[Model, train.Trained, int]:
+    """Trains one round from `model`; returns the update (local − global), what was done, and the number of cases.
+
+    Each attempt at a round trains on other draws.
+    """
     at_model(session, model, round_number - 1)
-    done = _train_steps(session, round_number)
+    done = _train_steps(session, round_number, attempt)
     _save_local(session, round_number)
     after = build.shared_tensors(session.network, session.roles)
     return {name: after[name] - model[name] for name in after}, done, len(session.cases["train"])
 
 
-def _train_steps(session: Session, round_number: int) -> train.Trained:
+def _train_steps(session: Session, round_number: int, attempt: int = 1) -> train.Trained:
     """Trains the network as it stands for one round's steps."""
     prepared = session.dataset("train", augment=True)
     site = session.settings.site
-    torch.manual_seed(data.draw_seed(session.plan.seed, site, round_number, "network"))
-    batches = data.read(data.training_loader(session.plan, prepared, site=site, round_number=round_number))
+    torch.manual_seed(data.draw_seed(session.plan.seed, site, round_number, "network", attempt))
+    loader = data.training_loader(session.plan, prepared, site=site, round_number=round_number, attempt=attempt)
+    batches = data.read(loader)
     return train.train(
         session.plan,
         session.network,

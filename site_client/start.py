@@ -1,7 +1,7 @@
 """`locum site start`: puts an agent together from its folder, and runs it until it is told to end.
 
 home/  site.yaml  identity/  proposals/  approvals/  journal/  work/ (blobs on their way)  run/ (local tensors)
-       site.log  agent.json  agent.lock
+       secagg/ (keys of secure sums)  site.log  agent.json  agent.lock
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
@@ -21,14 +21,16 @@ import grpc
 from locum.common.errors import DataError, RunError
 from locum.common.identity import IdentityError
 from locum.common.plan import Plan
+from locum.common.secagg.roster import Trust
 from locum.site_client import gate
 from locum.site_client.agent import Agent
 from locum.site_client.approvals import Approvals, open_approvals
 from locum.site_client.configuration import FILE, SiteConfiguration, read_configuration
 from locum.site_client.enrolment import connection_error, needs_renewal, open_channel, renew
 from locum.site_client.gate import Policy
-from locum.site_client.identity import load_identity
+from locum.site_client.identity import SiteIdentity, load_identity
 from locum.site_client.pulse import News, Pulse
+from locum.site_client.secure import Credentials, SecureSite, drawn, seeded
 from locum.site_client.service import Service
 from locum.site_client.worker import Worker, process_context
 
@@ -91,13 +93,19 @@ def open_service(home: Path, configuration: SiteConfiguration, log: logging.Logg
         log.info("the certificate was renewed")
         return True
 
-    agent = Agent(identity.site, configuration.policy, worker, log, admit)
+    secure = SecureSite(
+        home / "secagg",
+        lambda: credentials_of(load_identity(home)),
+        lambda: datetime.fromtimestamp(service.pulse.now(), UTC),
+        seeded if configuration.rehearsal else drawn,
+    )
+    agent = Agent(identity.site, configuration.policy, worker, log, secure, admit)
     news = News(
         receive=lambda envelope: approvals().receive(envelope),
         decisions=lambda: approvals().decisions(),
         renew=renewed,
     )
-    return Service(
+    service = Service(
         home=home,
         agent=agent,
         connect=lambda: open_channel(load_identity(home), configuration.proxy),
@@ -106,6 +114,13 @@ def open_service(home: Path, configuration: SiteConfiguration, log: logging.Logg
         pulse=Pulse(news, log),
         may_leave=may_leave,
     )
+    return service
+
+
+def credentials_of(identity: SiteIdentity) -> Credentials:
+    """What secure sums need of a site's identity."""
+    trust = Trust(identity.membership.federation, identity.authority, identity.log_key)
+    return Credentials(identity.site, identity.key, identity.certificate, trust)
 
 
 def open_log(home: Path, site: str, configuration: SiteConfiguration) -> logging.Logger:

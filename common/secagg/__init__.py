@@ -9,5 +9,12 @@ shares       Shamir's secret sharing
 keys         key encapsulation, key derivation, sealed boxes
 roster       signed statements: run keys, the roster, the context of a sum, an upload
 site         a site's part, step by step
+upload       the tensors in which a site gives to a sum
+model        the model on its way down, sealed to the roster
 aggregator   the aggregator's part
 """
+
+#: A sum of fewer sites would show each of two others to the third.
+LEAST_SITES = 3
+#: The graph is complete: a site shares a secret with each other one.
+MOST_SITES = 100

@@ -37,7 +37,9 @@ class Stream:
 
     def fill(self, out: NDArray[Any]) -> None:
         """The next bytes, as many as the contiguous array `out` has; it has at most 2^16 elements of 8 bytes."""
-        self._cipher.update_into(memoryview(_ZEROS)[: out.nbytes], memoryview(out).cast("B"))
+        if out.nbytes > _PIECE:
+            raise ValueError(f"a piece of a stream has at most {_PIECE} bytes")
+        self._cipher.update_into(memoryview(_ZEROS)[: out.nbytes], out.data.cast("B"))
 
     def mix(self, data: memoryview, out: memoryview) -> None:
         """`out` = `data` XOR the next bytes: encrypts, and decrypts."""
@@ -62,6 +64,8 @@ class Masks:
 
     def apply(self, part: NDArray[Any]) -> None:
         """Masks the next elements of the lane in place; contiguous, of an unsigned type."""
+        if not part.flags.c_contiguous:  # its flat form would be a copy, and `part` would stay unmasked
+            raise ValueError("what is to be masked is not contiguous")
         flat = part.reshape(-1)
         for start in range(0, flat.size, CHUNK):
             piece = flat[start : start + CHUNK]

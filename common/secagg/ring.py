@@ -2,9 +2,10 @@
 
 Rules:
   * A coordinate of an update is scaled so that no sum over the roster can wrap: of R bits, ⌈log2 n⌉ are left to the
-    sum, and n·(2^(b−1) − 1) < 2^(R−1) with b = R − ⌈log2 n⌉.
+    sum, and n·(2^(b−1) − 1) < 2^(R−1) with b = R − ⌈log2 n⌉. A site's bound stands at 2^(b−1) − 2: the last step is
+    left to rounding, that of floating point included.
   * Rounding is stochastic: ⌊v + u⌋ with u uniform in [0, 1), so that the sum is not biased (Gupta et al., ICML 2015,
-    section 3.1). The error of one site's coordinate is below one step of the scale.
+    section 3.1). The error of one site's coordinate is one step of the scale, and that of floating point.
   * Scalars (weights, counts, losses, metric sums) lie in a 64-bit lane, each with a bound of its own, rounded to the
     nearest; a whole number is exact.
   * Two's complement: a negative number −x is 2^R − x.
@@ -13,7 +14,7 @@ Rules:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -62,7 +63,7 @@ class Ring:
 
     @property
     def scale(self) -> float:
-        """Steps per unit: (2^(b−1) − 1) / C."""
+        """Steps per unit: (2^(b−1) − 2) / C."""
         return _largest(self.bits, self.sites) / self.bound
 
     def write(self, values: NDArray[Any], weight: float, random: NDArray[np.uint32], out: Elements) -> None:
@@ -76,14 +77,15 @@ class Ring:
 
     def read(self, total: Elements) -> Floats:
         """The sum that ring elements stand for."""
-        return np.multiply(total.view(_DTYPES[self.bits][1]), 1 / self.scale, dtype=np.float64)
+        found: Floats = np.multiply(total.view(_DTYPES[self.bits][1]), 1 / self.scale, dtype=np.float64)
+        return found
 
 
 def _largest(bits: int, sites: int) -> int:
-    """2^(b−1) − 1, the largest step of one site; exact as a float for 32 bits, and rounded down for 64."""
+    """2^(b−1) − 2, the step at which a site's bound stands; for 64 bits less, as far as a float can tell."""
     left = bits - (sites - 1).bit_length()
-    # A float64 has 53 bits: of a larger power the nearest float below it is taken, so that rounding cannot pass it.
-    return (1 << (left - 1)) - (1 if left <= 53 else 1 << (left - 53))
+    # A float64 has 53 bits: of a larger power eight floats are left above. Scale, weight, product and draw each round.
+    return (1 << (left - 1)) - (1 << max(1, left - 51))
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Scalar:
         return 62 - whole - (sites - 1).bit_length()
 
 
-def write_scalars(lane: Sequence[Scalar], values: dict[str, Floats], sites: int) -> NDArray[np.uint64]:
+def write_scalars(lane: Sequence[Scalar], values: Mapping[str, Floats], sites: int) -> NDArray[np.uint64]:
     """The 64-bit lane; raises RingError for a number that is not finite or beyond its bound."""
     parts = []
     for scalar in lane:
@@ -129,11 +131,13 @@ def read_scalars(lane: Iterable[Scalar], total: NDArray[np.uint64], sites: int) 
 
 
 def mean_error(ring: Ring, weight_cap: float, weights: float) -> float:
-    """The largest error of a coordinate of the weighted mean: 2 · W_max·n/(2·Σw) · C/(2^(b−1) − 1).
+    """The largest error of a coordinate of the weighted mean: W_max·n/Σw · (C/(2^(b−1) − 2) + 2^−50·C).
+
+    The first term is a step, of stochastic rounding; the second is floating point, with 64 bits the larger of the two.
 
     Args:
         ring: how updates are written.
         weight_cap: W_max, the weight that counts as 1.
         weights: Σw over the sites of the sum.
     """
-    return weight_cap * ring.sites / weights / ring.scale
+    return weight_cap * ring.sites / weights * (1 / ring.scale + math.ldexp(ring.bound, -50))

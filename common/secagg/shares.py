@@ -19,9 +19,7 @@ class ShareError(ValueError):
     """Shares that do not make a secret."""
 
 
-def split(
-    secret: bytes, threshold: int, holders: int, draw: Callable[[int], int] = secrets.randbelow
-) -> list[bytes]:
+def split(secret: bytes, threshold: int, holders: int, draw: Callable[[int], int] = secrets.randbelow) -> list[bytes]:
     """The shares of the holders at places 1 to `holders`; `draw(p)` gives a uniform number below p.
 
     Raises ShareError unless the secret has 32 bytes and 1 ≤ threshold ≤ holders.
@@ -55,6 +53,8 @@ def coefficients(places: Sequence[int]) -> list[int]:
 
 def combine(shares: Mapping[int, bytes]) -> bytes:
     """The secret of shares by place; raises ShareError if they make none of 32 bytes."""
+    if not shares or min(shares) < 1:
+        raise ShareError("there is no share, or one at no place: places count from 1")
     places = sorted(shares)
     weights = coefficients(places)
     secret = sum(weight * number(shares[place]) for weight, place in zip(weights, places, strict=True)) % PRIME

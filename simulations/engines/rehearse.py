@@ -107,7 +107,7 @@ def _enrol(rehearsal: Rehearsal, name: str) -> None:
     """Enrols a site that is not, and writes its configuration: one thread, as the `local` engine has."""
     folder = rehearsal.site(name)
     (folder / "store").mkdir(parents=True, exist_ok=True)
-    (folder / "site.yaml").write_text("stores: [store]\nresources: {threads: 1}\n")
+    (folder / "site.yaml").write_text("stores: [store]\nresources: {threads: 1}\nrehearsal: true\n")
     if (folder / "identity").exists():
         return
     invitation = folder / "invitation.json"

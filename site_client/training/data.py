@@ -31,9 +31,10 @@ from locum.site_client.imaging.catalog import Case
 Batch = Mapping[str, Any]
 
 
-def draw_seed(seed: int, site: str, round_number: int, purpose: str = "train") -> int:
-    """A 32-bit seed from (seed, site, round, purpose): equal on every machine, different for every use."""
-    text = f"{seed}\x00{site}\x00{round_number}\x00{purpose}".encode()
+def draw_seed(seed: int, site: str, round_number: int, purpose: str = "train", attempt: int = 1) -> int:
+    """A 32-bit seed from (seed, site, round, purpose, attempt): equal on every machine, different for every use."""
+    again = f"\x00{attempt}" if attempt > 1 else ""
+    text = f"{seed}\x00{site}\x00{round_number}\x00{purpose}{again}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
 
 
@@ -197,12 +198,14 @@ def steps_of(plan: Plan, cases: int) -> int:
     return (training.local_epochs or 1) * -(-cases // training.batch_size)
 
 
-def training_loader(plan: Plan, data: CacheDataset, *, site: str, round_number: int) -> DataLoader:
-    """The batches of one round; the same (plan, data, site, round) gives the same batches.
+def training_loader(
+    plan: Plan, data: CacheDataset, *, site: str, round_number: int, attempt: int = 1
+) -> DataLoader:
+    """The batches of one round; the same (plan, data, site, round, attempt) gives the same batches.
 
     Each of the round's steps has a full batch, or all cases where a site has fewer.
     """
-    seed = draw_seed(plan.seed, site, round_number)
+    seed = draw_seed(plan.seed, site, round_number, attempt=attempt)
     generator = torch.Generator().manual_seed(seed)
     data.transform.set_random_state(seed=seed)
     size = min(plan.training.batch_size, len(data))

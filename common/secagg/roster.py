@@ -1,0 +1,262 @@
+"""What is signed: a site's run keys, the roster, a pair's secret, the context of a sum, the header of an upload.
+
+Rules:
+  * The roster is fixed from its set-up on. Everything of a sum is bound to it by its digest.
+  * A site believes a statement if it is signed with the key of the certificate in the roster, and that certificate
+    was issued by the authority that the site pinned when it enrolled. The coordinator's statements are signed with the
+    federation's log key.
+  * The threshold is t = ⌊2n/3⌋ + 1: above (n + c)/2 for the c = min(2t − n − 1, t − 2) sites that may work together
+    with the aggregator. Two sets of t sites have an honest site in common, and it answers for one of them only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import Annotated, Literal, Self, TypeVar
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+
+from locum.common import canonical
+from locum.common.envelope import Digest, EnvelopeError, seal, unseal
+from locum.common.identity import (
+    IdentityError,
+    PrivateKey,
+    PublicKey,
+    SiteName,
+    Subject,
+    base64url,
+    base64url_bytes,
+    certified_key,
+    check_issued,
+    check_valid,
+    fingerprint_of,
+    parse_certificate,
+    subject_of,
+)
+from locum.common.secagg import LEAST_SITES, MOST_SITES, keys
+
+SUITE: Literal["locum-secagg-1"] = "locum-secagg-1"
+Purpose = Literal["train", "validation", "test"]
+
+
+class SecureRefusal(ValueError):
+    """Something that secure aggregation does not go on with; the text says why and holds no secret."""
+
+
+def _bytes(value: object) -> object:
+    return base64url_bytes(value) if isinstance(value, str) else value
+
+
+#: Bytes that are written in JSON as base64url without padding.
+Bytes = Annotated[bytes, BeforeValidator(_bytes), PlainSerializer(base64url, return_type=str, when_used="json")]
+PublicBytes = Annotated[Bytes, Field(min_length=keys.PUBLIC_BYTES, max_length=keys.PUBLIC_BYTES)]
+
+
+class Statement(BaseModel):
+    """What is signed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    suite: Literal["locum-secagg-1"] = SUITE
+
+
+class RunKeys(Statement):
+    """A site's public keys of one set-up: for its peers' secrets, and for the models on their way down."""
+
+    run: str = Field(min_length=1, max_length=100)
+    plan: Digest
+    site: SiteName
+    pairs: PublicBytes
+    models: PublicBytes
+
+
+class Member(BaseModel):
+    """A site of the roster: the SHA-256 of its certificate (DER) and of the envelope of its run keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    site: SiteName
+    certificate: Digest
+    keys: Digest
+
+
+class Roster(Statement):
+    """The sites of every sum until the next set-up, ascending by name, and how many must answer to unmask one.
+
+    Attributes:
+        run: the run's name at the coordinator.
+        plan: the plan's digest.
+        answers: the aggregator's public key, to which the sites' answers are sealed.
+        threshold: t.
+        members: the sites.
+    """
+
+    run: str = Field(min_length=1, max_length=100)
+    plan: Digest
+    answers: PublicBytes
+    threshold: int
+    members: tuple[Member, ...] = Field(min_length=LEAST_SITES, max_length=MOST_SITES)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        names = [member.site for member in self.members]
+        if names != sorted(set(names)) or self.threshold != threshold_of(len(names)):
+            raise ValueError("the members are not in order, or the threshold is not that of their number")
+        return self
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Each site's place, from 1."""
+        return {member.site: place for place, member in enumerate(self.members, start=1)}
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of the roster's canonical JSON: what everything of its sums is bound to."""
+        return canonical.digest(self.model_dump(mode="json"))
+
+
+class Pair(Statement):
+    """Half of the secret of two sites: 32 random bytes, sealed to the receiver's run key."""
+
+    roster: Digest
+    sender: SiteName
+    receiver: SiteName
+    sealed: Annotated[Bytes, Field(max_length=keys.SEAL_BYTES + keys.KEY_BYTES)]
+
+
+class Context(Statement):
+    """What one sum is about; its digest is in every mask, so that no mask is of two sums.
+
+    Attributes:
+        roster: the roster's digest.
+        step: the number of this sum under the roster; it only grows.
+        purpose: what is summed: updates, or the metrics of a fold.
+        round: the plan's round.
+        attempt: the how-many-th try of this round.
+        model: the SHA-256 of the model's file, which the sites train or measure.
+    """
+
+    roster: Digest
+    step: int = Field(ge=1, lt=1 << 53)
+    purpose: Purpose
+    round: int = Field(ge=0, lt=1 << 53)
+    attempt: int = Field(ge=1, lt=1 << 53)
+    model: Digest
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of the context's canonical JSON."""
+        return canonical.digest(self.model_dump(mode="json"))
+
+    @property
+    def sum(self) -> str:
+        """Which sum of the run it is, whatever the set-up: a site lets it be unmasked for one set of survivors."""
+        return f"{self.purpose} {self.round} {self.attempt}"
+
+
+class Header(Statement):
+    """What a site signs of its upload: the SHA-256 of the file of its tensors."""
+
+    context: Digest
+    site: SiteName
+    body: Digest
+
+
+_KINDS: dict[type[Statement], str] = {
+    RunKeys: "secagg keys",
+    Roster: "secagg roster",
+    Pair: "secagg pair",
+    Context: "secagg context",
+    Header: "secagg upload",
+}
+S = TypeVar("S", bound=Statement)
+
+
+def sign(statement: Statement, key: PrivateKey) -> str:
+    """The signed envelope of a statement, as text."""
+    return seal(_KINDS[type(statement)], statement.model_dump(mode="json"), key).decode()
+
+
+def verified(envelope: str, kind: type[S], key: PublicKey) -> S:
+    """A statement whose envelope is signed with a key; raises SecureRefusal."""
+    name = _KINDS[kind]
+    try:
+        return kind.model_validate(unseal(envelope.encode(), name, key))
+    except ValidationError as error:
+        raise SecureRefusal(f"this is no {name} of this version") from error
+    except EnvelopeError as error:
+        raise SecureRefusal(str(error)) from error
+
+
+def threshold_of(sites: int) -> int:
+    """T: how many of n sites must answer."""
+    return 2 * sites // 3 + 1
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What a party of a federation believes without asking.
+
+    Attributes:
+        federation: the federation's name.
+        authority: its root certificate, pinned at enrolment.
+        log: the key with which the coordinator signs.
+    """
+
+    federation: str
+    authority: x509.Certificate
+    log: PublicKey
+
+    def site(self, name: str, certificate: str, now: datetime) -> x509.Certificate:
+        """The certificate (PEM) of a site of this federation; raises SecureRefusal."""
+        try:
+            found = parse_certificate(certificate.encode())
+            check_issued(found, self.authority)
+            check_valid(found, now)
+            if subject_of(found) != Subject(self.federation, "site", name):
+                raise SecureRefusal(f"a certificate is not that of the site {name}")
+            if not isinstance(certified_key(found), ec.EllipticCurvePublicKey):
+                raise SecureRefusal(f"the key of {name} is no site's")
+        except IdentityError as error:
+            raise SecureRefusal(f"the certificate of {name} cannot be believed: {error}") from error
+        return found
+
+
+def member_keys(envelope: str, certificate: x509.Certificate, *, site: str, run: str, plan: str) -> RunKeys:
+    """A site's run keys, signed with the key of its certificate, for this run and plan; raises SecureRefusal."""
+    found = verified(envelope, RunKeys, certified_key(certificate))
+    if (found.site, found.run, found.plan) != (site, run, plan):
+        raise SecureRefusal(f"the run keys of {site} are of another run")
+    return found
+
+
+def member_of(site: str, certificate: x509.Certificate, envelope: str) -> Member:
+    """What a roster says of a site."""
+    return Member(site=site, certificate=fingerprint_of(certificate), keys=canonical.sha256_hex(envelope.encode()))
+
+
+def check_survivors(roster: Roster, survivors: tuple[str, ...], least: int) -> None:
+    """Raises SecureRefusal unless these are different sites of the roster, in its order, and enough of them."""
+    places = [roster.places.get(site, 0) for site in survivors]
+    if 0 in places or places != sorted(set(places)):
+        raise SecureRefusal("the survivors are not different sites of the roster, in its order")
+    if len(survivors) < max(roster.threshold, least):
+        raise SecureRefusal(f"a sum of {len(survivors)} sites; {max(roster.threshold, least)} are the least")
+
+
+def check_header(envelope: str, certificate: x509.Certificate, *, site: str, context: Context) -> Header:
+    """The header of a site's upload to a sum; raises SecureRefusal."""
+    header = verified(envelope, Header, certified_key(certificate))
+    if (header.site, header.context) != (site, context.digest):
+        raise SecureRefusal(f"the upload of {site} is of another sum")
+    return header
+
+
+def public_key_of(certificates: Mapping[str, x509.Certificate], site: str) -> PublicKey:
+    """The key that a site signs with."""
+    return certified_key(certificates[site])

@@ -1,0 +1,169 @@
+"""A federation in memory: an authority, a coordinator's key, and sites that take their steps when a test says so."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from numpy.typing import NDArray
+
+from locum.common.canonical import sha256_hex
+from locum.common.identity import Subject, certificate_pem, new_key, utc_now
+from locum.common.secagg import keys, site
+from locum.common.secagg.aggregator import SecureSum, open_roster
+from locum.common.secagg.masks import Stream
+from locum.common.secagg.ring import Bits, Ring, Scalar
+from locum.common.secagg.roster import Context, Roster, Trust, member_keys, member_of, sign
+from locum.common.secagg.site import Offer, Ready, Request
+from locum.common.secagg.upload import BOXES, COMMITMENTS, Given, Layout, masked
+from locum.common.tensor_files import Arrays, in_memory
+from locum.server.authority import Authority, _root
+
+RUN, PLAN, MODEL = "run-1", "a" * 64, "b" * 64
+_ROUNDING = bytes(32)
+
+
+def authority(federation: str = "test") -> Authority:
+    """A new root."""
+    key, certificate = _root(Subject(federation, "authority", federation).to_x509(), utc_now())
+    return Authority(key, certificate, timedelta(days=90))
+
+
+@dataclass
+class Site:
+    """A site: its key, its certificate (PEM) and its state."""
+
+    name: str
+    key: ec.EllipticCurvePrivateKey
+    certificate: str
+    state: Any = None
+    statement: str = ""
+
+    @property
+    def ready(self) -> Ready:
+        assert isinstance(self.state, Ready)
+        return self.state
+
+
+@dataclass
+class Federation:
+    """Sites and an aggregator; :meth:`set_up` makes the roster."""
+
+    names: Sequence[str]
+    least: int = 3
+    root: Authority = field(default_factory=authority)
+    log: ed25519.Ed25519PrivateKey = field(default_factory=ed25519.Ed25519PrivateKey.generate)
+    private: bytes = field(default_factory=keys.new_private)
+    sites: dict[str, Site] = field(init=False)
+    roster: Roster = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sites = {name: self.enrol(name) for name in self.names}
+
+    def enrol(self, name: str) -> Site:
+        key = new_key()
+        return Site(name, key, certificate_pem(self.root.issue_site(name, key.public_key())).decode())
+
+    @property
+    def trust(self) -> Trust:
+        return Trust(self.root.federation, self.root.certificate, self.log.public_key())
+
+    def announce(self, run: str = RUN) -> None:
+        for found in self.sites.values():
+            found.state, found.statement = site.announce(run, PLAN, site=found.name, key=found.key)
+
+    def offer(self, run: str = RUN) -> Offer:
+        members = {}
+        for found in self.sites.values():
+            certificate = self.trust.site(found.name, found.certificate, utc_now())
+            member_keys(found.statement, certificate, site=found.name, run=run, plan=PLAN)
+            members[found.name] = member_of(found.name, certificate, found.statement)
+        self.roster, envelope = open_roster(
+            members, run=run, plan=PLAN, answers=keys.public_of(self.private), key=self.log
+        )
+        statements = {name: found.statement for name, found in self.sites.items()}
+        return Offer(envelope, statements, {name: found.certificate for name, found in self.sites.items()})
+
+    def join(self, name: str, offer: Offer) -> dict[str, str]:
+        found = self.sites[name]
+        found.state, pairs = site.join(
+            found.state, offer, trust=self.trust, least=self.least, key=found.key, now=utc_now()
+        )
+        return pairs
+
+    def set_up(self, run: str = RUN) -> Federation:
+        self.announce(run)
+        offer = self.offer(run)
+        pairs = {name: self.join(name, offer) for name in self.sites}
+        for name, found in self.sites.items():
+            found.state = site.begin(found.state, {peer: pairs[peer][name] for peer in self.sites if peer != name})
+        return self
+
+    # --- a sum
+
+    def context(self, step: int = 1, **changes: Any) -> Context:
+        values: dict[str, Any] = {"purpose": "train", "round": step, "attempt": 1, "model": MODEL, **changes}
+        return Context(roster=self.roster.digest, step=step, **values)
+
+    def layout(self, size: int = 10, bits: Bits = 32, bound: float = 1.0) -> Layout:
+        lane = (Scalar("weight", 1, 1.0), Scalar("cases", 1, 2.0**32))
+        return Layout(self.roster, Ring(bits, len(self.names), bound), size, lane)
+
+    def open_sum(self, context: Context, layout: Layout) -> SecureSum:
+        certificates = {name: self.trust.site(name, found.certificate, utc_now()) for name, found in self.sites.items()}
+        return SecureSum(context, layout, certificates, self.private)
+
+    def upload(self, name: str, context: Context, layout: Layout, given: Given) -> tuple[str, str, Arrays]:
+        """A site's upload: its header, its body's digest and its tensors."""
+        found = self.sites[name]
+        found.state, masking = site.mask(found.ready, context)
+        tensors = in_memory(masked(layout, given, masking, Stream(_ROUNDING)))
+        body = body_of(tensors)
+        return site.header(found.ready, context, body, found.key), body, tensors
+
+    def signed(self, context: Context) -> str:
+        return sign(context, self.log)
+
+    def request(self, total: SecureSum, name: str) -> Request:
+        boxes = total.boxes_for(name)
+        rows = {giver: boxes[row].tobytes() for row, giver in enumerate(total.survivors)}
+        return Request(total.context, total.survivors, total.headers, rows)
+
+    def answer(self, name: str, request: Request, before: Sequence[str] | None = None) -> bytes:
+        found = self.sites[name]
+        found.state, sealed = site.answer(found.ready, request, least=self.least, before=before)
+        return sealed
+
+    def unmasked(
+        self, layout: Layout, given: Mapping[str, Given], *, step: int = 1, silent: Collection[str] = ()
+    ) -> SecureSum:
+        """A whole sum of those who give, without the answers of `silent`."""
+        context = self.context(step)
+        total = self.open_sum(context, layout)
+        for name, what in given.items():
+            total.fold(name, *self.upload(name, context, layout, what))
+        for name in total.survivors:
+            if name not in silent:
+                total.take(name, self.answer(name, self.request(total, name)))
+        total.unmask(self.least)
+        return total
+
+
+def body_of(tensors: Arrays) -> str:
+    """The digest that a header names."""
+    from safetensors.numpy import save
+
+    return sha256_hex(save(dict(tensors)))
+
+
+def given(value: NDArray[Any], weight: float = 1.0, cases: float = 10.0) -> Given:
+    """An update of one tensor, with its scalars."""
+    scalars = {"weight": np.array([weight]), "cases": np.array([cases])}
+    return Given({"w": value} if value.size else {}, weight, scalars)
+
+
+__all__ = ["BOXES", "COMMITMENTS", "Federation", "Site", "authority", "body_of", "given"]
