@@ -41,14 +41,15 @@ DESCRIBE, TRAIN, EVALUATE = "query.describe", "train", "evaluate"
 #: The three of a set-up of secure aggregation, and the second exchange of each of its sums.
 KEYS, PAIRS, BEGIN, UNMASK = "query.keys", "query.pairs", "query.begin", "query.unmask"
 
+#: The name of a run within one process.
+LOCAL = "local"
+
 #: Tensors of up to so many bytes travel inside a message also between hospitals.
 BLOB_THRESHOLD = 128 << 10
 
 _RECORD, _HEADER, _TENSORS = "locum", "json", "tensors"
 #: The element types that a message carries, as NumPy names them.
-DTYPES = frozenset(
-    {"float16", "float32", "float64", "uint8", "int8", "int16", "int32", "uint32", "int64", "uint64"}
-)
+DTYPES = frozenset({"float16", "float32", "float64", "uint8", "int8", "int16", "int32", "uint32", "int64", "uint64"})
 _MAX_NAME = 512
 
 

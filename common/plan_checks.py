@@ -74,7 +74,8 @@ def _name_problems(plan: Plan) -> list[Problem]:
     if plan.strategy.name in names.NEED_SINGLE_UPDATES:
         found = [problem for problem in found if problem.location[0] != "strategy"]
         message = f"{plan.strategy.name} compares single updates, and a strategy sees their sum only"
-        remedy = f"use one of: {', '.join(names.known('locum.strategies'))}; admission.norm_bound limits what one site can do"
+        known = ", ".join(names.known("locum.strategies"))
+        remedy = f"use one of: {known}; admission.norm_bound limits what one site can do"
         found.append(Problem(("strategy", "name"), message, remedy))
     if plan.optimiser.name not in names.OPTIMISERS:
         found.append(_unknown(("optimiser", "name"), plan.optimiser.name, tuple(names.OPTIMISERS)))

@@ -17,6 +17,7 @@ from locum.common.errors import LocumError, RunError
 from locum.common.plan import Plan, load_plan
 from locum.common.tensor_files import write_tensors
 from locum.server.checkpoints import Checkpoints, DiskFullError
+from locum.server.home import Home
 from locum.server.link import Direct, Link
 from locum.server.records import Events, RunSummary
 from locum.server.rounds import Finished, open_engine, run
@@ -31,7 +32,7 @@ def main(grid: Grid, context: Context) -> None:
         folder = Path(str(context.run_config["run-dir"]))
         events = Events(folder / "events.jsonl")
         try:
-            _run(folder, load_plan(folder / "plan.yaml"), grid, Direct(), events)
+            _run(folder, load_plan(folder / "plan.yaml"), grid, Direct(Home(folder)), events)
         finally:
             events.close()
     else:
@@ -40,7 +41,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def _between_hospitals(name: str, grid: Grid) -> None:
     """Runs a run of the coordinator. Whatever ends it is told in the run's folder; a process that dies says nothing."""
-    from locum.server.home import Home, default_home, read_config
+    from locum.server.home import default_home, read_config
     from locum.server.runs import find
     from locum.server.wire import StoppedError, Wire
 

@@ -14,8 +14,10 @@ from typing import Protocol
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from locum.common.errors import LocumError
-from locum.common.messages import INLINE, Arrays, Carrier
+from locum.common.errors import LocumError, RunError
+from locum.common.messages import INLINE, LOCAL, Arrays, Carrier
+from locum.server.home import Home
+from locum.server.signer import Signer, signer_of
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.001, 0.2
 
@@ -28,6 +30,9 @@ class Link(Protocol):
 
     def current(self, sites: Collection[str]) -> dict[str, int]:
         """Of the sites of a roster, the nodes of those that the link knows better than the roster does."""
+
+    def signer(self) -> Signer:
+        """What the coordinator signs with; raises LocumError."""
 
     def outgoing(self, model: Arrays) -> Carrier:
         """How `model` goes out."""
@@ -59,8 +64,12 @@ class Link(Protocol):
 
 @dataclass
 class Direct:
-    """Agents in this process: tensors inside the messages, replies polled with a growing pause."""
+    """Agents in this process: tensors inside the messages, replies polled with a growing pause.
 
+    `home` is the folder in which the authority of a simulation lies.
+    """
+
+    home: Home | None = None
     _pause: float = field(default=_FIRST_WAIT)
 
     def nodes(self, known: Iterable[int]) -> Mapping[int, str | None]:
@@ -71,6 +80,12 @@ class Direct:
         """None: a node is one agent of this process."""
         del sites
         return {}
+
+    def signer(self) -> Signer:
+        """The simulation's own."""
+        if self.home is None:
+            raise RunError("this simulation has no authority", "give the link a home")
+        return signer_of(self.home, LOCAL)
 
     def outgoing(self, model: Arrays) -> Carrier:
         """Inside the message."""

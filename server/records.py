@@ -18,9 +18,10 @@ Number = float | list[list[float]] | None
 
 
 class Evaluated(BaseModel):
-    """Metric values of a model on one fold: over all sites by their sums, and of each site that released its own.
+    """Metric values of a model on one fold: over all sites by their sums, and of each site that told its own.
 
-    `excluded` names the sites without numbers, with the reason; `silent` those of them that did not answer at all.
+    `sites` are those in the sums, `total` is their number of cases, if that is told. `excluded` names the sites without
+    numbers, with the reason; `silent` those of them that did not answer at all.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -30,17 +31,40 @@ class Evaluated(BaseModel):
     overall: dict[str, Number]
     per_site: dict[str, dict[str, Number]]
     cases: dict[str, int | None]
+    sites: tuple[str, ...] = ()
+    total: int | None = None
     excluded: dict[str, str] = {}
     silent: tuple[str, ...] = ()
 
 
+class SecureRecord(BaseModel):
+    """What a secure sum was: the digests of its roster and context, and of each survivor's signed header."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    roster: str
+    context: str
+    threshold: int
+    uploads: dict[str, str]
+
+
 class RoundRecord(BaseModel):
-    """A committed round: who took part with which weight and loss, who did not and why, and what it cost."""
+    """A committed round: who took part, who did not and why, what is known of it, and what it cost.
+
+    Attributes:
+        sites: those whose updates are in the sum.
+        weight: Σ w over them.
+        loss: the mean training loss over the sites that released theirs, by weight.
+        weights: of each site that told its own; `losses` and `train_seconds` likewise.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     round: int
     attempt: int
+    sites: tuple[str, ...]
+    weight: float
+    loss: float | None
     weights: dict[str, float]
     losses: dict[str, float | None]
     train_seconds: dict[str, float]
@@ -50,14 +74,8 @@ class RoundRecord(BaseModel):
     bytes_up: int
     seconds: float
     model_sha256: str
+    secured: SecureRecord | None = None
     evaluation: Evaluated | None = None
-
-    @property
-    def loss(self) -> float | None:
-        """The mean training loss over the sites that released theirs, by weight."""
-        known = [(self.weights[site], loss) for site, loss in self.losses.items() if loss is not None]
-        total = sum(weight for weight, _ in known)
-        return sum(weight * loss for weight, loss in known) / total if total else None
 
 
 class RunSummary(BaseModel):

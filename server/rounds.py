@@ -4,6 +4,9 @@
         send the model → admit and fold each reply as it arrives → quorum and deadline
         → strategy step → commit → evaluate
 
+Under secure aggregation `gathered` and `measured` are those of :mod:`locum.server.secure`: what is folded is masked,
+and one more exchange unmasks the sum.
+
 Rules:
   * A site that fails, refuses or is late costs one contribution, and its reason is recorded; never the run.
   * A round below quorum is void: nothing of it is committed, and it is tried again. Between hospitals a run that has
@@ -16,11 +19,11 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from locum.common import build
@@ -43,39 +46,28 @@ from locum.common.plan import Plan
 from locum.common.tensor_files import forget_part
 from locum.common.updates import l2_norm
 from locum.server.admission import Refused, Update, admit, read
+from locum.server.asking import (
+    Engine,
+    Gathered,
+    Measured,
+    Roster,
+    Told,
+    addressed,
+    away_of,
+    exchange,
+    unanswered,
+)
 from locum.server.checkpoints import Checkpoints, Committed
 from locum.server.fold import Fold
 from locum.server.link import Link
 from locum.server.records import Evaluated, Events, Number, RoundRecord
-from locum.server.strategies import Strategy, strategy_of
+from locum.server.secure import SecureSums
+from locum.server.strategies import strategy_of
 
 #: Sums of metrics count cases, or add up fractions and millimetres over them.
 _MOST_SUM = 1e12
 #: Letters of what a site says of its configuration that a person is shown.
 _MOST_SHOWN = 80
-
-
-@dataclass(frozen=True)
-class Roster:
-    """The sites of a run: node id by name, in the fixed order in which their updates are summed.
-
-    `excluded` names sites that were asked but cannot take part, with the reason.
-    """
-
-    nodes: Mapping[str, int]
-    excluded: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What a run works with."""
-
-    plan: Plan
-    grid: Grid
-    strategy: Strategy
-    checkpoints: Checkpoints
-    events: Events
-    link: Link
 
 
 @dataclass(frozen=True)
@@ -91,7 +83,7 @@ class Finished:
     @property
     def losses(self) -> dict[str, list[int]]:
         """The rounds that each site of the roster did not contribute to."""
-        lost = {site: [r.round for r in self.history if site not in r.weights] for site in self.roster.nodes}
+        lost = {site: [r.round for r in self.history if site not in r.sites] for site in self.roster.nodes}
         return {site: rounds for site, rounds in lost.items() if rounds}
 
     @property
@@ -260,105 +252,75 @@ def _below_quorum(plan: Plan, committed: Committed, missing: Mapping[str, Refuse
 
 def one_round(engine: Engine, roster: Roster, committed: Committed, attempt: int) -> Committed | dict[str, Refused]:
     """One attempt at a round; returns the committed state, or why each missing site is missing."""
-    began, number, plan = time.monotonic(), committed.round + 1, engine.plan
+    began, number = time.monotonic(), committed.round + 1
     engine.events.emit("round", round=number, attempt=attempt)
-    link = engine.link
-    content = pack(TrainTask(plan_digest=plan.digest, round=number), committed.model, link.outgoing(committed.model))
-    refused = _away(engine, roster, number)
-    outgoing = _addressed(engine, roster, content, without=refused)
-    fold = Fold(committed.model, list(roster.nodes))
-    admitted: dict[str, Update] = {}
-    for site, reply in exchange(engine, TRAIN, outgoing, group=str(number)):
-        verdict = admit(reply, plan, round_number=number, model=committed.model, carrier=link.incoming(site))
-        fold.offer(site, verdict if isinstance(verdict, Update) else None)
-        if isinstance(verdict, Update):
-            admitted[site] = replace(verdict, tensors={})
-            engine.events.emit("update", round=number, site=site, loss=verdict.header.loss)
-        else:
-            refused[site] = verdict
-            engine.events.emit("refused", round=number, site=site, reason=verdict.reason)
-    refused |= _unanswered(engine, [site for site in roster.nodes if site not in admitted | refused])
-    totals = fold.close()
-    for site in outgoing:
-        link.taken(site)
-    if fold.count < plan.participation.quorum:
-        engine.events.emit("void", round=number, attempt=attempt, admitted=fold.count)
-        return refused
-    model, strategy = engine.strategy.step(committed.model, totals, fold.weight, committed.strategy)
+    gather = gathered if engine.secure is None else engine.secure.gathered
+    found = gather(engine, roster, committed, attempt)
+    if found.totals is None or len(found.told) < engine.plan.participation.quorum:
+        engine.events.emit("void", round=number, attempt=attempt, admitted=len(found.told), reason=found.void)
+        return dict(found.refused)
+    model, strategy = engine.strategy.step(committed.model, found.totals, found.weight, committed.strategy)
     if not np.isfinite(l2_norm(model)):
-        engine.events.emit("void", round=number, attempt=attempt, admitted=0)
+        engine.events.emit("void", round=number, attempt=attempt, admitted=0, reason="the sum is not finite")
         return {site: Refused("the sum is not finite", Code.UPDATE_REFUSED) for site in roster.nodes}
-    record = _record(committed, model, admitted, refused, began=began, attempt=attempt)
+    record = _record(committed, model, found, began=began, attempt=attempt)
     after = Committed(number, model, strategy, committed.roster, (*committed.history, record))
     after = engine.checkpoints.commit(after, keep=_best_round(engine.plan, after.history))
     engine.events.emit("committed", round=number, loss=record.loss, seconds=record.seconds)
     return after
 
 
-def _away(engine: Engine, roster: Roster, number: int) -> dict[str, Refused]:
-    """The sites that nothing is sent to now, because they are not there."""
-    away = engine.link.away(roster.nodes)
-    for site, reason in away.items():
-        engine.events.emit("refused", round=number, site=site, reason=reason)
-    return {site: Refused(reason) for site, reason in away.items()}
+def gathered(engine: Engine, roster: Roster, committed: Committed, _attempt: int) -> Gathered:
+    """Sends the model and folds what comes back, in the clear; the secure way is in :mod:`locum.server.secure`."""
+    plan, link, number = engine.plan, engine.link, committed.round + 1
+    content = pack(TrainTask(plan_digest=plan.digest, round=number), committed.model, link.outgoing(committed.model))
+    refused = away_of(engine, roster, number)
+    outgoing = addressed(engine, roster, {site: content for site in roster.nodes if site not in refused})
+    fold = Fold(committed.model, list(roster.nodes))
+    told: dict[str, Told] = {}
+    for site, reply in exchange(engine, TRAIN, outgoing, group=str(number)):
+        verdict = admit(reply, plan, round_number=number, model=committed.model, carrier=link.incoming(site))
+        fold.offer(site, verdict if isinstance(verdict, Update) else None)
+        if isinstance(verdict, Update):
+            header = verdict.header
+            told[site] = Told(header.weight, header.loss, header.seconds)
+            engine.events.emit("update", round=number, site=site, loss=header.loss)
+        else:
+            refused[site] = verdict
+            engine.events.emit("refused", round=number, site=site, reason=verdict.reason)
+    refused |= unanswered(engine, [site for site in roster.nodes if site not in told and site not in refused])
+    totals = fold.close()
+    for site in outgoing:
+        link.taken(site)
+    return Gathered(totals, fold.weight, mean_loss(told), told, refused)
 
 
-def _addressed(
-    engine: Engine, roster: Roster, content: RecordDict, *, without: Collection[str]
-) -> dict[str, tuple[int, RecordDict]]:
-    """The message to each site of the roster, at the node that the site has now."""
-    nodes = {**roster.nodes, **engine.link.current(roster.nodes)}
-    return {site: (node, content) for site, node in nodes.items() if site not in without}
+def mean_loss(told: Mapping[str, Told]) -> float | None:
+    """The mean training loss over the sites that told theirs, by weight."""
+    known = [(each.weight, each.loss) for each in told.values() if each.loss is not None and each.weight is not None]
+    total = sum(weight for weight, _ in known)
+    return sum(weight * loss for weight, loss in known) / total if total else None
 
 
-def _unanswered(engine: Engine, sites: Collection[str]) -> dict[str, Refused]:
-    """Why these sites have not answered."""
-    away = engine.link.away(sites)
-    return {site: Refused(away.get(site, "no answer by the deadline")) for site in sites}
-
-
-def exchange(
-    engine: Engine, kind: str, outgoing: Mapping[str, tuple[int, RecordDict]], *, group: str
-) -> Iterator[tuple[str, Message | None]]:
-    """Sends one message to each site and yields replies as they arrive, until the plan's deadline.
-
-    Replies are matched by the id of the message that they answer; None is one that cannot be read. A message that its
-    site has not taken by the deadline is dropped by Flower (its time to live), so a late site gets the next one.
-    """
-    grid, link = engine.grid, engine.link
-    seconds = engine.plan.participation.deadline
-    deadline = time.monotonic() + seconds
-    messages = [Message(content, node, kind, group_id=group, ttl=seconds) for node, content in outgoing.values()]
-    ids = list(grid.push_messages(messages)) if messages else []
-    waiting = dict(zip(ids, outgoing, strict=True))
-    link.sent({number: outgoing[site][0] for number, site in waiting.items()})
-    while waiting and time.monotonic() < deadline:
-        for number, reply in link.pulled(grid, link.ready(waiting)):
-            site = waiting.pop(number, None)
-            if site is not None:
-                yield site, reply
-        gone = link.away(waiting.values())
-        waiting = {number: site for number, site in waiting.items() if site not in gone}
-
-
-def _record(
-    before: Committed, model: Arrays, admitted: Mapping[str, Update], refused: Mapping[str, Refused], *,
-    began: float, attempt: int,
-) -> RoundRecord:  # fmt: skip
+def _record(before: Committed, model: Arrays, found: Gathered, *, began: float, attempt: int) -> RoundRecord:
     size = sum(tensor.nbytes for tensor in model.values())
-    order = sorted(admitted)
+    told = {site: found.told[site] for site in sorted(found.told)}
     return RoundRecord(
         round=before.round + 1,
         attempt=attempt,
-        weights={site: admitted[site].header.weight for site in order},
-        losses={site: admitted[site].header.loss for site in order},
-        train_seconds={site: admitted[site].header.seconds for site in order},
-        excluded={site: refused[site].reason for site in sorted(refused)},
+        sites=tuple(told),
+        weight=found.weight,
+        loss=found.loss,
+        weights={site: each.weight for site, each in told.items() if each.weight is not None},
+        losses={site: each.loss for site, each in told.items()},
+        train_seconds={site: each.seconds for site, each in told.items() if each.seconds is not None},
+        excluded={site: found.refused[site].reason for site in sorted(found.refused)},
         update_norm=_distance(model, before.model),
-        bytes_down=size * (len(admitted) + len(refused)),
-        bytes_up=size * len(admitted),
+        bytes_down=size * (len(told) + len(found.refused)),
+        bytes_up=size * len(told),
         seconds=time.monotonic() - began,
         model_sha256=_model_digest(model),
+        secured=found.secured,
     )
 
 
@@ -412,16 +374,34 @@ def untested(test: Evaluated) -> dict[str, str]:
 
 
 def evaluate(engine: Engine, roster: Roster, model: Arrays, *, round_number: int, fold: MeasuredFold) -> Evaluated:
-    """The plan's metrics of a model on one fold, over all sites by adding up their sums, and per site."""
+    """The plan's metrics of a model on one fold, over all sites by adding up their sums, and per site where told."""
     plan = engine.plan
     task = EvaluateTask(plan_digest=plan.digest, round=round_number, fold=fold)
+    measure = measured if engine.secure is None else engine.secure.measured
+    found = measure(engine, roster, model, task)
+    return Evaluated(
+        round=round_number,
+        fold=fold,
+        overall=_values(plan, found.sums),
+        per_site={site: _values(plan, found.per_site[site]) for site in sorted(found.per_site)},
+        cases=dict(found.cases),
+        sites=tuple(sorted(found.cases)),
+        total=found.total,
+        excluded=dict(found.excluded),
+        silent=found.silent,
+    )
+
+
+def measured(engine: Engine, roster: Roster, model: Arrays, task: EvaluateTask) -> Measured:
+    """Sends the model and adds up what comes back, in the clear."""
+    plan = engine.plan
     content = pack(task, model, engine.link.outgoing(model))
-    excluded = {site: refused.reason for site, refused in _away(engine, roster, round_number).items()}
-    outgoing = _addressed(engine, roster, content, without=excluded)
+    excluded = {site: refused.reason for site, refused in away_of(engine, roster, task.round).items()}
+    outgoing = addressed(engine, roster, {site: content for site in roster.nodes if site not in excluded})
     sums: dict[str, Arrays] = {}
     cases: dict[str, int | None] = {}
     answered: set[str] = set()
-    for site, reply in exchange(engine, EVALUATE, outgoing, group=str(round_number)):
+    for site, reply in exchange(engine, EVALUATE, outgoing, group=str(task.round)):
         answered.add(site)
         answer = _read_sums(reply, task, plan, engine.link.incoming(site))
         if isinstance(answer, Refused):
@@ -433,15 +413,13 @@ def evaluate(engine: Engine, roster: Roster, model: Arrays, *, round_number: int
     excluded |= dict.fromkeys(late, "no answer by the deadline")
     for site in outgoing:
         engine.link.taken(site)
-    return Evaluated(
-        round=round_number,
-        fold=fold,
-        overall=_values(plan, _added([sums[site] for site in sorted(sums)])),
-        per_site={site: _values(plan, sums[site]) for site in sorted(sums)},
-        cases=cases,
-        excluded=excluded,
-        silent=silent,
-    )
+    return Measured(_added([sums[site] for site in sorted(sums)]), sums, cases, total_of(cases), excluded, silent)
+
+
+def total_of(cases: Mapping[str, int | None]) -> int | None:
+    """The number of cases of all sites; None if one does not tell its own."""
+    known = [count for count in cases.values() if count is not None]
+    return sum(known) if len(known) == len(cases) else None
 
 
 def _added(sums: Sequence[Arrays]) -> Arrays:
@@ -495,4 +473,5 @@ def _chosen(engine: Engine, committed: Committed) -> Committed:
 
 def open_engine(plan: Plan, grid: Grid, checkpoints: Checkpoints, events: Events, link: Link) -> Engine:
     """Everything a run of `plan` needs."""
-    return Engine(plan, grid, strategy_of(plan), checkpoints, events, link)
+    secure = SecureSums(link.signer()) if plan.secured else None
+    return Engine(plan, grid, strategy_of(plan), checkpoints, events, link, secure)

@@ -27,7 +27,6 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError
 
-from locum.common import build
 from locum.common.blobs import SHA256
 from locum.common.durable import replace_file
 from locum.common.errors import LocumError
@@ -35,6 +34,7 @@ from locum.common.messages import BLOB_THRESHOLD, INLINE, Arrays, Carrier, Field
 from locum.common.plan import Plan
 from locum.common.proto import locum_pb2 as pb
 from locum.common.proto import locum_pb2_grpc as rpc
+from locum.common.sums import metric_lengths
 from locum.common.tensor_files import Mapped, Sendable, map_tensors, write_tensors
 from locum.server.gateway.hints import HEADER
 from locum.server.gateway.live import read_live
@@ -42,6 +42,7 @@ from locum.server.home import Home, ServerConfig
 from locum.server.records import Events
 from locum.server.registry import Registry, RegistryError
 from locum.server.runs import Run
+from locum.server.signer import Signer, signer_of
 from locum.server.superlink import wait_for_objects
 
 log = logging.getLogger("locum.server")
@@ -124,6 +125,10 @@ class Wire:
         """The sites that are asked: those that have approved the plan, and were not left out of the run."""
         return set(self._registry.approvals(self._plan.digest)) - set(self._run.created.without)
 
+    def signer(self) -> Signer:
+        """The federation's log key and authority."""
+        return signer_of(self._home, self._run.id)
+
     # --- tensors
 
     def outgoing(self, model: Arrays) -> Carrier:
@@ -132,7 +137,7 @@ class Wire:
         down, limit = self._spool / "down", self._spool / "limit.json"
         down.mkdir(parents=True, exist_ok=True)
         if not limit.exists():
-            most = max(size, _bytes_of_sums(self._plan)) + _HEADER_ROOM
+            most = max(size * self._plan.protection.ring // 32, 2 * _bytes_of_sums(self._plan)) + _HEADER_ROOM
             replace_file(limit, json.dumps({"upload_bytes": most, "plan": self._plan.digest}).encode())
         return INLINE if size <= BLOB_THRESHOLD else Outgoing(down)
 
@@ -215,7 +220,7 @@ class Wire:
 
 def _bytes_of_sums(plan: Plan) -> int:
     """Of the metric sums that a site sends for one fold."""
-    return 8 * sum(build.metric_of(name).length(len(plan.contract.classes)) for name in plan.released_metrics)
+    return 8 * sum(metric_lengths(plan).values())
 
 
 def _heard(live: Path) -> dict[str, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -51,28 +52,36 @@ def _begin(folder: Path, plan: bytes) -> None:
         commit_initial(of, checkpoints)
 
 
-def found_federation(folder: Path) -> Authority:
+@dataclass(frozen=True)
+class Federation:
+    """Who signs for a simulation: its authority, and the key that verifies what the coordinator signs."""
+
+    authority: Authority
+    log: PublicKey
+
+
+def found_federation(folder: Path) -> Federation:
     """A new authority in a run's folder, for as long as this process runs: who resumes the run sets up anew."""
     home = Home(folder)
     shutil.rmtree(home.authority, ignore_errors=True)
     home.authority.mkdir(parents=True, mode=0o700)
-    return found(home, "simulation", _CERTIFICATES, now=utc_now())
+    authority = found(home, "simulation", _CERTIFICATES, now=utc_now())
+    return Federation(authority, certified_key(load_log_certificate(home)))
 
 
-def open_agent(site: Prepared, policy: Policy, authority: Authority, *, cache_bytes: int) -> Agent:
+def open_agent(site: Prepared, policy: Policy, federation: Federation, *, cache_bytes: int) -> Agent:
     """The agent of a prepared site, its worker started, with a certificate of the simulation's own authority."""
     log = site_log(site.folder / "site.log", site.name)
     settings = Settings(site.name, (site.store,), site.folder / "run", cache_bytes=cache_bytes)
     worker = Worker(settings, log)
     worker.start()
-    log_key = certified_key(load_log_certificate(Home(site.folder.parents[1])))
-    return Agent(site.name, policy, worker, log, secure_site(site.folder / "secagg", site.name, authority, log_key))
+    return Agent(site.name, policy, worker, log, secure_site(site.folder / "secagg", site.name, federation))
 
 
-def secure_site(folder: Path, name: str, authority: Authority, log_key: PublicKey) -> SecureSite:
+def secure_site(folder: Path, name: str, federation: Federation) -> SecureSite:
     """A site's part in secure sums: a key of its own, and rounding by the plan's seed."""
-    key = new_key()
-    trust = Trust(authority.federation, authority.certificate, log_key)
+    key, authority = new_key(), federation.authority
+    trust = Trust(authority.federation, authority.certificate, federation.log)
     credentials = Credentials(name, key, authority.issue_site(name, key.public_key()), trust)
     return SecureSite(folder, lambda: credentials, utc_now, seeded)
 

@@ -151,8 +151,8 @@ def _told(site: Prepared) -> str:
 
 @contextmanager
 def _agents(folder: Path, prepared: Sequence[Prepared]) -> Iterator[dict[str, Agent]]:
-    share, authority = _CACHE_BYTES // len(prepared), found_federation(folder)
-    agents = {site.name: open_agent(site, Policy(), authority, cache_bytes=share) for site in prepared}
+    share, federation = _CACHE_BYTES // len(prepared), found_federation(folder)
+    agents = {site.name: open_agent(site, Policy(), federation, cache_bytes=share) for site in prepared}
     try:
         yield agents
     finally:

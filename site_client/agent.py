@@ -28,6 +28,7 @@ from locum.common.messages import (
     EVALUATE,
     INLINE,
     KEYS,
+    LOCAL,
     PAIRS,
     TRAIN,
     UNMASK,
@@ -55,8 +56,6 @@ from locum.site_client.secure import SecureSite
 from locum.site_client.worker import Worker
 
 T = TypeVar("T", KeysTask, PairsTask, BeginTask)
-#: The name of a run within one process.
-LOCAL = "local"
 
 
 def _nobody(_activity: Activity, _round: int) -> None:

@@ -13,8 +13,8 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -182,7 +182,9 @@ class SecureSite:
         self.vault.keep(run, spent)
         return tensors, lambda body: site.header(spent, context, body, we.key)
 
-    def unmask(self, run: str, plan: Plan, task: UnmaskTask, tensors: Arrays, least: int) -> tuple[UnmaskResult, Arrays]:
+    def unmask(
+        self, run: str, plan: Plan, task: UnmaskTask, tensors: Arrays, least: int
+    ) -> tuple[UnmaskResult, Arrays]:
         """This site's shares of the survivors' seeds."""
         we, vault = self.credentials(), self.vault
         with _refusals():
@@ -217,4 +219,3 @@ def _refusals() -> Iterator[None]:
         yield
     except SecureRefusal as refusal:
         raise SiteFailure(Code.SECURE_SUM_REFUSED, str(refusal)) from refusal
-

@@ -155,8 +155,12 @@ class Context(Statement):
 
     @property
     def sum(self) -> str:
-        """Which sum of the run it is, whatever the set-up: a site lets it be unmasked for one set of survivors."""
-        return f"{self.purpose} {self.round} {self.attempt}"
+        """Which sum of the run it is, whatever the set-up: a site lets it be unmasked for one set of survivors.
+
+        A round that is tried again trains on other draws and is another sum; the metrics of a model are the same ones
+        however often they are asked for.
+        """
+        return f"train {self.round} {self.attempt}" if self.purpose == "train" else f"{self.purpose} {self.model}"
 
 
 class Header(Statement):

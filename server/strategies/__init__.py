@@ -15,7 +15,13 @@ from locum.common.build import Model, resolve
 from locum.common.messages import Arrays
 from locum.common.plan import Plan
 
-Totals = dict[str, NDArray[np.float64]]
+
+class Totals(Protocol):
+    """Σ wᵢ·Δᵢ in float64, by tensor; each can be taken once."""
+
+    def pop(self, name: str, /) -> NDArray[np.float64]:
+        """The sum of one tensor."""
+        ...
 
 
 class Strategy(Protocol):

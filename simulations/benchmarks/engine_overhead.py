@@ -25,11 +25,13 @@ from locum.common.fab import build_bundle
 from locum.common.messages import Tensors
 from locum.common.plan import Plan, parse_plan
 from locum.server.checkpoints import Checkpoints
+from locum.server.home import Home
 from locum.server.link import Direct
 from locum.server.records import Events
 from locum.server.rounds import open_engine, run
 from locum.simulations.benchmarks.rows import Row
 from locum.simulations.engines.local import LocalGrid
+from locum.simulations.institutions import found_federation, secure_site
 from locum.site_client.agent import Agent
 from locum.site_client.gate import Policy
 
@@ -99,15 +101,17 @@ def _engine(plan: Plan, model: Mapping[str, Any], folder: Path) -> Iterator[Any]
         "able": True,
         "reason": "",
     }
-    log = logging.getLogger("locum.benchmark")
+    log, authority = logging.getLogger("locum.benchmark"), found_federation(folder)
+    names = {node: f"site-{node}" for node in range(2, 2 + _SITES)}
+    secure = {node: secure_site(folder / name, name, authority) for node, name in names.items()}
     agents = {
-        node: Agent(f"site-{node}", Policy(), _IdleWorker(description), log)  # type: ignore[arg-type]
-        for node in range(2, 2 + _SITES)
+        node: Agent(name, Policy(), _IdleWorker(description), log, secure[node])  # type: ignore[arg-type]
+        for node, name in names.items()
     }
     grid = LocalGrid(agents, build_bundle(plan), 2)
     events = Events(folder / "events.jsonl")
     try:
-        yield open_engine(plan, grid, Checkpoints(folder / "checkpoints", plan), events, Direct())
+        yield open_engine(plan, grid, Checkpoints(folder / "checkpoints", plan), events, Direct(Home(folder)))
     finally:
         events.close()
         grid.close()

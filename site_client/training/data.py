@@ -198,9 +198,7 @@ def steps_of(plan: Plan, cases: int) -> int:
     return (training.local_epochs or 1) * -(-cases // training.batch_size)
 
 
-def training_loader(
-    plan: Plan, data: CacheDataset, *, site: str, round_number: int, attempt: int = 1
-) -> DataLoader:
+def training_loader(plan: Plan, data: CacheDataset, *, site: str, round_number: int, attempt: int = 1) -> DataLoader:
     """The batches of one round; the same (plan, data, site, round, attempt) gives the same batches.
 
     Each of the round's steps has a full batch, or all cases where a site has fewer.

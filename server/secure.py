@@ -1,0 +1,590 @@
+"""Secure sums at the coordinator: a set-up once in a while, and two exchanges a sum. Read `gathered` first.
+
+    set up:   keys of every site → the signed roster → a secret of each pair, which the coordinator cannot read
+    a sum:    the sealed model goes out → masked uploads are folded as they come → who gave is told to those who gave
+              → their shares unmask the sum, and nothing else
+
+Rules:
+  * A site that is lost before it gives is left out. One that is lost after it gave is in the sum, as long as t sites
+    of the roster answer.
+  * A sum that cannot be unmasked, or fails its check, is void. It is never tried over fewer sites: the round trains
+    again.
+  * Sites that are not in the roster are asked for keys again after 1, 2, 4, … rounds; a site that has lost its keys at
+    once.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from cryptography import x509
+from flwr.app import Message, RecordDict
+from numpy.typing import NDArray
+
+from locum.common.canonical import sha256_hex
+from locum.common.errors import Code
+from locum.common.identity import base64url, certified_key, utc_now
+from locum.common.messages import (
+    BEGIN,
+    EVALUATE,
+    INLINE,
+    KEYS,
+    PAIRS,
+    TRAIN,
+    UNMASK,
+    Arrays,
+    BeginResult,
+    BeginTask,
+    EvaluateTask,
+    Fields,
+    Header,
+    KeysResult,
+    KeysTask,
+    MaskedResult,
+    PairsResult,
+    PairsTask,
+    Secured,
+    TrainTask,
+    UnmaskResult,
+    UnmaskTask,
+    assemble,
+    body_of,
+    pack,
+)
+from locum.common.plan import Plan
+from locum.common.secagg import LEAST_SITES, MOST_SITES, keys
+from locum.common.secagg.aggregator import SecureSum, open_roster
+from locum.common.secagg.model import mixed
+from locum.common.secagg.ring import Ring, read_scalars
+from locum.common.secagg.roster import (
+    Context,
+    Pair,
+    Purpose,
+    RunKeys,
+    SecureRefusal,
+    member_keys,
+    member_of,
+    sign,
+    verified,
+)
+from locum.common.secagg.roster import Roster as SignedRoster
+from locum.common.secagg.site import model_purpose
+from locum.common.secagg.upload import TOLD, Layout
+from locum.common.sums import CASES, LOSS, MOST_SUM, WEIGHT, metric_lengths, metrics_layout, training_layout, weight_cap
+from locum.common.tensor_files import Mapped
+from locum.server.admission import Refused, read
+from locum.server.asking import (
+    Engine,
+    Gathered,
+    Measured,
+    Roster,
+    Told,
+    addressed,
+    away_of,
+    exchange,
+    unanswered,
+)
+from locum.server.checkpoints import Committed
+from locum.server.records import SecureRecord
+from locum.server.signer import Signer
+
+_BLOCK = 1 << 16
+#: What rounding and floating point may add to a norm.
+_SLACK = 1e-6
+
+
+@dataclass(frozen=True)
+class _Party:
+    """A site's part in a set-up: its certificate (PEM and parsed), the envelope of its run keys, and these."""
+
+    pem: str
+    certificate: x509.Certificate
+    envelope: str
+    keys: RunKeys
+
+
+@dataclass
+class Session:
+    """What holds from one set-up to the next.
+
+    Attributes:
+        roster: the signed sites.
+        parties: by site, what it announced.
+        private: the key to which answers are sealed; it is in this process only.
+        outside: the run's sites that are not in the roster, and why.
+    """
+
+    roster: SignedRoster
+    parties: Mapping[str, _Party]
+    private: bytes = field(repr=False)
+    outside: Mapping[str, Refused]
+    step: int = 0
+    forgotten: bool = False
+    _sealed: tuple[str, Fields, dict[str, str]] | None = None
+
+    def next(self, purpose: Purpose, number: int, attempt: int, model: Mapped) -> Context:
+        """The context of one more sum."""
+        self.step += 1
+        return Context(
+            roster=self.roster.digest,
+            step=self.step,
+            purpose=purpose,
+            round=number,
+            attempt=attempt,
+            model=model.sha256,
+        )
+
+    def sealed(self, engine: Engine, model: Mapped) -> tuple[Fields, dict[str, str]]:
+        """The fields that carry the model, encrypted, and by site its content key; made once for each model."""
+        if self._sealed is None or self._sealed[0] != model.sha256:
+            key, purpose = secrets.token_bytes(keys.KEY_BYTES), model_purpose(self.roster, model.sha256)
+            fields = engine.link.outgoing(model).stow(mixed(model, key))
+            sealed = {
+                site: base64url(keys.seal(party.keys.models, purpose, key)) for site, party in self.parties.items()
+            }
+            self._sealed = model.sha256, fields, sealed
+        return self._sealed[1], self._sealed[2]
+
+
+class SecureSums:
+    """The coordinator's part in the secure sums of a run."""
+
+    def __init__(self, signer: Signer) -> None:
+        self._signer = signer
+        self._session: Session | None = None
+        self._patience = 0  # sums until sites outside are asked again, and how many that will be the next time
+        self._next_patience = 1
+
+    def gathered(self, engine: Engine, roster: Roster, committed: Committed, attempt: int) -> Gathered:
+        """Sends the model, folds masked updates, and unmasks their sum."""
+        number, plan, model = committed.round + 1, engine.plan, _mapped(committed.model)
+        session = self._ready(engine, roster, number)
+        if not isinstance(session, Session):
+            return Gathered(None, 0.0, None, {}, session, "too few sites have set up keys")
+        size = sum(tensor.size for tensor in model.values())
+        layout = training_layout(plan, session.roster, size)
+        asked = self._opened(engine, roster, session, session.next("train", number, attempt, model), layout)
+        asked.collect(TRAIN, TrainTask(plan_digest=plan.digest, round=number, secured=asked.secured(model)), model)
+        void = asked.unmask() or _bad_update(asked.total, plan)
+        told = {site: Told(loss=header.loss, weight=_weight(plan, header)) for site, (header, _) in asked.told.items()}
+        if void:
+            return Gathered(None, 0.0, None, told, asked.missing(void), void)
+        sums, cap = asked.sums(), weight_cap(plan)
+        weight = float(sums[WEIGHT][0])
+        loss = float(sums[LOSS][0]) / weight if LOSS in sums else None
+        totals = RingTotals(asked.total.update, layout.ring, model, scale=cap)
+        return Gathered(totals, weight * cap, loss, told, asked.refused, secured=_record(asked.total))
+
+    def measured(self, engine: Engine, roster: Roster, model: Arrays, task: EvaluateTask) -> Measured:
+        """Sends the model, folds masked metric sums, and unmasks their sum."""
+        of, plan = _mapped(model), engine.plan
+        session = self._ready(engine, roster, task.round)
+        if not isinstance(session, Session):
+            excluded = {site: refused.reason for site, refused in session.items()}
+            return Measured({}, {}, {}, None, excluded, tuple(sorted(excluded)))
+        context, layout = session.next(task.fold, task.round, 1, of), metrics_layout(plan, session.roster)
+        asked = self._opened(engine, roster, session, context, layout)
+        asked.collect(EVALUATE, task.model_copy(update={"secured": asked.secured(of)}), of)
+        void = asked.unmask() or _bad_metrics(asked)
+        if void:
+            engine.events.emit("void", round=task.round, attempt=1, admitted=len(asked.told), reason=void)
+            excluded = {site: refused.reason for site, refused in asked.missing(void).items()}
+            return Measured({}, {}, {}, None, excluded, asked.silent)
+        sums = asked.sums()
+        count = sums.pop(CASES, None)
+        return Measured(
+            sums=sums,
+            per_site={site: told for site, (_, told) in asked.told.items() if told},
+            cases={site: header.cases for site, (header, _) in asked.told.items()},
+            total=None if count is None else round(float(count[0])),
+            excluded={site: refused.reason for site, refused in asked.refused.items()},
+            silent=asked.silent,
+        )
+
+    def _opened(self, engine: Engine, roster: Roster, session: Session, context: Context, layout: Layout) -> _Asked:
+        certificates = {site: party.certificate for site, party in session.parties.items()}
+        total = SecureSum(context, layout, certificates, session.private)
+        return _Asked(engine, roster, session, total, sign(context, self._signer.key))
+
+    # --- set-up
+
+    def _ready(self, engine: Engine, roster: Roster, number: int) -> Session | dict[str, Refused]:
+        """The session that holds, or a new one where sites have lost their keys or are to be taken in."""
+        session = self._session
+        if session is not None and not session.forgotten and not self._is_time(engine, session):
+            return session
+        found = self._set_up(engine, roster, number)
+        if isinstance(found, Session):
+            self._session = found
+            engine.events.emit(
+                "keys",
+                sites=list(found.parties),
+                threshold=found.roster.threshold,
+                roster=found.roster.digest,
+                excluded={site: refused.reason for site, refused in found.outside.items()},
+            )
+            self._patience = self._next_patience
+        else:
+            self._session = None
+        return found
+
+    def _is_time(self, engine: Engine, session: Session) -> bool:
+        """Whether sites outside the roster, which are there, are asked for keys again."""
+        there = set(session.outside) - set(engine.link.away(session.outside))
+        if not there:
+            return False
+        self._patience -= 1
+        if self._patience >= 0:
+            return False
+        self._next_patience = 2 * self._next_patience
+        return True
+
+    def _set_up(self, engine: Engine, roster: Roster, number: int) -> Session | dict[str, Refused]:
+        """Keys, roster, pairs; what a site fails at leaves it out, and the others begin anew without it."""
+        outside = away_of(engine, roster, number)
+        least = max(LEAST_SITES, engine.plan.participation.quorum)
+        while True:
+            steps = _SetUp(engine, roster, self._signer, str(number))
+            parties = steps.keys([site for site in roster.nodes if site not in outside][:MOST_SITES])
+            if len(parties) < least:
+                return {**outside, **steps.refused, **_alone(parties, least)}
+            found = steps.roster(parties)
+            if not steps.refused.keys() & parties.keys():
+                return Session(found, parties, steps.private, {**outside, **steps.refused})
+            outside |= steps.refused
+
+
+def _alone(parties: Collection[str], least: int) -> dict[str, Refused]:
+    return {site: Refused(f"{len(parties)} sites have set up keys, {least} are needed") for site in parties}
+
+
+@dataclass
+class _SetUp:
+    """One try at a set-up."""
+
+    engine: Engine
+    sites: Roster
+    signer: Signer
+    group: str
+    private: bytes = field(default_factory=keys.new_private, repr=False)
+    refused: dict[str, Refused] = field(default_factory=dict)
+
+    def keys(self, sites: Collection[str]) -> dict[str, _Party]:
+        """Each site's keys, ascending by name."""
+        content = pack(KeysTask(plan_digest=self.engine.plan.digest, run=self.signer.run))
+        found: dict[str, _Party] = {}
+        for site, header in self._asked(KEYS, dict.fromkeys(sites, content), KeysResult):
+            with _Blame(self, site):
+                found[site] = self._party(site, header)
+        return dict(sorted(found.items()))
+
+    def _party(self, site: str, header: KeysResult) -> _Party:
+        certificate = self.signer.trust.site(site, header.certificate, utc_now())
+        plan = self.engine.plan.digest
+        announced = member_keys(header.keys, certificate, site=site, run=self.signer.run, plan=plan)
+        return _Party(header.certificate, certificate, header.keys, announced)
+
+    def roster(self, parties: Mapping[str, _Party]) -> SignedRoster:
+        """The signed roster, once every site of it has said that it is ready; `refused` names those that are not."""
+        plan = self.engine.plan.digest
+        members = {site: member_of(site, party.certificate, party.envelope) for site, party in parties.items()}
+        public = keys.public_of(self.private)
+        roster, envelope = open_roster(members, run=self.signer.run, plan=plan, answers=public, key=self.signer.key)
+        task = PairsTask(
+            plan_digest=plan,
+            run=self.signer.run,
+            roster=envelope,
+            keys={site: party.envelope for site, party in parties.items()},
+            certificates={site: party.pem for site, party in parties.items()},
+        )
+        pairs: dict[str, Mapping[str, str]] = {}
+        for site, header in self._asked(PAIRS, dict.fromkeys(parties, pack(task)), PairsResult):
+            with _Blame(self, site):
+                pairs[site] = _checked_pairs(roster, parties, site, header.pairs)
+        if set(pairs) == set(parties):
+            self._begin(roster, pairs)
+        return roster
+
+    def _begin(self, roster: SignedRoster, pairs: Mapping[str, Mapping[str, str]]) -> None:
+        contents = {
+            site: pack(
+                BeginTask(
+                    plan_digest=self.engine.plan.digest,
+                    run=self.signer.run,
+                    pairs={peer: pairs[peer][site] for peer in pairs if peer != site},
+                )
+            )
+            for site in pairs
+        }
+        for site, header in self._asked(BEGIN, contents, BeginResult):
+            if header.roster != roster.digest:
+                self.refused[site] = Refused("it is ready for another roster")
+
+    def _asked(self, kind: str, contents: Mapping[str, RecordDict], result: type[Any]) -> Iterator[tuple[str, Any]]:
+        """The readable answers; who gives none is refused."""
+        answered: set[str] = set()
+        outgoing = addressed(self.engine, self.sites, contents)
+        for site, reply in exchange(self.engine, kind, outgoing, group=self.group):
+            answered.add(site)
+            answer = read(reply, result, self.engine.plan)
+            if isinstance(answer, Refused):
+                self.refused[site] = answer
+            else:
+                yield site, answer[0]
+        self.refused |= unanswered(self.engine, [site for site in contents if site not in answered])
+
+
+@dataclass(frozen=True)
+class _Blame:
+    """A context in which a refusal of the protocol is a site's."""
+
+    steps: _SetUp
+    site: str
+
+    def __enter__(self) -> None:
+        """Nothing is prepared."""
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
+        if isinstance(error, SecureRefusal):
+            self.steps.refused[self.site] = Refused(str(error), Code.SECURE_SUM_REFUSED)
+            return True
+        return False
+
+
+def _checked_pairs(
+    roster: SignedRoster, parties: Mapping[str, _Party], site: str, pairs: Mapping[str, str]
+) -> Mapping[str, str]:
+    """A site's halves of secrets, one for each peer; raises SecureRefusal."""
+    if set(pairs) != set(parties) - {site}:
+        raise SecureRefusal("there is not one half of a secret for each peer")
+    key = certified_key(parties[site].certificate)
+    for peer, envelope in pairs.items():
+        pair = verified(envelope, Pair, key)
+        if (pair.roster, pair.sender, pair.receiver) != (roster.digest, site, peer):
+            raise SecureRefusal("a half of a secret is of another set-up")
+    return pairs
+
+
+# --- a sum
+
+
+@dataclass
+class _Asked:
+    """One sum on its way: what was asked of whom, and what has come of it.
+
+    Attributes:
+        context: the signed envelope of the sum's context.
+        told: by site in the sum, what it tells of itself: its header, and its own metric sums.
+        refused: by site that is not in the sum, why.
+        answered: the sites that have answered the first exchange.
+    """
+
+    engine: Engine
+    sites: Roster
+    session: Session
+    total: SecureSum
+    context: str
+    told: dict[str, tuple[MaskedResult, Arrays]] = field(default_factory=dict)
+    refused: dict[str, Refused] = field(default_factory=dict)
+    answered: set[str] = field(default_factory=set)
+
+    @property
+    def silent(self) -> tuple[str, ...]:
+        """The sites that did not answer."""
+        return tuple(site for site in self.sites.nodes if site not in self.answered)
+
+    def secured(self, model: Mapped) -> Secured:
+        """What makes a task one of this sum."""
+        return Secured(context=self.context, keys=self.session.sealed(self.engine, model)[1])
+
+    def sums(self) -> dict[str, NDArray[np.float64]]:
+        """The scalars of the unmasked sum."""
+        return read_scalars(self.total.layout.lane, self.total.scalars, len(self.session.roster.members))
+
+    def missing(self, void: str) -> dict[str, Refused]:
+        """Why each site is not in a sum that is void."""
+        return {**dict.fromkeys(self.told, Refused(void, Code.SECURE_SUM_REFUSED)), **self.refused}
+
+    def collect(self, kind: str, task: Header, model: Mapped) -> None:
+        """The first exchange: the model out, masked uploads in."""
+        engine, number = self.engine, self.total.context.round
+        content = assemble(task, self.session.sealed(engine, model)[0])
+        away = away_of(engine, self.sites, number)
+        self.refused = {**self.session.outside, **away}
+        contents = {site: content for site in self.session.parties if site not in away}
+        for site, reply in exchange(engine, kind, addressed(engine, self.sites, contents), group=str(number)):
+            self.answered.add(site)
+            self._take(site, _admitted(engine, self.total, site, reply))
+            engine.link.taken(site)
+        self.refused |= unanswered(engine, [site for site in contents if site not in self.answered])
+
+    def _take(self, site: str, admitted: tuple[MaskedResult, Arrays] | Refused) -> None:
+        number, events = self.total.context.round, self.engine.events
+        if isinstance(admitted, Refused):
+            self.refused[site] = admitted
+            self.session.forgotten |= admitted.code is Code.SETUP_UNKNOWN
+            events.emit("refused", round=number, site=site, reason=admitted.reason)
+        else:
+            self.told[site] = admitted
+            events.emit("update", round=number, site=site, loss=admitted[0].loss)
+
+    def unmask(self) -> str:
+        """The second exchange: who gave is told to those who gave, and their shares unmask the sum; why it cannot."""
+        engine, total, survivors = self.engine, self.total, self.total.survivors
+        least = max(self.session.roster.threshold, engine.plan.participation.quorum)
+        if len(survivors) < least:
+            return f"{len(survivors)} sites gave to the sum, and {least} must"
+        task = UnmaskTask(plan_digest=engine.plan.digest, context=self.context, uploads=total.headers)
+        contents = {site: pack(task, {"boxes": total.boxes_for(site)}) for site in survivors}
+        number, reasons = total.context.round, dict.fromkeys(survivors, "no answer by the deadline")
+        for site, reply in exchange(engine, UNMASK, addressed(engine, self.sites, contents), group=str(number)):
+            reasons[site] = _taken(total, engine.plan, site, reply)
+            if reasons[site]:
+                engine.events.emit("refused", round=number, site=site, reason=reasons[site])
+            elif total.enough and self._is_open(reasons, site):
+                return ""
+        told = "".join(f"\n  {site}: {reason}" for site, reason in sorted(reasons.items()) if reason)
+        threshold = self.session.roster.threshold
+        return f"the sum of {len(survivors)} sites could not be unmasked: {threshold} must answer{told}"
+
+    def _is_open(self, reasons: dict[str, str], site: str) -> bool:
+        """Whether the shares that are here unmask the sum."""
+        try:
+            liars = self.total.unmask(LEAST_SITES)
+        except SecureRefusal as refusal:
+            reasons[site] = str(refusal)
+            return False
+        for liar in liars:
+            reason = "its shares were not those that were sealed to it"
+            self.engine.events.emit("refused", round=self.total.context.round, site=liar, reason=reason)
+        return True
+
+
+def _admitted(
+    engine: Engine, total: SecureSum, site: str, reply: Message | None
+) -> tuple[MaskedResult, Arrays] | Refused:
+    """A masked upload that was folded in, with what the site tells of itself; or why not."""
+    plan = engine.plan
+    answer = read(reply, MaskedResult, plan, engine.link.incoming(site))
+    if isinstance(answer, Refused) or reply is None:
+        return answer if isinstance(answer, Refused) else Refused("no reply")
+    header, tensors = answer
+    told = {name.removeprefix(TOLD): array for name, array in tensors.items() if name.startswith(TOLD)}
+    reason = _beyond_release(plan, total, header, told)
+    if reason:
+        return Refused(reason, Code.MESSAGE_UNREADABLE)
+    try:
+        total.fold(site, header.upload, body_of(reply.content), tensors)
+    except SecureRefusal as refusal:
+        return Refused(str(refusal), Code.SECURE_SUM_REFUSED)
+    return header, {name: np.array(array) for name, array in told.items()}
+
+
+def _beyond_release(plan: Plan, total: SecureSum, header: MaskedResult, told: Arrays) -> str:
+    """Why what a site tells of itself beside its upload is not what the plan releases; empty if it is."""
+    lengths = metric_lengths(plan) if total.context.purpose != "train" and plan.tells("metrics") else {}
+    if (header.loss is not None and not plan.tells("training_loss")) or (
+        header.cases is not None and not plan.tells("case_counts")
+    ):
+        return "it tells more of itself than the plan releases"
+    for name, array in told.items():
+        if array.dtype != np.float64 or array.shape != (lengths.get(name, -1),):
+            return "it tells metrics that the plan does not release"
+        if not ((array >= 0) & (array <= MOST_SUM)).all():
+            return f"a metric's sums are not numbers from 0 to {MOST_SUM:g}"
+    return ""
+
+
+def _weight(plan: Plan, header: MaskedResult) -> float | None:
+    """A site's weight, if it tells its number of cases."""
+    if plan.participation.weighting == "equal":
+        return 1.0
+    return None if header.cases is None else min(float(header.cases), plan.admission.weight_cap)
+
+
+def _taken(total: SecureSum, plan: Plan, site: str, reply: Message | None) -> str:
+    """Takes a survivor's shares; why not, or nothing."""
+    answer = read(reply, UnmaskResult, plan, INLINE)
+    if isinstance(answer, Refused):
+        return answer.reason
+    sealed = answer[1].get("sealed")
+    if set(answer[1]) != {"sealed"} or sealed is None or sealed.dtype != np.uint8 or sealed.ndim != 1:
+        return "its answer is not sealed shares"
+    try:
+        total.take(site, sealed.tobytes())
+    except SecureRefusal as refusal:
+        return str(refusal)
+    return ""
+
+
+# --- the sum
+
+
+class RingTotals:
+    """Σ wᵢ·Δᵢ of an unmasked sum, read tensor by tensor when it is taken."""
+
+    def __init__(self, total: NDArray[Any], ring: Ring, model: Arrays, *, scale: float) -> None:
+        self._total, self._ring, self._scale = total, ring, scale
+        self._places, start = {}, 0
+        for name in sorted(model):
+            self._places[name] = slice(start, start + model[name].size), model[name].shape
+            start += model[name].size
+
+    def pop(self, name: str, /) -> NDArray[np.float64]:
+        """The sum of one tensor."""
+        place, shape = self._places.pop(name)
+        found = self._ring.read(self._total[place])
+        found *= self._scale
+        return found.reshape(shape)
+
+
+def _bad_metrics(asked: _Asked) -> str:
+    """Why an unmasked sum cannot be one of metrics; empty if it can."""
+    most = MOST_SUM * len(asked.told)
+    bad = any(not ((values >= 0) & (values <= most)).all() for values in asked.sums().values())
+    return "the sum of the metrics failed its check" if bad else ""
+
+
+def _bad_update(total: SecureSum, plan: Plan) -> str:
+    """Why an unmasked sum cannot be one of updates within the plan's bounds; empty if it can."""
+    sites = len(total.layout.roster.members)
+    sums = read_scalars(total.layout.lane, total.scalars, sites)
+    weight, given = float(sums[WEIGHT][0]), len(total.survivors)
+    if not 0 < weight <= given * (1 + _SLACK):
+        return f"the sum failed its check: its weight is {weight:.6g} of at most {given}"
+    if LOSS in sums and not math.isfinite(float(sums[LOSS][0])):
+        return "the sum failed its check: its loss is not finite"
+    ring = total.layout.ring
+    norm = math.sqrt(sum(map(_squares, (ring.read(total.update[piece]) for piece in _blocks(total.update.size)))))
+    # Each ‖wᵢ·Δᵢ‖ is at most wᵢ·C; rounding adds less than a step to each coordinate of each site.
+    most = plan.admission.norm_bound * weight * (1 + _SLACK) + given * math.sqrt(total.update.size) / ring.scale
+    return "" if norm <= most else f"the sum failed its check: its norm is {norm:.4g}, and {most:.4g} is the most"
+
+
+def _blocks(size: int) -> Iterator[slice]:
+    return (slice(start, start + _BLOCK) for start in range(0, size, _BLOCK))
+
+
+def _squares(values: NDArray[np.float64]) -> float:
+    return float(np.square(values, out=values).sum())
+
+
+def _record(total: SecureSum) -> SecureRecord:
+    return SecureRecord(
+        roster=total.context.roster,
+        context=total.context.digest,
+        threshold=total.layout.roster.threshold,
+        uploads={site: sha256_hex(header.encode()) for site, header in total.headers.items()},
+    )
+
+
+def _mapped(model: Arrays) -> Mapped:
+    """A committed model, which lies in a file and has its digest."""
+    if not isinstance(model, Mapped):
+        raise TypeError("only a committed model goes out sealed")
+    return model
