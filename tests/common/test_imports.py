@@ -83,6 +83,7 @@ _ADAPTERS = {
     "server/gateway/fleet.py",
     "server/superlink.py",
     "simulations/engines/local.py",
+    "simulations/benchmarks/flower_secagg.py",
 }
 
 
