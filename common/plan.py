@@ -180,7 +180,7 @@ class Admission(_Strict):
     """The bounds that an update must keep to be folded in."""
 
     norm_bound: float = Field(1000.0, gt=0)
-    weight_cap: float = Field(100_000.0, gt=0)
+    weight_cap: float = Field(10_000.0, gt=0)
 
 
 class DifferentialPrivacy(_Strict):
@@ -197,7 +197,7 @@ class Protection(_Strict):
     `ring` is how many bits a coordinate of an update has in a secure sum.
     """
 
-    secure_aggregation: Literal["off", "required"] = "off"
+    secure_aggregation: Literal["off", "required"] = "required"
     ring: Literal[32, 64] = 32
     differential_privacy: DifferentialPrivacy | None = None
 

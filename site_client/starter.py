@@ -17,7 +17,8 @@ stores: [store]
 #policy:
 #  tasks: [classification, segmentation]
 #  most_rounds: 100
-#  least_sites: 3
+#  min_sites: 5
+#  require_secure_aggregation: true
 #  hours: ["20:00-06:00"]
 #  stewards: 2
 #  release_training_loss: false

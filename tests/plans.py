@@ -27,6 +27,7 @@ CLASSIFY: dict[str, Any] = {
     "training": {"input_size": [16, 16, 8], "batch_size": 4, "local_steps": 2},
     "rounds": 2,
     "participation": {"quorum": 2, "deadline": "60 s"},
+    "protection": {"secure_aggregation": "off"},
     "evaluation": {"metrics": ["AUC", "accuracy"]},
 }
 
@@ -49,6 +50,11 @@ def with_changes(base: dict[str, Any], **changes: Any) -> dict[str, Any]:
 def plan(**changes: Any) -> Plan:
     """The classification plan with changes."""
     return parse_plan(json.dumps(with_changes(CLASSIFY, **changes)).encode())
+
+
+def secured(**changes: Any) -> Plan:
+    """The classification plan with secure aggregation."""
+    return plan(**{"protection__secure_aggregation": "required", "participation__quorum": 3, **changes})
 
 
 def initial(of: Plan) -> Model:

@@ -47,6 +47,7 @@ optimiser: {name: SGD, lr: 0.1}
 training: {input_size: [32, 32], local_steps: 1}
 rounds: 40
 participation: {quorum: 8, deadline: 60 s}
+protection: {secure_aggregation: "off"}
 evaluation: {metrics: [accuracy], every_rounds: 40}
 """
 

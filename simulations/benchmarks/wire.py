@@ -48,6 +48,7 @@ optimiser: {{name: SGD, lr: 0.1}}
 training: {{input_size: [32, 32], local_steps: 1}}
 rounds: {rounds}
 participation: {{quorum: {sites}, deadline: 10 min}}
+protection: {{secure_aggregation: "{protection}"}}
 evaluation: {{metrics: [accuracy], every_rounds: {rounds}}}
 """
 
@@ -120,7 +121,7 @@ class Measured:
     idle: float
 
 
-def rounds(folder: Path, *, sites: int, megabytes: float, count: int) -> Measured:
+def rounds(folder: Path, *, sites: int, megabytes: float, count: int, secure: bool = True) -> Measured:
     """Runs `count` rounds of a model of about `megabytes` at `sites` idle sites.
 
     Args:
@@ -128,8 +129,11 @@ def rounds(folder: Path, *, sites: int, megabytes: float, count: int) -> Measure
         sites: how many agents.
         megabytes: one of the sizes of the table above.
         count: rounds, the first of which is not counted.
+        secure: whether the sums are secure ones.
     """
-    plan = parse_plan(_PLAN.format(channels=[_WIDTHS[megabytes]] * 5, rounds=count, sites=sites).encode())
+    protection = "required" if secure else "off"
+    channels = [_WIDTHS[megabytes]] * 5
+    plan = parse_plan(_PLAN.format(channels=channels, rounds=count, sites=sites, protection=protection).encode())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.yaml").write_text(plan.to_yaml())
     _describe(folder)
