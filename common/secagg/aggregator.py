@@ -42,7 +42,8 @@ from locum.common.tensor_files import Arrays, forget_part
 
 #: Sets of answers that are tried until one makes seeds that are those committed to.
 _MOST_TRIES = 256
-_ELEMENTS = 1 << 16
+#: Elements that are added at once: few calls to give pages back, and still little memory.
+_ELEMENTS = 1 << 20
 
 
 def open_roster(

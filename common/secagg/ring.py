@@ -66,13 +66,23 @@ class Ring:
         """Steps per unit: (2^(b−1) − 2) / C."""
         return _largest(self.bits, self.sites) / self.bound
 
-    def write(self, values: NDArray[Any], weight: float, random: NDArray[np.uint32], out: Elements) -> None:
+    def write(
+        self,
+        values: NDArray[Any],
+        weight: float,
+        random: NDArray[np.uint32],
+        out: Elements,
+        scratch: Floats | None = None,
+    ) -> None:
         """Writes weight · values to `out`, rounded by `random` (one uniform 32-bit number each); all of one length.
 
+        `scratch` (2 × that length) spares a caller of many pieces the memory that each would take and give back.
         Whether |weight · value| keeps to the bound is checked by the caller, who has the whole update.
         """
-        scaled = np.multiply(values, weight * self.scale, dtype=np.float64)
-        scaled += np.multiply(random, _RANDOM, dtype=np.float64)
+        scaled, draw = np.empty((2, values.size)) if scratch is None else scratch
+        np.multiply(values, weight * self.scale, out=scaled, dtype=np.float64)
+        np.multiply(random, _RANDOM, out=draw, dtype=np.float64)
+        np.add(scaled, draw, out=scaled)
         out.view(_DTYPES[self.bits][1])[...] = np.floor(scaled, out=scaled)
 
     def read(self, total: Elements) -> Floats:

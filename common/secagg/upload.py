@@ -113,14 +113,15 @@ def _rows(rows: tuple[bytes, ...]) -> NDArray[np.uint8]:
 def _pieces(ring: Ring, given: Given, masking: Masking, rounding: Stream) -> Iterator[NDArray[Any]]:
     """The masked coordinates; each piece lies where the one before it lay."""
     masks = Masks(UPDATE_LANE, add=masking.add, subtract=masking.subtract)
-    random, out = np.empty(CHUNK, np.uint32), np.empty(CHUNK, ring.dtype)
+    random, out, scratch = np.empty(CHUNK, np.uint32), np.empty(CHUNK, ring.dtype), np.empty((2, CHUNK))
     for name in sorted(given.update):
         flat = given.update[name].reshape(-1)
         for start in range(0, flat.size, CHUNK):
             part = flat[start : start + CHUNK]
-            rounding.fill(random[: part.size])
-            ring.write(part, given.weight, random[: part.size], out[: part.size])
+            draws, piece = random[: part.size], out[: part.size]
+            rounding.fill(draws)
+            ring.write(part, given.weight, draws, piece, scratch[:, : part.size])
             forget_part(part)
-            masks.apply(out[: part.size])
-            yield out[: part.size]
+            masks.apply(piece)
+            yield piece
         forget_part(flat)  # once more: the kernel maps pages around each one that is read, also behind it
