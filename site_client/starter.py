@@ -13,7 +13,8 @@ _TEXT = """\
 # Where the images are, once they are ingested: locum site ingest DATA.yaml --store STORE
 stores: [store]
 
-# What this hospital allows; it can only tighten a plan. Left out: no limit of its own.
+# What this hospital allows; it can only tighten a plan. Left out: no limit of its own, but
+# that a secure sum has at least 3 sites.
 #policy:
 #  tasks: [classification, segmentation]
 #  most_rounds: 100

@@ -51,7 +51,8 @@ def test_nothing_is_imported_by_its_folder_name(project: Path) -> None:
 
 
 def test_common_loads_neither_torch_nor_imaging_libraries(project: Path) -> None:
-    modules = [f"locum.common.{path.stem}" for path in (project / "common").glob("*.py") if path.stem != "__init__"]
+    files = [path.relative_to(project).with_suffix("") for path in (project / "common").rglob("*.py")]
+    modules = [".".join(("locum", *file.parts)).removesuffix(".__init__") for file in files]
     code = f"import sys, importlib\nfor name in {modules!r}: importlib.import_module(name)\n"
     code += f"print(sorted({HEAVY!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from locum.common.errors import PlanError
-from locum.common.plan import Plan, load_plan, parse_plan
-from tests.plans import CLASSIFY, plan, with_changes
+from locum.common.plan import Plan, Told, load_plan, parse_plan
+from tests.plans import CLASSIFY, plan, secured, with_changes
 
 
 def _errors(**changes: object) -> str:
@@ -88,7 +88,13 @@ def test_all_errors_of_form_are_told_at_once() -> None:
         ({"transforms__prepare": [{"name": "LoadImaged"}]}, "not on the allow-list"),
         ({"transforms__prepare": [{"name": "Lambdad", "func": "x"}]}, "not on the allow-list"),
         ({"transforms__prepare": [{"name": "ScaleIntensityd", "keys": ["mask"]}]}, "Locum sets 'keys'"),
-        ({"protection": {"secure_aggregation": "required"}}, "cannot aggregate securely yet"),
+        ({"protection__ring": 16}, "Input should be 32 or 64"),
+        ({"protection__secure_aggregation": "required", "participation__quorum": 101}, "has at most 100 sites"),
+        ({"release": {"per_site": ["weights"]}}, "'metrics', 'training_loss' or 'case_counts'"),
+        (
+            {"release": {"per_site": ["training_loss"], "training_loss": False}},
+            "each site is to tell its training_loss, which release.training_loss withholds",
+        ),
         ({"protection": {"differential_privacy": {"epsilon": 1, "delta": 1e-5, "clip": 1}}}, "no differential privacy"),
         ({"release": {"case_counts": False}}, "weights by cases tell the number of cases"),
         (
@@ -148,4 +154,28 @@ def test_the_exported_schema_accepts_what_ships_and_refuses_a_typo(project: Path
 
 
 def test_off_is_a_word_and_not_false() -> None:
-    assert parse_plan(_as_yaml(CLASSIFY) + b"protection:\n  secure_aggregation: off\n").digest == plan().digest
+    silent = _as_yaml(with_changes(CLASSIFY, protection=None))
+    assert parse_plan(silent + b"protection:\n  secure_aggregation: off\n").digest == plan().digest
+
+
+# --- secure sums
+
+
+def test_a_plan_that_says_nothing_of_protection_asks_for_secure_sums() -> None:
+    silent = plan(protection=None)
+    assert silent.secured
+    assert (silent.protection.ring, silent.release.per_site) == (32, ())
+    assert not plan().secured
+
+
+@pytest.mark.parametrize("what", ["metrics", "training_loss", "case_counts"])
+def test_under_secure_aggregation_a_site_tells_of_itself_what_per_site_names_and_nothing_else(what: Told) -> None:
+    assert plan().tells(what)
+    assert not secured().tells(what)
+    assert secured(release={"per_site": [what]}).tells(what)
+    others: list[Told] = [other for other in ("metrics", "training_loss", "case_counts") if other != what]
+    assert not any(secured(release={"per_site": [what]}).tells(other) for other in others)
+
+
+def test_what_a_plan_does_not_release_is_not_told_by_naming_it_per_site() -> None:
+    assert not secured(release={"metrics": [], "per_site": ["metrics"]}).tells("metrics")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from locum.simulations.federations import FederationSpec, federation
-from locum.simulations.institutions import open_agent
+from locum.simulations.institutions import Federation, found_federation, open_agent
 from locum.simulations.preparation import Prepared, prepare_site
 from locum.site_client.agent import Agent
 from locum.site_client.gate import Policy
@@ -51,15 +51,21 @@ def settings(hospitals: dict[str, Prepared], tmp_path: Path) -> Settings:
 
 
 @pytest.fixture(scope="session")
-def agent(hospitals: dict[str, Prepared]) -> Iterator[Agent]:
+def trusted(tmp_path_factory: pytest.TempPathFactory) -> Federation:
+    """Who signs for the agents of these tests."""
+    return found_federation(tmp_path_factory.mktemp("trusted"))
+
+
+@pytest.fixture(scope="session")
+def agent(hospitals: dict[str, Prepared], trusted: Federation) -> Iterator[Agent]:
     """The agent of `north`, with a policy that allows everything; for tests that leave it as they found it."""
-    made = open_agent(hospitals["north"], Policy(), cache_bytes=1 << 28)
+    made = open_agent(hospitals["north"], Policy(), trusted, cache_bytes=1 << 28)
     yield made
     made.worker.stop()
 
 
 @pytest.fixture
-def employ(hospitals: dict[str, Prepared], tmp_path: Path) -> Iterator[Callable[..., Agent]]:
+def employ(hospitals: dict[str, Prepared], trusted: Federation, tmp_path: Path) -> Iterator[Callable[..., Agent]]:
     """Starts agents with real workers; each has a folder of its own for log and local tensors."""
     agents: list[Agent] = []
 
@@ -68,7 +74,7 @@ def employ(hospitals: dict[str, Prepared], tmp_path: Path) -> Iterator[Callable[
         home.mkdir()
         (home / "store").symlink_to(store or hospitals[name].store)
         site = Prepared(name, home, hospitals[name].counts)
-        agents.append(open_agent(site, Policy.model_validate(policy), cache_bytes=1 << 28))
+        agents.append(open_agent(site, Policy.model_validate(policy), trusted, cache_bytes=1 << 28))
         return agents[-1]
 
     yield start

@@ -124,8 +124,10 @@ def test_a_garbled_message_is_unreadable_and_the_agent_goes_on(number: int, agen
     assert describe(agent, of).able
 
 
-@pytest.mark.parametrize("kind", ["query", "query.pictures", "query.outcomes", "train.fit_alone", "evaluate.outcomes"])
-def test_no_message_type_but_the_three_leads_anywhere(kind: str, employ: Callable[..., Agent]) -> None:
+@pytest.mark.parametrize(
+    "kind", ["query", "query.pictures", "query.outcomes", "query.unmasked", "train.fit_alone", "evaluate.outcomes"]
+)
+def test_no_message_type_but_those_of_the_protocol_leads_anywhere(kind: str, employ: Callable[..., Agent]) -> None:
     agent, of = employ(), plan()
     agent.worker.stop()
     assert failure(send(agent, of, training(of, initial(of)), kind))[0] == Code.MESSAGE_UNREADABLE

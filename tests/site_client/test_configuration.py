@@ -31,13 +31,13 @@ def _write(home: Path, text: str) -> Path:
 def test_the_shipped_example_is_a_configuration(project: Path, home: Path) -> None:
     found = read_configuration(_write(home, (project / "configs" / "sites" / "agent.yaml").read_text()))
     assert found.policy.stewards == 2
-    assert found.policy.least_sites == 3
+    assert (found.policy.min_sites, found.rehearsal) == (3, False)
     assert found.stores == (home / "store",)
 
 
 def test_the_shipped_example_has_every_key(project: Path) -> None:
     text = (project / "configs" / "sites" / "agent.yaml").read_text()
-    wanted = {"stores", "proxy", "log_level", *Policy.model_fields}
+    wanted = {"stores", "proxy", "log_level", "rehearsal", *Policy.model_fields}
     wanted |= {"threads", "cpus", "memory_gib", "device", "gpu_memory_fraction", "nice"}
     assert [key for key in sorted(wanted) if f"{key}:" not in text] == []
 
@@ -82,6 +82,11 @@ def test_one_file_serves_ingest_and_agent(home: Path) -> None:
         ("stores: [store]\npolicy:\n  steward: 2\n", "line 3, policy.steward: ", "did you mean 'stewards'?"),
         ("stores: [store]\nresources:\n  thread: 2\n", "line 3, resources.thread: ", "did you mean 'threads'?"),
         ("stores: [store]\npolicy: {stewards: 3}\n", "line 2, policy.stewards: Input should be 1 or 2", "mend"),
+        (
+            "stores: [store]\npolicy: {min_sites: 2}\n",
+            "line 2, policy.min_sites: Input should be greater than or equal to 3",
+            "mend",
+        ),
         ("stores: [store]\npolicy: {hours: 8-18}\n", "policy.hours: '8-18' is no window", "mend"),
         ("stores: [store]\nresources: {cpus: 100000}\n", "100000 CPUs are more than the", "mend"),
         ("stores: [store]\nresources: {cpus: [99999]}\n", "there is no CPU 99999 here", "mend"),

@@ -19,7 +19,7 @@ from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
 from locum.common.activity import Activity
 from locum.common.errors import Code
 from locum.common.fab import build_bundle
-from locum.common.messages import INLINE, TRAIN, Carrier, TrainResult, pack
+from locum.common.messages import INLINE, LOCAL, TRAIN, Carrier, TrainResult, pack
 from locum.common.proto import locum_pb2 as pb
 from locum.site_client import service as module
 from locum.site_client.configuration import read_configuration
@@ -47,7 +47,8 @@ class _Answerer:
     def stop(self) -> None:
         """There is no worker."""
 
-    def handle(self, message: Message, bundle: bytes, carrier: Carrier = INLINE) -> Message:
+    def handle(self, message: Message, bundle: bytes, carrier: Carrier = INLINE, *, run: str = LOCAL) -> Message:
+        assert run == "run-1"
         self.told("training", 1)
         self.trained += 1
         self.before()
