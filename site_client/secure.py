@@ -134,7 +134,7 @@ class SecureSite:
         we = self.credentials()
         with _refusals():
             context = verified(task.secured.context, Context, we.trust.log)
-            state = self._ready(run, context)
+            state = self._ready(run, task.plan_digest, context)
             purpose = "train" if isinstance(task, TrainTask) else task.fold
             if (context.purpose, context.round) != (purpose, task.round):
                 raise SecureRefusal("the context is of another task")
@@ -142,9 +142,15 @@ class SecureSite:
             key = site.model_key(state, context.model, _decoded(task.secured.keys.get(we.site, "")))
         return context, self._opened(run, context.model, sealed, key)
 
-    def _ready(self, run: str, context: Context) -> Ready:
+    def _ready(self, run: str, plan: str, context: Context) -> Ready:
+        """The state for a sum; it is asked for under the name of the run that signed it, so that it has no second one.
+
+        Raises SiteFailure (SETUP_UNKNOWN).
+        """
         state = self.vault.state(run)
-        if not isinstance(state, Ready) or state.roster.digest != context.roster:
+        if not isinstance(state, Ready) or (state.roster.run, state.roster.plan) != (run, plan):
+            raise SiteFailure(Code.SETUP_UNKNOWN, f"no roster of run {run} and plan {plan[:12]}")
+        if state.roster.digest != context.roster:
             raise SiteFailure(Code.SETUP_UNKNOWN, f"the roster {context.roster[:12]} of run {run}")
         return state
 
@@ -157,7 +163,7 @@ class SecureSite:
             if found.sha256 != digest:
                 raise SiteFailure(Code.SECURE_SUM_REFUSED, "the model is not the one that the coordinator has signed")
             beside.replace(target)
-            for other in folder.glob("*.model"):
+            for other in self.folder.glob("*/*.model"):
                 if other != target:
                     other.unlink()
             return map_tensors(target, digest)
@@ -172,7 +178,7 @@ class SecureSite:
         The step's keys are spent before this returns. Raises SiteFailure (UPDATE_REFUSED) for a number beyond its
         bound, before anything is spent.
         """
-        we, state = self.credentials(), self._ready(run, context)
+        we, state = self.credentials(), self._ready(run, plan.digest, context)
         with _refusals():
             spent, masking = site.mask(state, context)
             try:
@@ -189,7 +195,7 @@ class SecureSite:
         we, vault = self.credentials(), self.vault
         with _refusals():
             context = verified(task.context, Context, we.trust.log)
-            state = self._ready(run, context)
+            state = self._ready(run, task.plan_digest, context)
             survivors = tuple(sorted(task.uploads))
             request = Request(context, survivors, task.uploads, _rows(tensors, survivors))
             answered, sealed = site.answer(state, request, least=least, before=vault.answered(run, context.sum))

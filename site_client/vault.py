@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from locum.common.blobs import write_all
 from locum.common.durable import Write, flush, replace_file
 from locum.common.identity import write_secret
 from locum.common.secagg.site import State
@@ -61,8 +62,11 @@ class Vault:
         line = json.dumps([total, list(survivors)]).encode() + b"\n"
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
-            os.write(descriptor, line)
+            write_all(descriptor, memoryview(line))
             os.fsync(descriptor)
+        except OSError:
+            self._answered.pop(run)  # what stands in the file is read anew, for a part of a line may
+            raise
         finally:
             os.close(descriptor)
         flush(path.parent)
