@@ -15,6 +15,8 @@ from typing import Any
 
 from locum.common.envelope import Approval, Proposal
 from locum.common.plan import Part, Plan
+from locum.common.secagg import LEAST_SITES
+from locum.common.secagg.roster import threshold_of
 from locum.site_client import gate
 from locum.site_client.gate import Policy
 
@@ -137,7 +139,7 @@ def plan_in_words(plan: Plan, policy: Policy) -> dict[str, Words]:
         "Rounds": _rounds(plan),
         "What leaves this site": _leaves(plan, policy),
         "What stays": _stays(plan, policy),
-        "Privacy": _privacy(plan),
+        "Privacy": _privacy(plan, policy),
     }
 
 
@@ -146,7 +148,9 @@ def policy_in_words(policy: Policy, plan: Plan) -> Words:
     forbidden = tuple(f"Forbids it ({refusal.clause}): {refusal.detail}." for refusal in gate.refusals(policy, plan))
     hours = f"Lets it run in these hours: {_listed(map(str, policy.hours))}." if policy.hours is not None else ""
     stewards = f"Asks for the approval of {policy.stewards} different stewards." if policy.stewards > 1 else ""
-    return _kept(*(forbidden or ("Allows it.",)), hours, stewards)
+    idle = policy.min_sites > LEAST_SITES and not plan.secured
+    sites = f"Its min_sites of {policy.min_sites} is for secure sums, and this plan has none." if idle else ""
+    return _kept(*(forbidden or ("Allows it.",)), sites, hours, stewards)
 
 
 def _data(plan: Plan) -> Words:
@@ -187,55 +191,131 @@ def _rounds(plan: Plan) -> Words:
 
 
 def _leaves(plan: Plan, policy: Policy) -> Words:
-    counts = plan.release.case_counts and policy.release_case_counts
-    loss = plan.release.training_loss and policy.release_training_loss
-    by_cases = plan.participation.weighting == "cases"
-    metrics, shared = _listed(plan.released_metrics), plan.tensors.shared
+    counts = plan.tells("case_counts") and policy.release_case_counts
+    shared = plan.tensors.shared
     return _kept(
         "Before round 1: versions of the installed packages, names and shapes of the network's tensors, and whether "
         "this site fits the contract.",
         "Before round 1: the number of cases in each fold, and classes without a case." if counts else "",
-        f"After each round: the update, which is the change of the shared weights (L2 norm up to "
-        f"{plan.admission.norm_bound:g}), and the seconds it took.",
+        *(_given_to_sums(plan) + _told_beside(plan, policy) if plan.secured else _given_plain(plan, policy)),
         f"Shared by name, running statistics too where a name covers them: {_listed(shared)}." if shared else "",
-        "After each round: the number of training cases, as the update's weight." if by_cases else "",
-        "After each round: the mean training loss." if loss else "",
-        f"{_every(plan.evaluation.every_rounds)} and at the end: sums over the cases from which {metrics} "
-        f"{'is' if len(plan.released_metrics) == 1 else 'are'} computed; they tell the number of cases, and where "
-        "there are few they can tell of single ones."
-        if metrics
-        else "",
         "When something fails: a code, no text.",
     )
 
 
-def _stays(plan: Plan, policy: Policy) -> Words:
-    counted = (plan.release.case_counts and policy.release_case_counts) or bool(plan.released_metrics)
-    loss = plan.release.training_loss and policy.release_training_loss
-    local = plan.tensors.local
+def _given_plain(plan: Plan, policy: Policy) -> Words:
+    by_cases = plan.participation.weighting == "cases"
     return _kept(
-        "Images, masks, labels, results of single cases, identifiers of patients, file names, texts of errors.",
-        "Running statistics of normalisation layers." if not plan.tensors.shared else "",
-        f"Weights that the plan keeps at each site: {_listed(local)}." if local else "",
-        "The number of cases." if not counted else "",
-        "The mean training loss." if not loss else "",
+        f"After each round: {_update(plan)}, and the seconds it took.",
+        "After each round: the number of training cases, as the update's weight." if by_cases else "",
+        "After each round: the mean training loss." if _tells_loss(plan, policy) else "",
+        _own_metrics(plan) if plan.released_metrics else "",
     )
 
 
-def _privacy(plan: Plan) -> Words:
+def _given_to_sums(plan: Plan) -> Words:
+    """What leaves under masks; the policy has no say in it, for nobody sees it of one site."""
+    cap, by_cases = plan.admission.weight_cap, plan.participation.weighting == "cases"
+    weight = f"this site's weight (its number of training cases, up to {cap:g})" if by_cases else "this site's weight"
+    loss = ", and the mean training loss" if plan.release.training_loss else ""
+    cases = ", and the number of cases" if plan.release.case_counts else ""
+    metrics = f"the sums over the cases from which {_listed(plan.released_metrics)} {_is(plan)} computed"
+    measured = metrics + cases if plan.released_metrics else cases.removeprefix(", and ")
+    return _kept(
+        "Before round 1, and when the sites change: public keys, this site's certificate, and a secret for each other "
+        "site, sealed to it.",
+        f"After each round, under masks that come off the sum over the sites alone: {_update(plan)}; {weight}{loss}.",
+        f"{_when_measured(plan)}, under such masks: {measured}." if measured else "",
+        "When a sum is closed: shares of the keys that take the masks off it, once for each sum.",
+    )
+
+
+def _told_beside(plan: Plan, policy: Policy) -> Words:
+    """What a site tells of itself although sums are secure."""
+    counts = plan.tells("case_counts") and policy.release_case_counts
+    return _kept(
+        "IN THE CLEAR, each time it gives to a sum: this site's own number of cases." if counts else "",
+        "IN THE CLEAR, after each round: this site's own mean training loss." if _tells_loss(plan, policy) else "",
+        f"IN THE CLEAR, of this site alone: {_own_metrics(plan)}" if _tells_metrics(plan, policy) else "",
+    )
+
+
+def _update(plan: Plan) -> str:
+    return f"the update, which is the change of the shared weights (L2 norm up to {plan.admission.norm_bound:g})"
+
+
+def _own_metrics(plan: Plan) -> str:
+    return (
+        f"{_when_measured(plan)}: sums over the cases from which {_listed(plan.released_metrics)} {_is(plan)} "
+        "computed; they tell the number of cases, and where there are few they can tell of single ones."
+    )
+
+
+def _is(plan: Plan) -> str:
+    return "is" if len(plan.released_metrics) == 1 else "are"
+
+
+def _when_measured(plan: Plan) -> str:
+    return f"{_every(plan.evaluation.every_rounds)} and at the end"
+
+
+def _tells_loss(plan: Plan, policy: Policy) -> bool:
+    return plan.tells("training_loss") and policy.release_training_loss
+
+
+def _tells_metrics(plan: Plan, policy: Policy) -> bool:
+    return plan.tells("metrics") and (not plan.secured or policy.release_site_metrics)
+
+
+def _stays(plan: Plan, policy: Policy) -> Words:
+    metrics = _tells_metrics(plan, policy)
+    counted = (plan.tells("case_counts") and policy.release_case_counts) or metrics
+    local, only = plan.tensors.local, " of this site by itself" if plan.secured else ""
+    return _kept(
+        "Images, masks, labels, results of single cases, identifiers of patients, file names, texts of errors.",
+        "The update of this site by itself." if plan.secured else "",
+        "Running statistics of normalisation layers." if not plan.tensors.shared else "",
+        f"Weights that the plan keeps at each site: {_listed(local)}." if local else "",
+        f"The number of cases{only}." if not counted else "",
+        f"The mean training loss{only}." if not _tells_loss(plan, policy) else "",
+        f"The metrics{only}." if plan.secured and not metrics else "",
+    )
+
+
+def _privacy(plan: Plan, policy: Policy) -> Words:
     private = plan.protection.differential_privacy
     budget = (
         f"Differential privacy per patient: epsilon {private.epsilon:g}, delta {private.delta:g}."
         if private is not None
         else "NONE in the update: no differential privacy. An update can give away something of single images."
     )
-    secure = (
-        "Secure aggregation: the coordinator sees the sum over sites, not this site's update."
-        if plan.protection.secure_aggregation == "required"
-        else "NONE towards the coordinator: no secure aggregation. It sees this site's update by itself."
-    )
     clipped = plan.training.gradient_clip is not None and private is None
-    return _kept(budget, secure, "Gradients are clipped; that is not differential privacy." if clipped else "")
+    return _kept(
+        budget,
+        *(_secure(policy) if plan.secured else (_PLAIN,)),
+        "Gradients are clipped; that is not differential privacy." if clipped else "",
+    )
+
+
+_PLAIN = "NONE towards the coordinator: no secure aggregation. It sees this site's update by itself."
+
+
+def _secure(policy: Policy) -> Words:
+    """What secure aggregation does, and what it does not."""
+    examples = ", ".join(f"{threshold_of(sites)} of {sites}" for sites in (3, 5, 10))
+    sites = f"This site gives to sums of at least {policy.min_sites} sites, itself among them (min_sites)."
+    enough = f"Of the n sites of a set-up at least \N{LEFT FLOOR}2n/3\N{RIGHT FLOOR} + 1 must give: {examples}."
+    others = (
+        "NOT excluded: sites that work together with the coordinator know their own part of a sum and take it away."
+    )
+    enrolled = "Whoever runs the federation's authority can enrol such sites."
+    return (
+        "Secure aggregation: the coordinator sees the sum over sites, not this site's update.",
+        f"{sites} {enough} Of fewer nobody sees the sum.",
+        "NOT hidden: the sum. Of few sites, or beside a sum of other sites, it can tell of one of them.",
+        f"{others} {enrolled}",
+        "NOT reviewed yet by cryptographers from outside.",
+    )
 
 
 def _parts(parts: Sequence[Part]) -> str:

@@ -9,7 +9,7 @@ import pytest
 from locum.common.plan import DifferentialPrivacy, Plan, Protection
 from locum.site_client.gate import Policy
 from locum.site_client.review import plan_in_words
-from tests.plans import plan
+from tests.plans import plan, secured
 from tests.site_client.asking import batch_norm_plan, segmentation_plan
 from tests.site_client.enrolled import Hospital
 
@@ -63,6 +63,97 @@ def test_a_protection_is_told_with_its_numbers() -> None:
     assert "epsilon 2, delta 1e-05" in privacy
     assert "sees the sum over sites" in privacy
     assert "NONE" not in privacy
+
+
+# --- secure sums
+
+
+def test_a_plain_plan_says_that_the_coordinator_sees_this_sites_update() -> None:
+    assert "NONE towards the coordinator" in _words(plan(), "Privacy")
+    assert "It sees this site's update by itself" in _words(plan(), "Privacy")
+    assert "masks" not in _words(plan(), "What leaves this site")
+
+
+@pytest.mark.parametrize("least", [3, 7])
+def test_a_secure_plan_says_of_how_many_sites_a_sum_is(least: int) -> None:
+    privacy = _words(secured(), "Privacy", min_sites=least)
+    assert f"sums of at least {least} sites, itself among them" in privacy
+    assert "at least ⌊2n/3⌋ + 1 must give: 3 of 3, 4 of 5, 7 of 10" in privacy
+    assert "NONE towards the coordinator" not in privacy
+
+
+def test_a_secure_plan_says_what_it_does_not_promise() -> None:
+    privacy = _words(secured(), "Privacy")
+    assert "NONE in the update: no differential privacy" in privacy
+    for said in (
+        "NOT hidden: the sum.",
+        "it can tell of one of them",
+        "sites that work together with the coordinator",
+        "Whoever runs the federation's authority can enrol such sites",
+        "NOT reviewed yet by cryptographers from outside",
+    ):
+        assert said in privacy
+
+
+def test_under_secure_sums_a_review_tells_what_is_in_them() -> None:
+    leaves, stays = _words(secured(), "What leaves this site"), _words(secured(), "What stays")
+    for said in (
+        "under masks that come off the sum over the sites alone: the update",
+        "its number of training cases, up to 10000), and the mean training loss.",
+        "under such masks: the sums over the cases from which AUC, accuracy are computed, and the number of cases.",
+        "public keys, this site's certificate, and a secret for each other site",
+        "shares of the keys that take the masks off it, once for each sum",
+    ):
+        assert said in leaves
+    assert "IN THE CLEAR" not in leaves
+    for said in ("The update", "The number of cases", "The mean training loss", "The metrics"):
+        assert f"{said} of this site by itself." in stays
+
+
+def test_under_secure_sums_what_is_not_released_is_in_none() -> None:
+    release = {"metrics": [], "training_loss": False, "case_counts": False}
+    leaves = _words(secured(release=release, participation__weighting="equal"), "What leaves this site")
+    assert "this site's weight." in leaves
+    for said in ("loss", "number of", "under such masks"):
+        assert said not in leaves
+    leaves = _words(secured(release={"metrics": []}), "What leaves this site")
+    assert "under such masks: the number of cases." in leaves
+
+
+_ITSELF = [
+    ("case_counts", "release_case_counts", "own number of cases", "The number of cases"),
+    ("training_loss", "release_training_loss", "own mean training loss", "The mean training loss"),
+    ("metrics", "release_site_metrics", "of this site alone: After each round and at the end", "The metrics"),
+]
+
+
+@pytest.mark.parametrize(("what", "flag", "told", "kept"), _ITSELF)
+def test_what_a_site_tells_of_itself_beside_a_sum_is_said_in_capitals_unless_the_policy_keeps_it(
+    what: str, flag: str, told: str, kept: str
+) -> None:
+    of = secured(release={"per_site": [what]})
+    leaves = _words(of, "What leaves this site")
+    assert leaves.count("IN THE CLEAR") == 1
+    assert told in leaves
+    assert f"{kept} of this site by itself." not in _words(of, "What stays")
+    kept_back = _words(of, "What leaves this site", **{flag: False})
+    assert "IN THE CLEAR" not in kept_back
+    assert f"{kept} of this site by itself." in _words(of, "What stays", **{flag: False})
+    assert ("number of cases in each fold" in leaves) is (what == "case_counts")
+
+
+def test_own_metrics_tell_the_number_of_cases_and_so_it_is_not_said_to_stay() -> None:
+    of = secured(release={"per_site": ["metrics"]})
+    assert "The number of cases" not in _words(of, "What stays")
+    assert "they tell the number of cases" in _words(of, "What leaves this site")
+
+
+def test_a_policy_that_asks_for_more_sites_says_where_it_does_nothing(hospital: Hospital) -> None:
+    of = hospital.proposed()
+    said = hospital.approvals(min_sites=5).review(of.digest).sections["This site's policy"]
+    assert said == ("Allows it.", "Its min_sites of 5 is for secure sums, and this plan has none.")
+    refused = hospital.approvals(require_secure_aggregation=True).review(of.digest).sections["This site's policy"]
+    assert refused == ("Forbids it (require_secure_aggregation): the coordinator would see each site's update.",)
 
 
 _EQUAL = {"participation__weighting": "equal"}
