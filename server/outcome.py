@@ -124,7 +124,7 @@ def _committed(folder: Path) -> _Committed:
 
 def _so_far(committed: _Committed, status: Status, events: Sequence[Event]) -> RunSummary:
     rosters = [event for event in events if event["event"] == "roster"]
-    missed = {site: [r.round for r in committed.history if site not in r.weights] for site in committed.roster}
+    missed = {site: [r.round for r in committed.history if site not in r.sites] for site in committed.roster}
     return RunSummary(
         status=status.state,
         round=committed.round,
@@ -169,7 +169,9 @@ def entry_of(measured: Evaluated) -> dict[str, Any]:
         "all": measured.overall,
         "per_site": measured.per_site,
         "intervals": {"all": {}, "per_site": {}},
+        "sites": list(measured.sites),
         "cases": measured.cases,
+        "total": measured.total,
     }
 
 

@@ -38,12 +38,16 @@ class Evaluated(BaseModel):
 
 
 class SecureRecord(BaseModel):
-    """What a secure sum was: the digests of its roster and context, and of each survivor's signed header."""
+    """What a secure sum was: the digests of its roster and context, and of each survivor's signed header.
+
+    `sites` is how many sites the roster has, `threshold` how many of them had to answer.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     roster: str
     context: str
+    sites: int
     threshold: int
     uploads: dict[str, str]
 

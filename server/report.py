@@ -1,7 +1,8 @@
 """The report and the model card of a real run: `report.html`, which needs no other file, and `model_card.md`.
 
 Rules:
-  * Numbers are those that sites released, and sums of those; there is nothing else at a coordinator.
+  * Numbers are those that sites released, and sums of those; there is nothing else at a coordinator. What is a part of
+    a sum only is not shown by site, and the page says so.
   * Every site is shown, the worst one first; a mean never stands alone.
   * A run that has not ended is called so on top, and nothing of it is called a result.
   * All text is escaped by the templates; only charts of our own making are markup.
@@ -60,7 +61,7 @@ def _context(folder: Path, outcome: Outcome) -> dict[str, Any]:
         "losses": words.losses_of(summary),
         "timeline": timeline(outcome.run.created.created_at, outcome.events),
         "notices": _notices(outcome.events),
-        "protection": words.protection_words(plan),
+        "protection": words.protection_words(plan, summary.history),
         "versions": words.versions(),
         "model": model_file(folder / MODEL_FILE, plan),
         "seconds_total": seconds_total(outcome),
@@ -103,10 +104,10 @@ class Contribution:
     Attributes:
         counted: rounds that count it, of `rounds`.
         missed: the others in words, empty if there are none.
-        weight: the least and the most in the mean, in words.
-        share: its part of all weight, 0 to 1.
-        seconds: mean time of its training, None if it never trained.
-        loss: of its last update, None if it was not released.
+        weight: the least and the most in the mean, in words; empty if it is not told.
+        share: its part of all weight, 0 to 1; None if it is not told.
+        seconds: mean time of its training; None if it is not told.
+        loss: of its last update; None if it is not told.
     """
 
     site: str
@@ -114,31 +115,32 @@ class Contribution:
     rounds: int
     missed: str
     weight: str
-    share: float
+    share: float | None
     seconds: float | None
     loss: float | None
 
 
 def contributions(summary: RunSummary) -> list[Contribution]:
     """What every site of the roster gave, those that missed the most first."""
-    total = sum(weight for record in summary.history for weight in record.weights.values())
+    total = sum(record.weight for record in summary.history)
     found = [_contribution(site, summary, total) for site in summary.sites]
     return sorted(found, key=lambda each: (each.counted, each.site))
 
 
 def _contribution(site: str, summary: RunSummary, total: float) -> Contribution:
-    counted = [record for record in summary.history if site in record.weights]
-    weights = [record.weights[site] for record in counted]
-    seconds = [record.train_seconds[site] for record in counted]
+    counted = [record for record in summary.history if site in record.sites]
+    weights = [record.weights[site] for record in counted if site in record.weights]
+    seconds = [record.train_seconds[site] for record in counted if site in record.train_seconds]
+    told = len(weights) == len(counted)
     return Contribution(
         site=site,
         counted=len(counted),
         rounds=len(summary.history),
         missed=words.ranges(summary.lost.get(site, ())),
-        weight=_range(weights),
-        share=sum(weights) / total if total else 0.0,
+        weight=_range(weights) if told else "",
+        share=sum(weights) / total if told and total else None,
         seconds=fmean(seconds) if seconds else None,
-        loss=counted[-1].losses[site] if counted else None,
+        loss=counted[-1].losses.get(site) if counted else None,
     )
 
 
@@ -184,12 +186,21 @@ def _paused(event: Event) -> str:
     return f"paused: {event.get('reason', '')}" + (f"; missing: {missing}" if missing else "")
 
 
+def _keys(event: Event) -> str:
+    return f"secure sums were set up: {words.set_up(event)}"
+
+
+def _void(event: Event) -> str:
+    return words.void_of(event, "was")
+
+
 _SENTENCES: Mapping[str, Callable[[Event], str]] = {
     "started": lambda event: f"went on after round {event['round']}" if event["round"] else "began",
     "paused": _paused,
     "resumed": lambda _: "went on",
     "stopped": lambda _: "was stopped",
-    "void": lambda event: f"round {event['round']} was below its quorum (attempt {event['attempt']})",
+    "keys": _keys,
+    "void": _void,
     "failed": lambda event: f"failed: {event.get('reason', '')}",
     "finished": lambda _: "ended",
 }
@@ -201,12 +212,13 @@ _SENTENCES: Mapping[str, Callable[[Event], str]] = {
 def _charts(context: Mapping[str, Any]) -> dict[str, Any]:
     summary, results = context["summary"], context["results"]
     history: Sequence[RoundRecord] = summary.history
+    metrics = released_metrics(context["plan"])
     return {
-        "sites_charts": _sites_charts(results) if context["measured"] else [],
+        "sites_charts": _sites_charts(results) if context["measured"] and results.told else [],
         "contributions_chart": charts.contributions_chart(history, summary.sites),
-        "curves": charts.all_curves(history, summary.sites, released_metrics(context["plan"])),
+        "curves": charts.all_curves(history, summary.sites, metrics),
         "costs": [charts.time_chart(history), charts.bytes_chart(history)],
-        "legend": charts.legend(summary.sites),
+        "legend": charts.legend(history, summary.sites, metrics),
     }
 
 

@@ -197,6 +197,11 @@ class Curves:
     overall: Points
     per_site: Mapping[str, Points]
 
+    @property
+    def by_site(self) -> bool:
+        """Whether a site released its own."""
+        return any(values for _, values in self.per_site.values())
+
 
 def loss_curves(history: Sequence[RoundRecord], sites: Sequence[str]) -> Curves:
     """The mean training loss of each round."""
@@ -224,11 +229,9 @@ def _points(pairs: Sequence[tuple[int, Any]]) -> Points:
     return [number for number, _ in known], [value for _, value in known]
 
 
-def curves_chart(curves: Curves, name: str) -> Chart | None:
-    """The curves as a chart; None if nothing of it was released."""
+def curves_chart(curves: Curves, name: str) -> Chart:
+    """The curves as a chart."""
     rounds, values = curves.overall
-    if not values:
-        return None
     few = len(curves.per_site) <= len(SERIES)
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(2.9)
@@ -247,15 +250,24 @@ def curves_chart(curves: Curves, name: str) -> Chart | None:
 
 def all_curves(history: Sequence[RoundRecord], sites: Sequence[str], metrics: Sequence[Metric]) -> list[Chart]:
     """The loss and every metric over the rounds, as far as they were released."""
-    found = [curves_chart(loss_curves(history, sites), "loss")]
-    for index, metric in enumerate(metrics):
-        found.append(curves_chart(validation_curves(history, sites, metric), f"validation{index}"))
-    return [chart for chart in found if chart is not None]
+    return [curves_chart(curves, name) for name, curves in _released(history, sites, metrics).items()]
 
 
-def legend(sites: Sequence[str]) -> list[tuple[str, str]]:
-    """The mark of each site's curve; none where the sites are too many to tell apart."""
-    return list(zip(_MARKS, sites, strict=False)) if len(sites) <= len(_MARKS) else []
+def legend(history: Sequence[RoundRecord], sites: Sequence[str], metrics: Sequence[Metric]) -> list[tuple[str, str]]:
+    """The mark of each site's curves, and its name; without a mark, what is to be said of all of them."""
+    curves = _released(history, sites, metrics).values()
+    if not any(each.by_site for each in curves):
+        return [("", "no thin lines: what each site gave is a part of the sums only")]
+    if len(sites) > len(_MARKS):
+        return [("", f"thin lines: each of {len(sites)} sites")]
+    return list(zip(_MARKS, sites, strict=False))
+
+
+def _released(history: Sequence[RoundRecord], sites: Sequence[str], metrics: Sequence[Metric]) -> dict[str, Curves]:
+    """The curves of which something was released."""
+    found = {"loss": loss_curves(history, sites)}
+    found |= {f"validation{n}": validation_curves(history, sites, metric) for n, metric in enumerate(metrics)}
+    return {name: curves for name, curves in found.items() if curves.overall[1]}
 
 
 # --- who contributed
@@ -266,13 +278,13 @@ def contributions_chart(history: Sequence[RoundRecord], sites: Sequence[str]) ->
 
     Of many sites those that missed the most.
     """
-    missed = {site: [r.round for r in history if site not in r.weights] for site in sites}
+    missed = {site: [r.round for r in history if site not in r.sites] for site in sites}
     shown = sorted(sites, key=lambda site: (-len(missed[site]), site))[:_MOST_ROWS]
     first, last = history[0].round, history[-1].round
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(0.65 + 0.3 * len(shown))
         for at, site in enumerate(shown):
-            for low, high in spans(r.round for r in history if site in r.weights):
+            for low, high in spans(r.round for r in history if site in r.sites):
                 axes.broken_barh([(low - 0.5, high - low + 1)], (at - 0.22, 0.44), color=FEDERATED)
             for low, high in spans(missed[site]):
                 axes.plot([low - 0.5, high + 0.5], [at, at], color=ALONE, linewidth=1.2)
@@ -293,14 +305,15 @@ def contributions_chart(history: Sequence[RoundRecord], sites: Sequence[str]) ->
 
 
 def time_chart(history: Sequence[RoundRecord]) -> Chart:
-    """Seconds of each round, and how much of it the slowest site trained."""
+    """Seconds of each round, and how much of it the slowest site trained, if sites tell."""
     rounds = [record.round for record in history]
     total = [record.seconds for record in history]
     slowest = [min(max(r.train_seconds.values(), default=0.0), r.seconds) for r in history]
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(2.5)
         axes.bar(rounds, total, color=SOFT, width=0.75, label="whole round")
-        axes.bar(rounds, slowest, color=FEDERATED, width=0.75, label="slowest site, training")
+        if any(record.train_seconds for record in history):
+            axes.bar(rounds, slowest, color=FEDERATED, width=0.75, label="slowest site, training")
         _cost_axes(axes, "seconds", max(total))
         alt = f"Seconds per round: {min(total):.2f} to {max(total):.2f}, {sum(total):.1f} in all rounds"
         return _chart(figure, "time", "Time per round", alt)

@@ -9,7 +9,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from locum.common.build import metric_of
@@ -101,6 +101,7 @@ class SiteRow:
         scores: of the federated model, one a scalar metric.
         alone: of the site's own model on the same cases, without intervals; empty without baselines.
         worst: whether no other site's first metric is worse.
+        told: whether the site's own values are known; under secure aggregation they may be a part of a sum only.
     """
 
     site: str
@@ -108,18 +109,21 @@ class SiteRow:
     scores: tuple[Score, ...]
     alone: tuple[Score, ...] = ()
     worst: bool = False
+    told: bool = True
 
 
 @dataclass(frozen=True)
 class Results:
     """The content of `metrics.json` as rows; `models` starts with the federated one, `sites` with the worst.
 
+    `cases` is the number of test cases of all sites; None if it is not told.
     `same_cases` is False if the baselines were tested on other cases too: those of sites left out of the roster.
     """
 
     metrics: tuple[Metric, ...]
     models: tuple[ModelRow, ...]
     sites: tuple[SiteRow, ...]
+    cases: int | None
     confusion: list[list[float]] | None
     site_confusions: dict[str, list[list[float]]]
     same_cases: bool
@@ -140,10 +144,9 @@ class Results:
         return [row for row in self.models if row.kind == "alone"]
 
     @property
-    def cases(self) -> int | None:
-        """Test cases of all sites; None if one of them does not tell."""
-        told = [row.cases for row in self.sites if row.cases is not None]
-        return sum(told) if len(told) == len(self.sites) else None
+    def told(self) -> bool:
+        """Whether a site's own values are known."""
+        return any(row.told for row in self.sites)
 
     @property
     def worst(self) -> SiteRow | None:
@@ -167,6 +170,7 @@ def results_of(
         metrics=tuple(scalars),
         models=tuple(_models(scalars, test)),
         sites=tuple(_worst_first(rows)),
+        cases=test["federated"]["total"],
         confusion=test["federated"]["all"].get("confusion"),
         site_confusions={
             site: values["confusion"]
@@ -211,6 +215,7 @@ def _site_row(scalars: list[Metric], test: Mapping[str, Any], site: str) -> Site
         cases=federated["cases"].get(site, 0),
         scores=_scores(scalars, federated["per_site"].get(site), federated["intervals"]["per_site"].get(site)),
         alone=_scores(scalars, own, None) if own is not None else (),
+        told=site in federated["per_site"],
     )
 
 
@@ -220,5 +225,4 @@ def _worst_first(rows: list[SiteRow]) -> list[SiteRow]:
     known = [row for row in ordered if row.scores and row.scores[0].value is not None]
     if len(known) < 2:
         return ordered
-    marked = SiteRow(known[0].site, known[0].cases, known[0].scores, known[0].alone, worst=True)
-    return [marked, *ordered[1:]]
+    return [replace(known[0], worst=True), *ordered[1:]]

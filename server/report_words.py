@@ -8,13 +8,16 @@ Rules:
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from locum.common.plan import Part, Plan
-from locum.server.records import RunSummary
+from locum.common.plan import Part, Plan, Told
+from locum.common.secagg.ring import Ring, mean_error
+from locum.common.sums import weight_cap
+from locum.server.event_file import Event
+from locum.server.records import RoundRecord, RunSummary, SecureRecord
 from locum.server.report_results import Results, Score
 
 
@@ -62,6 +65,27 @@ def spans(rounds: Iterable[int]) -> list[tuple[int, int]]:
 def ranges(rounds: Iterable[int]) -> str:
     """Round numbers with runs joined: `3–5, 8`."""
     return ", ".join(str(low) if low == high else f"{low}–{high}" for low, high in spans(rounds))
+
+
+# --- what happened
+
+
+def set_up(event: Event) -> str:
+    """An event `keys` in words: how many sites sum securely, and who is not among them."""
+    without = [f"{site} ({reason})" for site, reason in sorted(event["excluded"].items())]
+    text = f"{many(len(event['sites']), 'site')}, of which {event['threshold']} must answer to unmask a sum"
+    return f"{text}; without {listed(without)}" if without else text
+
+
+def void_of(event: Event, verb: str) -> str:
+    """An event `void` in words; the verb is `is` or `was`."""
+    reason = "; ".join(line.strip() for line in event.get("reason", "").splitlines())
+    number, attempt = event["round"], event["attempt"]
+    if "fold" in event:
+        return f"the metrics of the {event['fold']} fold after round {number} have no sum: {reason}"
+    if reason:
+        return f"round {number} {verb} void (attempt {attempt}): {reason}"
+    return f"round {number} {verb} below its quorum (attempt {attempt})"
 
 
 # --- what was lost
@@ -202,19 +226,32 @@ def _training_words(plan: Plan) -> dict[str, str]:
 
 
 def _run_words(plan: Plan) -> dict[str, str]:
-    participation, evaluation, release = plan.participation, plan.evaluation, plan.release
-    told = [*(["training loss"] if release.training_loss else []), *(["case counts"] if release.case_counts else [])]
+    participation, evaluation = plan.participation, plan.evaluation
     return {
         "Rounds": f"{plan.rounds}; quorum {many(participation.quorum, 'site')}, deadline "
         f"{seconds(participation.deadline)}, up to {many(participation.attempts, 'attempt')}",
         "Measured": f"{', '.join(evaluation.metrics)}; on validation cases every "
         f"{'round' if evaluation.every_rounds == 1 else many(evaluation.every_rounds, 'round')}",
         "Chosen model": "of the last round" if evaluation.select == "last" else "of the best round on validation cases",
-        "Released by a site": ", ".join(["its update", *(f"{m} sums" for m in plan.released_metrics), *told]),
+        "Released by a site": _release_words(plan),
         "Admission": f"an update's norm at most {plan.admission.norm_bound:g}, weight at most "
         f"{plan.admission.weight_cap:g}, all values finite",
         "Seed": f"{plan.seed}; {'deterministic' if plan.deterministic else 'not deterministic'}",
     }
+
+
+_TOLD: Mapping[Told, str] = {"metrics": "metric sums", "training_loss": "training loss", "case_counts": "case counts"}
+
+
+def _release_words(plan: Plan) -> str:
+    """What leaves a site; under secure aggregation, what of it can be seen by itself."""
+    release = plan.release
+    told = [*(["training loss"] if release.training_loss else []), *(["case counts"] if release.case_counts else [])]
+    everything = ", ".join(["its update", *(f"{metric} sums" for metric in plan.released_metrics), *told])
+    if not plan.secured:
+        return everything
+    own = [words for what, words in _TOLD.items() if plan.tells(what)]
+    return f"as parts of sums over the sites: {everything}; by themselves: {listed(own) or 'none of these'}"
 
 
 def plan_words(plan: Plan) -> dict[str, str]:
@@ -225,28 +262,77 @@ def plan_words(plan: Plan) -> dict[str, str]:
 # --- protection
 
 
-def protection_words(plan: Plan) -> list[tuple[str, str]]:
+def protection_words(plan: Plan, history: Sequence[RoundRecord]) -> list[tuple[str, str]]:
     """What protects the sites' data in this run, and what does not: a short name and a sentence each."""
-    bound = (
-        f"An update is refused unless it is finite, of the right form, and of norm at most "
-        f"{plan.admission.norm_bound:g}. This bounds one site's influence; it is not differential privacy."
-    )
+    update = "the masked update" if plan.secured else "the update"
     return [
-        ("Images stay at the site", "Only the update, and the numbers that the plan releases, leave a site."),
-        _secure_aggregation(plan),
+        ("Images stay at the site", f"Only {update}, and the numbers that the plan releases, leave a site."),
+        *(_secure_aggregation(plan, history) if plan.secured else [("No secure aggregation", _NOT_SECURED)]),
         _differential_privacy(plan),
-        ("Admission", bound),
+        ("Admission", _admission(plan)),
     ]
 
 
-def _secure_aggregation(plan: Plan) -> tuple[str, str]:
-    if plan.protection.secure_aggregation == "off":
-        sentence = (
-            "Updates are not encrypted against the aggregator: whoever runs the coordinator can read each site's "
-            "update, and an update can reveal something of the images it was made from."
+_NOT_SECURED = (
+    "Updates were not encrypted against the aggregator: the coordinator has seen each site's update, and an update can "
+    "reveal something of the images it was made from."
+)
+
+
+def _secure_aggregation(plan: Plan, history: Sequence[RoundRecord]) -> list[tuple[str, str]]:
+    own = [words for what, words in _TOLD.items() if plan.tells(what)]
+    beside = f", beside the {listed(own)} that the plan has each site tell" if own else ""
+    masked = (
+        "Each site masks what it gives before it leaves. The coordinator has seen sums over the sites, of updates and "
+        f"of numbers, and nothing of a single site{beside}. {_rosters(history)}"
+    )
+    still = (
+        "Secure aggregation hides who gave what. It does not make the sum private, nor the model: only differential "
+        "privacy does. This combination needs outside cryptographic review before it protects real patients."
+    )
+    return [
+        ("Secure aggregation", masked),
+        ("Rounding", _rounding(plan, history)),
+        ("What a sum still tells", still),
+    ]
+
+
+def _rosters(history: Sequence[RoundRecord]) -> str:
+    """The sizes of the rosters, and what they withstand."""
+    sums = [record.secured for record in history if record.secured is not None]
+    return " ".join(dict.fromkeys(map(_roster, sums)))
+
+
+def _roster(of: SecureRecord) -> str:
+    together = min(2 * of.threshold - of.sites - 1, of.threshold - 2)
+    return (
+        f"A roster of {many(of.sites, 'site')}: {of.threshold} of them had to answer, for one set of sites, before a "
+        f"sum was unmasked; {many(together, 'site')} that worked together with the coordinator could not see more."
+    )
+
+
+def _rounding(plan: Plan, history: Sequence[RoundRecord]) -> str:
+    bits, bound, cap = plan.protection.ring, plan.admission.norm_bound, weight_cap(plan)
+    errors = [
+        mean_error(Ring(bits, record.secured.sites, bound), cap, record.weight)
+        for record in history
+        if record.secured is not None
+    ]
+    most = f": no number of a round's mean update is off by more than {max(errors):.1e}" if errors else ""
+    return f"Updates are summed in fixed point, {bits} bits a number, for a norm of at most {bound:g}{most}."
+
+
+def _admission(plan: Plan) -> str:
+    bound = f"finite, of the right form, and of norm at most {plan.admission.norm_bound:g}"
+    if not plan.secured:
+        return (
+            f"An update is refused unless it is {bound}. This bounds one site's influence; it is not differential "
+            "privacy."
         )
-        return "No secure aggregation", sentence
-    return "Secure aggregation", "The plan requires it: the aggregator learns the sum of the updates only."
+    return (
+        f"Each site checks before it masks that its update is {bound}; the coordinator checks that the sum is one that "
+        "such updates can have. This is not differential privacy."
+    )
 
 
 def _differential_privacy(plan: Plan) -> tuple[str, str]:

@@ -192,7 +192,9 @@ class SecureSums:
         asked.collect(EVALUATE, task.model_copy(update={"secured": asked.secured(of)}), of)
         void = asked.unmask() or _bad_metrics(asked)
         if void:
-            engine.events.emit("void", round=task.round, attempt=1, admitted=len(asked.told), reason=void)
+            engine.events.emit(
+                "void", round=task.round, attempt=1, admitted=len(asked.told), reason=void, fold=task.fold
+            )
             excluded = {site: refused.reason for site, refused in asked.missing(void).items()}
             return Measured({}, {}, {}, None, excluded, asked.silent)
         sums = asked.sums()
@@ -578,6 +580,7 @@ def _record(total: SecureSum) -> SecureRecord:
     return SecureRecord(
         roster=total.context.roster,
         context=total.context.digest,
+        sites=len(total.layout.roster.members),
         threshold=total.layout.roster.threshold,
         uploads={site: sha256_hex(header.encode()) for site, header in total.headers.items()},
     )

@@ -32,6 +32,7 @@ from locum.server.gateway.live import read_live
 from locum.server.home import Home
 from locum.server.proposals import sites_of
 from locum.server.registry import RegistryError
+from locum.server.report_words import set_up, void_of
 from locum.server.runs import Run, Status
 from locum.server.site_states import Look, SiteEvents, SiteRow, duration, plain, site_rows
 
@@ -95,7 +96,11 @@ class State:
         return [_warning(f"round {event['round']}: {event['site']} does not count: {event['reason']}")]
 
     def _on_void(self, event: Event) -> list[Text]:
-        return [_warning(f"round {event['round']} is below its quorum (attempt {event['attempt']}); tried again")]
+        again = "" if "fold" in event else "; tried again"
+        return [_warning(f"{void_of(event, 'is')}{again}")]
+
+    def _on_keys(self, event: Event) -> list[Text]:
+        return [*self._told(), (_warning if event["excluded"] else _calm)(f"secure sums: {set_up(event)}")]
 
     def _on_committed(self, event: Event) -> list[Text]:
         self.done, self.loss, self._seconds = event["round"], event["loss"], event["seconds"]

@@ -42,7 +42,7 @@ def simulate(
     """
     process_context()  # first of all: it loads torch meanwhile
     _check_engine(engine)
-    from locum.simulations.simulate import Simulation
+    from locum.simulations.simulate import Simulation, check_sites, open_folder
     from locum.simulations.simulate import simulate as run
 
     console = Console(stderr=as_json, quiet=as_json)
@@ -56,9 +56,8 @@ def simulate(
         folder = out or Path("runs") / chosen.name
         asked = {"engine": engine, **_asked(sites, sites_file, data, baselines)}
     hospitals = _hospitals(asked, chosen)
+    check_sites(chosen, len(hospitals))
     if resume is None:
-        from locum.simulations.simulate import open_folder
-
         open_folder(folder, chosen, asked, force=force)
     both = bool(asked["baselines"]) or baselines
     wanted = Simulation(chosen, hospitals, folder, baselines=both, engine=asked["engine"])

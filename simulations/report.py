@@ -22,9 +22,8 @@ from locum.server.records import RunSummary
 from locum.server.report_charts import Chart
 from locum.server.report_results import Results, label, number, results_of, scalar_metrics, undefined
 from locum.server.templates import html
-from locum.simulations.report_data import asked_words, data_of, quarantined
+from locum.simulations.report_data import SiteData, asked_words, quarantined
 from locum.simulations.report_pictures import Picture, pictures_each, pictures_of, shown
-from locum.site_client.imaging.catalog import Counts
 
 __all__ = ["Picture", "pictures_each", "pictures_of", "write"]
 
@@ -35,35 +34,33 @@ def write(
     *,
     summary: RunSummary,
     metrics: Mapping[str, Any],
-    counts: Mapping[str, Counts],
+    data: list[SiteData],
     pictures: Sequence[Picture],
 ) -> None:
     """Writes `report.html` and `model_card.md` into a run's folder that holds `model.safetensors`.
 
     Args:
-        folder: the run's folder; `simulation.json`, `events.jsonl` and `sites/` are used where they are.
+        folder: the run's folder; `simulation.json` is used where it is.
         plan: the run's plan.
         summary: the end of the run.
         metrics: the content of `metrics.json`.
-        counts: what became of each site's files, also of sites that were left out of the roster.
+        data: of every site, also of those that were left out of the roster.
         pictures: sample pictures, in the order in which they are shown.
 
     Raises:
         OSError: the model cannot be read, or a file cannot be written.
-        DataError: a site's catalog is damaged.
     """
-    context = _context(folder, plan, summary, metrics, counts)
+    context = _context(folder, plan, summary, metrics, data)
     page = {**context, **_charts(context), "pictures": [shown(picture) for picture in pictures]}
     replace_file(folder / "report.html", html("locum.simulations/report.html.j2", page))
     replace_file(folder / "model_card.md", model_card("locum.simulations/model_card.md.j2", context))
 
 
 def _context(
-    folder: Path, plan: Plan, summary: RunSummary, metrics: Mapping[str, Any], counts: Mapping[str, Counts]
+    folder: Path, plan: Plan, summary: RunSummary, metrics: Mapping[str, Any], data: list[SiteData]
 ) -> dict[str, Any]:
     """What both templates show."""
     results = results_of(plan, metrics, summary.sites)
-    data = data_of(folder, plan, counts)
     return {
         "plan": plan,
         "plan_words": words.plan_words(plan),
@@ -79,7 +76,7 @@ def _context(
         "data": data,
         "quarantined": quarantined(data),
         "asked": asked_words(folder) | {"Baselines": "trained" if results.pooled else "not trained"},
-        "protection": words.protection_words(plan),
+        "protection": words.protection_words(plan, summary.history),
         "versions": words.versions(),
         "model": model_file(folder / MODEL_FILE, plan),
         "seconds_total": metrics["seconds_total"],
@@ -110,7 +107,7 @@ def _charts(context: Mapping[str, Any]) -> dict[str, Any]:
         "sites_charts": _sites_charts(results),
         "curves": charts.all_curves(summary.history, summary.sites, results.metrics),
         "costs": [charts.time_chart(summary.history), charts.bytes_chart(summary.history)] if summary.history else [],
-        "legend": charts.legend(summary.sites),
+        "legend": charts.legend(summary.history, summary.sites, results.metrics),
     }
 
 

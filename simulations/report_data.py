@@ -1,6 +1,6 @@
 """What is known of each site's data: what became of its files, its cases per fold and class, its scanners.
 
-Everything is read from the run's folder: the `roster` event of `events.jsonl`, and the catalogs under `sites/`.
+A simulation asks its sites itself: a coordinator knows only what they release.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from locum.common.plan import Plan
+from locum.common.plan import Fold, Plan
 from locum.server.report_words import many
 from locum.site_client.imaging.catalog import FILE_NAME, Catalog, Counts, Facts
 from locum.site_client.imaging.reasons import SENTENCE, Reason
@@ -48,7 +48,7 @@ class SiteData:
     site: str
     counts: Counts
     emulated: bool
-    folds: Mapping[str, int] = field(default_factory=dict)
+    folds: Mapping[Fold, int] = field(default_factory=dict)
     labels: Mapping[str, int] = field(default_factory=dict)
     scanners: tuple[str, ...] = ()
     spacing: str = ""
@@ -64,12 +64,12 @@ class SiteData:
         return self.counts.cases - sum(self.folds.values()) if self.folds else 0
 
 
-def data_of(folder: Path, plan: Plan, counts: Mapping[str, Counts]) -> list[SiteData]:
-    """The data of every site, by name; raises DataError if a catalog is damaged."""
-    roster = _roster(folder / "events.jsonl")
+def data_of(
+    folder: Path, plan: Plan, counts: Mapping[str, Counts], folds: Mapping[str, Mapping[Fold, int]]
+) -> list[SiteData]:
+    """The data of every site, by name, with the catalogs under `sites/`; raises DataError if one is damaged."""
     return [
-        _site(site, plan, found, folder / "sites" / site, roster.get(site) or {})
-        for site, found in sorted(counts.items())
+        _site(site, plan, found, folder / "sites" / site, folds.get(site, {})) for site, found in sorted(counts.items())
     ]
 
 
@@ -95,15 +95,7 @@ def asked_words(folder: Path) -> dict[str, str]:
     return {topic: Path(str(asked[key])).name for key, topic in topics.items() if asked.get(key) is not None}
 
 
-def _roster(path: Path) -> dict[str, dict[str, int] | None]:
-    """Cases by site and fold, as the sites told them when the run started or went on."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    rosters = [event for event in map(json.loads, lines) if event["event"] == "roster"]
-    cases: dict[str, dict[str, int] | None] = rosters[-1]["cases"] if rosters else {}
-    return cases
-
-
-def _site(site: str, plan: Plan, counts: Counts, folder: Path, folds: Mapping[str, int]) -> SiteData:
+def _site(site: str, plan: Plan, counts: Counts, folder: Path, folds: Mapping[Fold, int]) -> SiteData:
     emulated = (folder / "raw").is_dir()
     if not (folder / "store" / FILE_NAME).is_file():
         return SiteData(site, counts, emulated, folds)

@@ -1,13 +1,14 @@
 """The results of a simulation: what the federated model, the pooled one and each site alone do on the test folds.
 
 A simulation owns all the data it made, so here metrics are exact (case by case) and have intervals. A real run has only
-the sums that its sites release.
+the sums that its sites release; under secure aggregation those over all sites.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,9 @@ import numpy as np
 
 from locum.common import build
 from locum.common.build import Model
+from locum.common.errors import SiteFailure
 from locum.common.metrics import Outcomes, bootstrap, join
-from locum.common.plan import Plan
+from locum.common.plan import Fold, Plan
 from locum.site_client.worker import Worker
 
 
@@ -34,15 +36,19 @@ class Tested:
     cases: dict[str, int]
 
 
-def with_test_cases(plan: Plan, workers: Mapping[str, Worker]) -> dict[str, Worker]:
-    """The workers whose site has cases in its test fold."""
-    return {site: worker for site, worker in workers.items() if worker.call("describe", plan)[0]["cases"]["test"]}
+def folds_of(plan: Plan, workers: Mapping[str, Worker]) -> dict[str, dict[Fold, int]]:
+    """By site, its cases that fit the plan's contract, by fold; without sites whose data cannot be read."""
+    found = {}
+    for site, worker in workers.items():
+        with suppress(SiteFailure):  # such a site was left out of the run, which tells why
+            found[site] = worker.call("describe", plan)[0]["cases"]
+    return found
 
 
 def outcomes_of(
     plan: Plan, workers: Mapping[str, Worker], model: Model, *, round_number: int | None
 ) -> dict[str, Outcomes]:
-    """The outcomes of a model on the test folds of sites that have one (see :func:`with_test_cases`).
+    """The outcomes of a model on the test folds of sites that have cases in it.
 
     `round_number` says which local tensors of a site go with a federation's model; None for a model trained alone.
     """
@@ -164,5 +170,7 @@ def _entry(result: Tested) -> dict[str, Any]:
         "all": result.all,
         "per_site": result.per_site,
         "intervals": {"all": result.intervals, "per_site": result.site_intervals},
+        "sites": list(result.per_site),
         "cases": result.cases,
+        "total": sum(result.cases.values()),
     }

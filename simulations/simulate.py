@@ -23,6 +23,7 @@ from locum.common.durable import replace_file
 from locum.common.errors import MEANING, RunError, SiteFailure
 from locum.common.fab import build_bundle
 from locum.common.plan import Plan
+from locum.common.secagg import LEAST_SITES, MOST_SITES
 from locum.server.watch import Watch
 from locum.simulations.institutions import begin, found_federation, open_agent, site_log
 from locum.simulations.preparation import Prepared, cores, prepare
@@ -64,6 +65,15 @@ class Simulation:
     folder: Path
     baselines: bool = False
     engine: Engine = "local"
+
+
+def check_sites(plan: Plan, sites: int) -> None:
+    """Raises RunError if there are fewer sites, or more, than a secure sum of the plan can have."""
+    if not plan.secured or LEAST_SITES <= sites <= MOST_SITES:
+        return
+    bound = f"at least {LEAST_SITES}" if sites < LEAST_SITES else f"at most {MOST_SITES}"
+    remedy = "to try it without, write protection: {secure_aggregation: off} in the plan, which is then another plan"
+    raise RunError(f"the plan sums securely, which takes {bound} sites; there are {sites}", f"change --sites; {remedy}")
 
 
 def open_folder(folder: Path, plan: Plan, asked: Mapping[str, Any], *, force: bool) -> None:
@@ -192,12 +202,14 @@ def _finish(
 
     from locum.server.records import RunSummary
     from locum.simulations import report, results
+    from locum.simulations.report_data import data_of
 
     plan, folder = simulation.plan, simulation.folder
     summary = RunSummary.model_validate_json((folder / "run.json").read_bytes())
     model = load_file(folder / "model.safetensors")
     workers = {name: agents[name].worker for name in summary.sites}
-    tested = results.with_test_cases(plan, workers)
+    folds = results.folds_of(plan, {name: agent.worker for name, agent in agents.items()})
+    tested = {name: worker for name, worker in workers.items() if folds[name]["test"]}
     federated = results.scored(plan, results.outcomes_of(plan, tested, model, round_number=summary.round))
     found = None
     if simulation.baselines:
@@ -216,8 +228,8 @@ def _finish(
     replace_file(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
     count = report.pictures_each(len(workers))
     pictures = report.pictures_of(plan, tested, model, round_number=summary.round, count=count)
-    report.write(folder, plan, summary=summary, metrics=metrics, counts={s.name: s.counts for s in prepared},
-                 pictures=pictures)  # fmt: skip
+    data = data_of(folder, plan, {site.name: site.counts for site in prepared}, folds)
+    report.write(folder, plan, summary=summary, metrics=metrics, data=data, pictures=pictures)
     return metrics
 
 

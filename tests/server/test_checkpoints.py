@@ -89,8 +89,9 @@ def test_a_damaged_checkpoint_is_named_and_not_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"{", b"{}", b"\xff"])
 def test_a_damaged_evaluation_is_named_and_not_used(tmp_path: Path, content: bytes) -> None:
     points = Checkpoints(tmp_path, plan())
-    record = RoundRecord(round=1, attempt=1, weights={}, losses={}, train_seconds={}, excluded={}, update_norm=0.0,
-                         bytes_down=0, bytes_up=0, seconds=0.0, model_sha256="")  # fmt: skip
+    record = RoundRecord(round=1, attempt=1, sites=(), weight=0.0, loss=None, weights={}, losses={}, train_seconds={},
+                         excluded={}, update_norm=0.0, bytes_down=0, bytes_up=0, seconds=0.0,
+                         model_sha256="")  # fmt: skip
     points.commit(replace(_committed(1), history=(record,)))
     (tmp_path / "round-000001" / "evaluation.json").write_bytes(content)
     with pytest.raises(RunError, match="cannot be read"):

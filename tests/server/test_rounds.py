@@ -40,7 +40,9 @@ def test_the_model_moves_by_the_weighted_mean_of_the_updates(tmp_path: Path) -> 
     finished = run_peers(of, [Peer("a", 1.0, weight=1.0), Peer("b", 5.0, weight=3.0)], tmp_path)
     assert _moved(finished, of) == {4.0}
     assert finished.status == "completed"
-    assert finished.history[0].weights == {"a": 1.0, "b": 3.0}
+    record = finished.history[0]
+    assert (record.sites, record.weight, record.weights) == (("a", "b"), 4.0, {"a": 1.0, "b": 3.0})
+    assert record.secured is None
 
 
 def test_metrics_are_of_the_sums_over_sites(tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from locum.common.plan import Plan, parse_plan
 from locum.server.records import Evaluated, RoundRecord, RunSummary
 from locum.simulations import report, report_pictures, results
 from locum.simulations.federations import FederationSpec, federation
-from locum.simulations.institutions import open_agent
+from locum.simulations.institutions import found_federation, open_agent
 from locum.simulations.preparation import Prepared, prepare_site
+from locum.simulations.report_data import data_of
 from locum.simulations.report_pictures import Picture
 from locum.site_client.gate import Policy
 from locum.site_client.imaging.catalog import Counts
@@ -41,6 +42,7 @@ training: {input_size: [16, 16, 8], batch_size: 8, local_steps: 20}
 rounds: 10
 participation: {quorum: 2, deadline: 10 min}
 evaluation: {metrics: [AUC, accuracy, confusion]}
+protection: {secure_aggregation: off}
 """
 SEGMENT = """
 name: hippocampus
@@ -53,6 +55,7 @@ training: {input_size: [16, 16, 16], batch_size: 2, local_steps: 20}
 rounds: 10
 participation: {quorum: 2, deadline: 10 min}
 evaluation: {metrics: [Dice, surface_distance]}
+protection: {secure_aggregation: off}
 """
 
 
@@ -101,8 +104,9 @@ def evaluated(plan: Plan, number: int, fold: str, excluded: Mapping[str, str] | 
     overall = dict.fromkeys(names, reached)
     cases = dict.fromkeys(per_site, 6)
     return Evaluated(
-        round=number, fold=fold, overall=overall, per_site=per_site, cases=cases, excluded=dict(excluded or {})
-    )
+        round=number, fold=fold, overall=overall, per_site=per_site, cases=cases, sites=tuple(per_site),
+        total=sum(cases.values()), excluded=dict(excluded or {}),
+    )  # fmt: skip
 
 
 def record(plan: Plan, number: int, excluded: Mapping[str, str]) -> RoundRecord:
@@ -110,6 +114,9 @@ def record(plan: Plan, number: int, excluded: Mapping[str, str]) -> RoundRecord:
     return RoundRecord(
         round=number,
         attempt=2 if number == 4 else 1,
+        sites=tuple(taking_part),
+        weight=sum(30.0 + SITES.index(site) for site in taking_part),
+        loss=0.25 + 0.5 / number if plan.release.training_loss else None,
         weights={site: 30.0 + SITES.index(site) for site in taking_part},
         losses={site: 0.2 + 0.5 / number + 0.03 * SITES.index(site) for site in taking_part},
         train_seconds={site: 1.9 + 0.2 * SITES.index(site) for site in taking_part},
@@ -170,10 +177,11 @@ def write(folder: Path, plan: Plan, **parts: Any) -> tuple[str, str]:
     network, roles = build.initial_state(plan)
     save_file(build.shared_tensors(network, roles), folder / "model.safetensors")
     (folder / "plan.yaml").write_text(plan.to_yaml())
+    counts = parts.pop("counts", counts_of(*SITES, "hillcrest"))
     given = {
         "summary": summary_of(plan),
         "metrics": json.loads(json.dumps(metrics_of(plan))),
-        "counts": counts_of(*SITES, "hillcrest"),
+        "data": data_of(folder, plan, counts, parts.pop("folds", {})),
         "pictures": pictures_for(plan),
         **parts,
     }
@@ -457,7 +465,8 @@ SMALL = (
 def workers(hospitals: tuple[Path, list[Prepared]]) -> Iterator[list[Worker]]:
     """The worker of each hospital, and one over the stores of both."""
     folder, prepared = hospitals
-    made = [open_agent(site, Policy(), cache_bytes=1 << 24).worker for site in prepared]
+    federation = found_federation(folder)
+    made = [open_agent(site, Policy(), federation, cache_bytes=1 << 24).worker for site in prepared]
     stores = tuple(site.store for site in prepared)
     made.append(Worker(Settings("pooled", stores, folder / "pooled"), logging.getLogger("locum.test")))
     yield made
@@ -501,9 +510,8 @@ def test_emulated_hospitals_are_called_emulated_and_described(hospitals: tuple[P
     folder, prepared = hospitals
     plan = plan_of(CLASSIFY)
     (folder / "simulation.json").write_text(json.dumps({"engine": "local", "sites": 2, "baselines": True}))
-    roster = {"event": "roster", "cases": {prepared[0].name: {"train": 3, "validation": 2, "test": 1}}}
-    (folder / "events.jsonl").write_text(json.dumps({"event": "started"}) + "\n" + json.dumps(roster) + "\n")
-    html, card = write(folder, plan, counts={site.name: site.counts for site in prepared})
+    folds = {prepared[0].name: {"train": 3, "validation": 2, "test": 1}}
+    html, card = write(folder, plan, counts={site.name: site.counts for site in prepared}, folds=folds)
     page = Page(html)
     assert "All data is emulated." in page.text
     assert "All data is emulated." in card
