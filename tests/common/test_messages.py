@@ -6,8 +6,24 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from pydantic import ValidationError
 
-from locum.common.messages import MessageError, TrainTask, pack, parse_header, unpack
+from locum.common.canonical import sha256_hex
+from locum.common.messages import (
+    BeginTask,
+    Header,
+    KeysTask,
+    MaskedResult,
+    MessageError,
+    PairsTask,
+    Secured,
+    TrainTask,
+    UnmaskTask,
+    body_of,
+    pack,
+    parse_header,
+    unpack,
+)
 
 TASK = TrainTask(plan_digest="0" * 64, round=1)
 DTYPES = st.sampled_from([np.float16, np.float32, np.float64, np.int64, np.int32, np.uint8])
@@ -104,3 +120,59 @@ def test_a_header_of_another_form_is_refused(header: bytes) -> None:
 def test_no_header_bytes_raise_anything_else(header: bytes) -> None:
     with pytest.raises(MessageError):
         parse_header(header, TrainTask)
+
+
+# --- secure sums
+
+_DIGEST = "0" * 64
+
+
+@pytest.mark.parametrize(
+    "run", ["", ".", "..", "../run-1", "./run-1", "a/b", "Run-1", "-run", "run 1", "r" * 82, "run\n"]
+)
+def test_a_run_has_one_name_and_it_leads_to_no_other_folder(run: str) -> None:
+    for kind, fields in ((KeysTask, {}), (BeginTask, {"pairs": {}})):
+        with pytest.raises(ValidationError):
+            kind(plan_digest=_DIGEST, run=run, **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("site", ["", "..", "a/b", "no rth", "n" * 100])
+def test_what_is_no_name_of_a_site_is_in_no_header(site: str) -> None:
+    for make in (
+        lambda: BeginTask(plan_digest=_DIGEST, run="run-1", pairs={site: "x"}),
+        lambda: UnmaskTask(plan_digest=_DIGEST, context="x", uploads={site: "x"}),
+        lambda: Secured(context="x", keys={site: "x"}),
+    ):
+        with pytest.raises(ValidationError):
+            make()
+
+
+def test_a_statement_has_an_end() -> None:
+    long = "x" * ((64 << 10) + 1)
+    for make in (
+        lambda: MaskedResult(plan_digest=_DIGEST, upload=long),
+        lambda: UnmaskTask(plan_digest=_DIGEST, context=long, uploads={}),
+        lambda: PairsTask(plan_digest=_DIGEST, run="run-1", roster=long, keys={}, certificates={}),
+        lambda: Secured(context="x", keys={"north": "x" * 5000}),
+    ):
+        with pytest.raises(ValidationError):
+            make()
+
+
+@pytest.mark.parametrize("cases", [-1, 1.5])
+def test_a_number_of_cases_is_a_whole_number(cases: float) -> None:
+    with pytest.raises(ValidationError):
+        MaskedResult(plan_digest=_DIGEST, upload="x", cases=cases)  # type: ignore[arg-type]
+
+
+def test_a_header_can_be_made_of_the_digest_of_its_tensors() -> None:
+    seen: list[str] = []
+
+    def made(body: str) -> Header:
+        seen.append(body)
+        return MaskedResult(plan_digest=_DIGEST, upload=body)
+
+    record = pack(made, {"w": np.ones(3)})
+    header, _ = unpack(record, MaskedResult)
+    assert [header.upload] == seen == [body_of(record)] == [sha256_hex(bytes(record["locum"]["tensors"]))]
+    assert body_of(pack(TASK)) == sha256_hex(b"")

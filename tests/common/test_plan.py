@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import jsonschema
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from locum.common.errors import PlanError
 from locum.common.plan import Plan, Told, load_plan, parse_plan
+from locum.common.secagg.ring import Ring, mean_error
 from tests.plans import CLASSIFY, plan, secured, with_changes
 
 
@@ -175,6 +177,15 @@ def test_under_secure_aggregation_a_site_tells_of_itself_what_per_site_names_and
     assert secured(release={"per_site": [what]}).tells(what)
     others: list[Told] = [other for other in ("metrics", "training_loss", "case_counts") if other != what]
     assert not any(secured(release={"per_site": [what]}).tells(other) for other in others)
+
+
+def test_the_plan_page_tells_how_exact_a_secure_sum_is(project: Path) -> None:
+    page = (project / "docs" / "plan.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (32|64) \| (\d+) \| (\d+) \| (\d+) \| ([\d.e-]+) \|$", page, re.MULTILINE)
+    assert len(rows) == 5
+    for bits, sites, bound, cap, told in rows:
+        ring = Ring(32 if bits == "32" else 64, int(sites), float(bound))
+        assert mean_error(ring, float(cap), 500 * ring.sites) == pytest.approx(float(told), rel=0.05)
 
 
 def test_what_a_plan_does_not_release_is_not_told_by_naming_it_per_site() -> None:
