@@ -24,7 +24,8 @@ from safetensors.numpy import load, save
 from locum.common.canonical import sha256_hex
 from locum.common.identity import SiteName
 from locum.common.plan import Fold
-from locum.common.tensor_files import Sendable, in_memory
+from locum.common.secagg.model import seal_bytes
+from locum.common.tensor_files import Mapped, Sendable, in_memory
 
 Tensors = dict[str, NDArray[Any]]
 Arrays = Mapping[str, NDArray[Any]]
@@ -219,6 +220,20 @@ class Carrier(Protocol):
         """The tensors of a message with these fields; raises MessageError."""
 
 
+class Sealer(Carrier, Protocol):
+    """A carrier by which models also go out sealed."""
+
+    def seal(self, model: Mapped, key: bytes) -> Fields:
+        """The fields of a message that carry or name the encrypted file of a model."""
+
+
+class Opener(Carrier, Protocol):
+    """A carrier by which models also come in sealed."""
+
+    def open(self, fields: Fields, key: bytes, digest: str) -> Arrays:
+        """The tensors of a sealed model whose file has a SHA-256; raises MessageError if it has another."""
+
+
 @dataclass(frozen=True)
 class Inline:
     """Tensors travel inside the message, in safetensors form."""
@@ -234,7 +249,23 @@ class Inline:
             raise MessageError("the tensors are not in the message")
         return tensors_from(content) if content else {}
 
+    def seal(self, model: Mapped, key: bytes) -> Fields:
+        """The encrypted bytes of the model's file."""
+        return {_TENSORS: seal_bytes(model.path.read_bytes(), key)}
 
+    def open(self, fields: Fields, key: bytes, digest: str) -> Arrays:
+        """The tensors whose file's bytes are these, encrypted; raises MessageError."""
+        sealed = fields.get(_TENSORS)
+        if set(fields) != {_TENSORS} or not isinstance(sealed, bytes):
+            raise MessageError("the sealed model is not in the message")
+        content = seal_bytes(sealed, key)
+        if sha256_hex(content) != digest:
+            raise MessageError(NOT_SIGNED)
+        return tensors_from(content)
+
+
+#: Why a sealed model is not used.
+NOT_SIGNED = "the model is not the one that the coordinator has signed"
 INLINE = Inline()
 
 
@@ -263,14 +294,19 @@ def body_of(record: RecordDict) -> str:
 
 def unpack(record: RecordDict, kind: type[H], carrier: Carrier = INLINE) -> tuple[H, Arrays]:
     """Reads a header of `kind` and its tensors; raises :class:`MessageError`."""
+    header, fields = take_apart(record, kind)
+    return header, carrier.fetch(fields)
+
+
+def take_apart(record: RecordDict, kind: type[H]) -> tuple[H, Fields]:
+    """Reads a header of `kind`, and leaves the fields that carry or name tensors; raises :class:`MessageError`."""
     if set(record) != {_RECORD}:
         raise MessageError(f"a message has the one record '{_RECORD}'")
     config = record[_RECORD]
     content = config.get(_HEADER) if isinstance(config, ConfigRecord) else None
     if not isinstance(config, ConfigRecord) or not isinstance(content, bytes):
         raise MessageError("the header is not JSON bytes")
-    header = parse_header(content, kind)
-    return header, carrier.fetch({name: config[name] for name in config if name != _HEADER})
+    return parse_header(content, kind), {name: config[name] for name in config if name != _HEADER}
 
 
 def parse_header(content: bytes, kind: type[H]) -> H:

@@ -92,14 +92,20 @@ class Mapped(Mapping[str, NDArray[Any]]):
 
     Attributes:
         path: where the file was when it was mapped.
-        sha256: its name, as whoever checked it gave it.
         size: bytes of the file.
     """
 
-    def __init__(self, path: Path, blob: Blob, tensors: Arrays) -> None:
-        self.path = path
-        self.sha256, self.size = blob
-        self._tensors = tensors
+    def __init__(self, path: Path, size: int, tensors: Arrays, sha256: str | None) -> None:
+        self.path, self.size = path, size
+        self._tensors, self._sha256 = tensors, sha256
+
+    @property
+    def sha256(self) -> str:
+        """The file's digest, as whoever checked it gave it; if nobody did it is read once more."""
+        if self._sha256 is None:
+            with self.path.open("rb") as file:
+                self._sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return self._sha256
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         return self._tensors[name]
@@ -147,10 +153,10 @@ def in_memory(tensors: Sendable) -> dict[str, NDArray[Any]]:
     }
 
 
-def write_tensors(path: Path, tensors: Sendable, *, flush: bool = False) -> Blob:
+def write_tensors(path: Path, tensors: Sendable, *, flush: bool = False, named: bool = True) -> Blob:
     """Writes `tensors` to `path` and hashes them on the way; memory is a chunk, whatever their size.
 
-    `flush` waits for the disk. Raises TensorFileError for names and dtypes without a form, and OSError; a file that
+    `flush` waits for the disk. Not `named`, nothing is hashed and the digest is empty. Raises TensorFileError for names and dtypes without a form, and OSError; a file that
     could not be written whole is removed.
     """
     specs = _ordered(_spec(name, array) for name, array in tensors.items())
@@ -158,17 +164,18 @@ def write_tensors(path: Path, tensors: Sendable, *, flush: bool = False) -> Blob
     try:
         with path.open("wb", buffering=0) as file:
             for part in chain([memoryview(header)], *(_chunks(tensors[spec.name]) for spec in specs)):
-                digest.update(part)
+                if named:
+                    digest.update(part)
                 write_all(file.fileno(), part)
             if flush:
                 os.fsync(file.fileno())
     except OSError:
         path.unlink(missing_ok=True)
         raise
-    return Blob(digest.hexdigest(), len(header) + sum(spec.size for spec in specs))
+    return Blob(digest.hexdigest() if named else "", len(header) + sum(spec.size for spec in specs))
 
 
-def map_tensors(path: Path, sha256: str) -> Mapped:
+def map_tensors(path: Path, sha256: str | None = None) -> Mapped:
     """The tensors of a file, mapped; `sha256` is the name under which the file was checked, and is not checked here.
 
     Raises TensorFileError if the file is not exactly what :func:`write_tensors` writes, and OSError.
@@ -182,7 +189,7 @@ def map_tensors(path: Path, sha256: str) -> Mapped:
         if size != len(header) + sum(spec.size for spec in specs):
             raise TensorFileError(f"it has {size} bytes, which is not what its header says")
         content = _Map(file.fileno(), size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
-    return Mapped(path, Blob(sha256, size), _views(content, specs, len(header)))
+    return Mapped(path, size, _views(content, specs, len(header)), sha256)
 
 
 def forget_part(array: NDArray[Any]) -> None:

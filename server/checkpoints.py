@@ -92,7 +92,7 @@ class Checkpoints:
             if old != keep:
                 shutil.rmtree(self._path(old))
         model, strategy = (map_tensors(folder / name, blobs[name].sha256) for name in parts)
-        return replace(committed, model=model, strategy=strategy)
+        return replace(committed, model=model, strategy=strategy, history=_named(committed, blobs))
 
     def _state_of(self, committed: Committed, blobs: Mapping[str, Blob]) -> _State:
         return _State(
@@ -101,7 +101,7 @@ class Checkpoints:
             model_sha256=blobs[_MODEL].sha256,
             strategy_sha256=blobs[_STRATEGY].sha256,
             roster=committed.roster,
-            history=committed.history,
+            history=_named(committed, blobs),
         )
 
     def add_evaluation(self, evaluated: Evaluated) -> None:
@@ -133,6 +133,14 @@ class Checkpoints:
         except TensorFileError as error:
             raise RunError(f"the checkpoint {folder} cannot be read", remedy) from error
         return Committed(state.round, *tensors, state.roster, history)
+
+
+def _named(committed: Committed, blobs: Mapping[str, Blob]) -> tuple[RoundRecord, ...]:
+    """The history, whose last record names the model that was just written."""
+    *before, last = committed.history or (None,)
+    if last is None:
+        return ()
+    return (*before, last.model_copy(update={"model_sha256": blobs[_MODEL].sha256}))
 
 
 def _sha256_of(path: Path) -> str:

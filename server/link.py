@@ -15,7 +15,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from locum.common.errors import LocumError, RunError
-from locum.common.messages import INLINE, LOCAL, Arrays, Carrier
+from locum.common.messages import INLINE, LOCAL, Arrays, Carrier, Sealer
 from locum.server.home import Home
 from locum.server.signer import Signer, signer_of
 
@@ -34,7 +34,7 @@ class Link(Protocol):
     def signer(self) -> Signer:
         """What the coordinator signs with; raises LocumError."""
 
-    def outgoing(self, model: Arrays) -> Carrier:
+    def outgoing(self, model: Arrays) -> Sealer:
         """How `model` goes out."""
 
     def incoming(self, site: str) -> Carrier:
@@ -87,7 +87,7 @@ class Direct:
             raise RunError("this simulation has no authority", "give the link a home")
         return signer_of(self.home, LOCAL)
 
-    def outgoing(self, model: Arrays) -> Carrier:
+    def outgoing(self, model: Arrays) -> Sealer:
         """Inside the message."""
         del model
         return INLINE

@@ -59,6 +59,7 @@ class RoundRecord(BaseModel):
         sites: those whose updates are in the sum.
         weight: Σ w over them.
         loss: the mean training loss over the sites that released theirs, by weight.
+        model_sha256: of the committed model's file.
         weights: of each site that told its own; `losses` and `train_seconds` likewise.
     """
 
@@ -77,7 +78,7 @@ class RoundRecord(BaseModel):
     bytes_down: int
     bytes_up: int
     seconds: float
-    model_sha256: str
+    model_sha256: str = ""
     secured: SecureRecord | None = None
     evaluation: Evaluated | None = None
 

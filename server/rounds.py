@@ -16,7 +16,6 @@ Rules:
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -319,7 +318,6 @@ def _record(before: Committed, model: Arrays, found: Gathered, *, began: float, 
         bytes_down=size * (len(told) + len(found.refused)),
         bytes_up=size * len(told),
         seconds=time.monotonic() - began,
-        model_sha256=_model_digest(model),
         secured=found.secured,
     )
 
@@ -331,13 +329,6 @@ def _distance(model: Arrays, other: Arrays) -> float:
         found = math.hypot(found, l2_norm({name: tensor - other[name]}))
         forget_part(other[name])
     return found
-
-
-def _model_digest(model: Arrays) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(model):
-        digest.update(np.ascontiguousarray(model[name]).data)
-    return digest.hexdigest()
 
 
 # --- evaluation

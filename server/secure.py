@@ -59,7 +59,6 @@ from locum.common.messages import (
 from locum.common.plan import Plan
 from locum.common.secagg import LEAST_SITES, MOST_SITES, keys
 from locum.common.secagg.aggregator import SecureSum, open_roster
-from locum.common.secagg.model import mixed
 from locum.common.secagg.ring import Ring, read_scalars
 from locum.common.secagg.roster import (
     Context,
@@ -143,7 +142,7 @@ class Session:
         """The fields that carry the model, encrypted, and by site its content key; made once for each model."""
         if self._sealed is None or self._sealed[0] != model.sha256:
             key, purpose = secrets.token_bytes(keys.KEY_BYTES), model_purpose(self.roster, model.sha256)
-            fields = engine.link.outgoing(model).stow(mixed(model, key))
+            fields = engine.link.outgoing(model).seal(model, key)
             sealed = {
                 site: base64url(keys.seal(party.keys.models, purpose, key)) for site, party in self.parties.items()
             }

@@ -30,10 +30,11 @@ from google.protobuf.message import DecodeError
 from locum.common.blobs import SHA256
 from locum.common.durable import replace_file
 from locum.common.errors import LocumError
-from locum.common.messages import BLOB_THRESHOLD, INLINE, Arrays, Carrier, Fields, MessageError
+from locum.common.messages import BLOB_THRESHOLD, INLINE, Arrays, Carrier, Fields, MessageError, Sealer
 from locum.common.plan import Plan
 from locum.common.proto import locum_pb2 as pb
 from locum.common.proto import locum_pb2_grpc as rpc
+from locum.common.secagg.model import name_of, seal_file
 from locum.common.sums import metric_lengths
 from locum.common.tensor_files import Mapped, Sendable, map_tensors, write_tensors
 from locum.server.gateway.hints import HEADER
@@ -131,7 +132,7 @@ class Wire:
 
     # --- tensors
 
-    def outgoing(self, model: Arrays) -> Carrier:
+    def outgoing(self, model: Arrays) -> Sealer:
         """The model as a file of the spool, linked where it lies already; a small one inside the message."""
         size = sum(array.nbytes for array in model.values())
         down, limit = self._spool / "down", self._spool / "limit.json"
@@ -263,10 +264,21 @@ class Outgoing:
             beside = self.folder / f".{os.getpid()}.tmp"
             digest, size = write_tensors(beside, tensors)
             beside.replace(self.folder / digest)
+        return self._only(digest, size)
+
+    def seal(self, model: Mapped, key: bytes) -> Fields:
+        """Writes the encrypted file of a model; its name tells nothing of what is in it. Raises OSError."""
+        name, beside = name_of(key), self.folder / f".{os.getpid()}.tmp"
+        seal_file(model.path, beside, key)
+        beside.replace(self.folder / name)
+        return self._only(name, model.size)
+
+    def _only(self, name: str, size: int) -> Fields:
+        """The fields that name a file; the models before it are removed."""
         for other in self.folder.glob("*"):
-            if other.name != digest:
+            if other.name != name:
                 other.unlink(missing_ok=True)
-        return {"sha256": digest, "size": size}
+        return {"sha256": name, "size": size}
 
     def fetch(self, fields: Fields) -> Arrays:
         """Nothing comes in by this way."""

@@ -34,17 +34,18 @@ from locum.common.messages import (
     UNMASK,
     Arrays,
     BeginTask,
-    Carrier,
     DescribeTask,
     EvaluateTask,
+    Fields,
     H,
     KeysTask,
     MessageError,
+    Opener,
     PairsTask,
     TrainTask,
     UnmaskTask,
     pack,
-    unpack,
+    take_apart,
 )
 from locum.common.plan import Plan
 from locum.common.secagg.roster import Context, Roster
@@ -55,6 +56,7 @@ from locum.site_client.gate import Masked, Policy, Release
 from locum.site_client.secure import SecureSite
 from locum.site_client.worker import Worker
 
+M = TypeVar("M", TrainTask, EvaluateTask)
 T = TypeVar("T", KeysTask, PairsTask, BeginTask)
 
 
@@ -91,7 +93,7 @@ class Agent:
     seconds_left: Callable[[Message], float | None] = _endless
     _plan: tuple[str, Plan] | None = None
 
-    def handle(self, message: Message, bundle: bytes, carrier: Carrier = INLINE, *, run: str = LOCAL) -> Message:
+    def handle(self, message: Message, bundle: bytes, carrier: Opener = INLINE, *, run: str = LOCAL) -> Message:
         """Answers a message of the run that `bundle` belongs to; never raises for what arrives.
 
         `carrier` says how tensors come in and go out, `run` is the run's name.
@@ -105,7 +107,7 @@ class Agent:
             self.log.exception("failed on %s", message.metadata.message_type)
             return Message(gate.release_failure(SiteFailure(Code.INTERNAL)), reply_to=message)
 
-    def _answer(self, message: Message, bundle: bytes, carrier: Carrier, run: str) -> RecordDict:
+    def _answer(self, message: Message, bundle: bytes, carrier: Opener, run: str) -> RecordDict:
         plan = self.plan_of(bundle)
         self.admit(self.policy, plan)
         answers: dict[str, Callable[[_Task], Release]] = {
@@ -139,10 +141,7 @@ class Agent:
         return gate.release_description(self.policy, asked.plan, self.site, found)
 
     def _train(self, asked: _Task) -> Release:
-        task, model = asked.read(TrainTask)
-        context = None
-        if asked.plan.secured:
-            context, model = self.secure.open(asked.run, task, model)
+        task, context, model = self._opened(asked, TrainTask)
         began = time.monotonic()
         self.told("training", task.round)
         request = {"round": task.round, "attempt": context.attempt if context else 1}
@@ -155,10 +154,7 @@ class Agent:
         return self._given(asked, context, masked, partial(training_layout, asked.plan, size=size))
 
     def _evaluate(self, asked: _Task) -> Release:
-        task, model = asked.read(EvaluateTask)
-        context = None
-        if asked.plan.secured:
-            context, model = self.secure.open(asked.run, task, model)
+        task, context, model = self._opened(asked, EvaluateTask)
         self.told("evaluating", task.round)
         cases, sums = self._measured(asked, task, model)
         if context is None:
@@ -176,6 +172,18 @@ class Agent:
                 return 0, {}
             raise
         return done["cases"], sums
+
+    def _opened(self, asked: _Task, kind: type[M]) -> tuple[M, Context | None, Arrays]:
+        """A task with its model, and what its sum is about if that is a secure one."""
+        if not asked.plan.secured:
+            task, model = asked.read(kind)
+            return task, None, model
+        task, fields = asked.take_apart(kind)
+        context, key = self.secure.admit(asked.run, task)
+        try:
+            return task, context, asked.carrier.open(fields, key, context.model)
+        except MessageError as error:
+            raise SiteFailure(Code.SECURE_SUM_REFUSED, str(error)) from error
 
     # --- secure sums
 
@@ -207,20 +215,28 @@ class _Task:
     plan: Plan
     run: str
     content: RecordDict
-    carrier: Carrier
+    carrier: Opener
     seconds: float | None
 
     def read(self, kind: type[H]) -> tuple[H, Arrays]:
         """The task and its tensors; raises SiteFailure (MESSAGE_UNREADABLE, PLAN_MISMATCH)."""
+        task, fields = self.take_apart(kind)
         try:
-            task, tensors = unpack(self.content, kind, self.carrier)
+            return task, self.carrier.fetch(fields)
+        except MessageError as error:
+            raise SiteFailure(Code.MESSAGE_UNREADABLE, str(error)) from error
+
+    def take_apart(self, kind: type[H]) -> tuple[H, Fields]:
+        """The task and the fields that carry or name its tensors; raises SiteFailure as :meth:`read`."""
+        try:
+            task, fields = take_apart(self.content, kind)
         except MessageError as error:
             raise SiteFailure(Code.MESSAGE_UNREADABLE, str(error)) from error
         if task.plan_digest != self.plan.digest:
             raise SiteFailure(Code.PLAN_MISMATCH, task.plan_digest)
         if isinstance(task, TrainTask | EvaluateTask) and task.round > self.plan.rounds:
             raise SiteFailure(Code.PLAN_MISMATCH, f"round {task.round} of a plan of {self.plan.rounds}")
-        return task, tensors
+        return task, fields
 
     def of_this_run(self, task: T) -> T:
         """A step of a set-up; raises SiteFailure unless it is of this run, and of a plan that asks for secure sums."""

@@ -28,6 +28,7 @@ import grpc
 from locum.common.blobs import CHUNK, DISK_FULL, GET_DATA, PUT_DATA, SERVICE, Blob, frames, payload, write_all
 from locum.common.errors import Code, SiteFailure
 from locum.common.proto import locum_pb2 as pb
+from locum.common.secagg.masks import Stream
 
 log = logging.getLogger("locum.site")
 
@@ -60,6 +61,13 @@ _FINAL = frozenset(
 
 class Stopping(BaseException):
     """The agent was told to end; passes through everything that handles errors."""
+
+
+class Sealed(NamedTuple):
+    """A blob that travels encrypted: under which name, and its content key."""
+
+    name: str
+    key: bytes
 
 
 class Calls(NamedTuple):
@@ -132,18 +140,22 @@ class BlobClient:
             self._persist(moved, Code.UPDATE_REFUSED, attempt)
         return blob
 
-    def download(self, run: str, sha256: str, size: int, target: Path, *, progress: Progress | None = None) -> None:
+    def download(
+        self, run: str, blob: Blob, target: Path, *, sealed: Sealed | None = None, progress: Progress | None = None
+    ) -> None:
         """Fetches a blob to `target` until it is there whole; its beginning waits beside it, as `target`.part.
 
-        One that is there already is read and, if it is the blob, kept. Raises SiteFailure(MESSAGE_UNREADABLE) if the
-        coordinator does not have it, SiteFailure(DISK_FULL), OSError and Stopping.
+        A sealed one is decrypted as it arrives: `blob` is what it is in the clear. One that is there already is read
+        and, if it is the blob, kept. Raises SiteFailure(MESSAGE_UNREADABLE) if the coordinator does not have it,
+        SiteFailure(DISK_FULL), OSError and Stopping.
         """
-        if is_blob(target, Blob(sha256, size)):
+        if is_blob(target, blob):
             return
-        key, part = pb.BlobKey(run=run, sha256=sha256, size=size), target.with_name(f"{target.name}.part")
+        name, size = blob.sha256 if sealed is None else sealed.name, blob.size
+        key, part = pb.BlobKey(run=run, sha256=name, size=size), target.with_name(f"{target.name}.part")
         moved = _Moved(size, progress or _silent)
         try:
-            with _Arriving(part, size) as arriving:
+            with _Arriving(part, blob, sealed) as arriving:
                 _check_room(target.parent, size - arriving.have)
                 self._persist(moved, Code.MESSAGE_UNREADABLE, lambda: self._fetch(key, arriving, moved))
             part.replace(target)
@@ -185,7 +197,7 @@ class BlobClient:
                     moved.reach(arriving.have)
         if arriving.have < key.size:
             return False
-        if arriving.digest.hexdigest() == key.sha256:
+        if arriving.whole:
             return True
         arriving.begin_anew()
         if arriving.attempts > 1:
@@ -241,14 +253,23 @@ class BlobClient:
 class _Arriving:
     """The beginning of a blob on the disk, and its digest so far; a context that closes the file."""
 
-    def __init__(self, part: Path, size: int) -> None:
-        self._size = size
+    def __init__(self, part: Path, blob: Blob, sealed: Sealed | None) -> None:
+        self._blob, self._sealed = blob, sealed
         self._file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self.attempts = 0
-        if os.fstat(self._file).st_size > size:
+        if os.fstat(self._file).st_size > blob.size:
             os.ftruncate(self._file, 0)
-        self.digest = _hash_file(self._file)
+        self._digest = _hash_file(self._file)
         self.have = os.fstat(self._file).st_size
+        self._stream = self._stream_from_here()
+
+    @property
+    def whole(self) -> bool:
+        """Whether what is here is the blob."""
+        return self._digest.hexdigest() == self._blob.sha256
+
+    def _stream_from_here(self) -> Stream | None:
+        return None if self._sealed is None else Stream(self._sealed.key, start=self.have)
 
     def __enter__(self) -> _Arriving:
         return self
@@ -258,16 +279,20 @@ class _Arriving:
 
     def append(self, data: memoryview) -> None:
         """Writes what came; raises SiteFailure if it is more than the blob has."""
-        if self.have + len(data) > self._size:
+        if self.have + len(data) > self._blob.size:
             raise SiteFailure(Code.MESSAGE_UNREADABLE, "the coordinator sends more than the blob has")
+        if self._stream is not None:
+            sealed, data = data, memoryview(bytearray(len(data)))
+            self._stream.mix(sealed, data)
         write_all(self._file, data)
-        self.digest.update(data)
+        self._digest.update(data)
         self.have += len(data)
 
     def begin_anew(self) -> None:
         """Forgets what is here."""
         os.ftruncate(self._file, 0)
-        self.have, self.digest = 0, hashlib.sha256()
+        self.have, self._digest = 0, hashlib.sha256()
+        self._stream = self._stream_from_here()
         self.attempts += 1
 
 

@@ -18,7 +18,7 @@ from locum.common.activity import Activity
 from locum.common.blobs import Blob
 from locum.common.messages import BLOB_THRESHOLD, INLINE, Arrays, Fields, MessageError
 from locum.common.tensor_files import Mapped, Sendable, map_tensors, write_tensors
-from locum.site_client.blobs import Permit, Progress, is_blob
+from locum.site_client.blobs import Permit, Progress, Sealed, is_blob
 
 _DIGEST = re.compile(r"^[0-9a-f]{64}$")
 
@@ -31,7 +31,9 @@ class Blobs(Protocol):
     ) -> object:
         """Sends a file until it has arrived."""
 
-    def download(self, run: str, sha256: str, size: int, target: Path, *, progress: Progress | None = None) -> object:
+    def download(
+        self, run: str, blob: Blob, target: Path, *, sealed: Sealed | None = None, progress: Progress | None = None
+    ) -> object:
         """Fetches a file until it is here, unless it is."""
 
 
@@ -73,19 +75,31 @@ class SiteCarrier:
         """The tensors of a message; a blob is fetched unless it is here. Raises MessageError, SiteFailure, OSError."""
         if "sha256" not in fields:
             return INLINE.fetch(fields)
-        digest, size = fields["sha256"], fields.get("size")
-        if set(fields) != {"sha256", "size"} or not isinstance(size, int) or not _DIGEST.match(str(digest)):
+        return self._mapped(fields, str(fields["sha256"]), None)
+
+    def _mapped(self, fields: Fields, digest: str, key: bytes | None) -> Arrays:
+        """The file that fields name, mapped once it is here under its digest."""
+        name, size = str(fields["sha256"]), fields.get("size")
+        if set(fields) != {"sha256", "size"} or not isinstance(size, int) or not _DIGEST.match(name):
             raise MessageError("it names no blob")
-        target = self.folder / "down" / str(digest)
+        target = self.folder / "down" / digest
         if digest not in self.known or not target.exists():
             _clear(target.parent, target.name, f"{digest}.part")
-            self.blobs.download(self.run, str(digest), size, target, progress=self._telling("downloading"))
-            self.known.add(str(digest))
+            sealed = None if key is None else Sealed(name, key)
+            blob = Blob(digest, size)
+            self.blobs.download(self.run, blob, target, sealed=sealed, progress=self._telling("downloading"))
+            self.known.add(digest)
         try:
-            return map_tensors(target, str(digest))
+            return map_tensors(target, digest)
         except ValueError as error:
             target.unlink()
             raise MessageError(f"its blob is not tensors: {error}") from error
+
+    def open(self, fields: Fields, key: bytes, digest: str) -> Arrays:
+        """The tensors of a sealed model, decrypted as they arrive; raises as :meth:`fetch`."""
+        if "sha256" not in fields:
+            return INLINE.open(fields, key, digest)
+        return self._mapped(fields, digest, key)
 
     def holds(self, fields: Fields) -> bool:
         """Whether the blob that a reply from before names, if it does, is here whole."""

@@ -2,7 +2,8 @@
 
 Rules:
   * The protocol is in `common/secagg`; this module keeps its state, on the disk before anything leaves.
-  * A model is used only if it is, to the byte, the one that the coordinator has signed.
+  * A task is admitted only under a context that the coordinator has signed; a model is used only if it is, to the byte,
+    the one that the context names (see :mod:`locum.site_client.carrier`).
   * A refusal leaves as a code; which check failed stands in the site's log.
 """
 
@@ -39,12 +40,11 @@ from locum.common.messages import (
 from locum.common.plan import Plan
 from locum.common.secagg import site
 from locum.common.secagg.masks import SEED_BYTES, Stream
-from locum.common.secagg.model import mixed
 from locum.common.secagg.ring import RingError
 from locum.common.secagg.roster import Context, Roster, SecureRefusal, Trust, verified
 from locum.common.secagg.site import Announced, Joined, Offer, Ready, Request
 from locum.common.secagg.upload import Given, Layout, masked
-from locum.common.tensor_files import Mapped, Sendable, TensorFileError, map_tensors, write_tensors
+from locum.common.tensor_files import Sendable
 from locum.site_client.vault import Vault
 
 
@@ -78,7 +78,7 @@ class SecureSite:
     """One site's part.
 
     Attributes:
-        folder: where state and models lie.
+        folder: where its state lies.
         credentials: reads key and certificates; renewal replaces the certificate.
         now: the time, by the coordinator's clock.
         rounding: where the random numbers for rounding come from.
@@ -127,8 +127,8 @@ class SecureSite:
 
     # --- a sum
 
-    def open(self, run: str, task: TrainTask | EvaluateTask, sealed: Arrays) -> tuple[Context, Mapped]:
-        """What a task is about, signed by the coordinator, and its model; raises SiteFailure."""
+    def admit(self, run: str, task: TrainTask | EvaluateTask) -> tuple[Context, bytes]:
+        """What a task is about, signed by the coordinator, and the content key of its model; raises SiteFailure."""
         if task.secured is None:
             raise SiteFailure(Code.SECURE_SUM_REFUSED, "the plan asks for secure sums, and the task is none")
         we = self.credentials()
@@ -139,8 +139,7 @@ class SecureSite:
             if (context.purpose, context.round) != (purpose, task.round):
                 raise SecureRefusal("the context is of another task")
             site.check_context(state, context)
-            key = site.model_key(state, context.model, _decoded(task.secured.keys.get(we.site, "")))
-        return context, self._opened(run, context.model, sealed, key)
+            return context, site.model_key(state, context.model, _decoded(task.secured.keys.get(we.site, "")))
 
     def _ready(self, run: str, plan: str, context: Context) -> Ready:
         """The state for a sum; it is asked for under the name of the run that signed it, so that it has no second one.
@@ -153,22 +152,6 @@ class SecureSite:
         if state.roster.digest != context.roster:
             raise SiteFailure(Code.SETUP_UNKNOWN, f"the roster {context.roster[:12]} of run {run}")
         return state
-
-    def _opened(self, run: str, digest: str, sealed: Arrays, key: bytes) -> Mapped:
-        """The model, decrypted to a file and compared with its digest; kept until another one comes."""
-        folder = self.folder / run
-        target, beside = folder / f"{digest}.model", folder / "model.tmp"
-        try:
-            found = write_tensors(beside, mixed(sealed, key))
-            if found.sha256 != digest:
-                raise SiteFailure(Code.SECURE_SUM_REFUSED, "the model is not the one that the coordinator has signed")
-            beside.replace(target)
-            for other in self.folder.glob("*/*.model"):
-                if other != target:
-                    other.unlink()
-            return map_tensors(target, digest)
-        except TensorFileError as error:
-            raise SiteFailure(Code.MESSAGE_UNREADABLE, str(error)) from error
 
     def give(
         self, run: str, plan: Plan, context: Context, *, layout: Callable[[Roster], Layout], given: Given

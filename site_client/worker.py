@@ -160,7 +160,7 @@ def _frames(header: Mapping[str, Any], tensors: Arrays, path: Path) -> tuple[byt
     if not isinstance(tensors, Mapped) and sum(array.nbytes for array in tensors.values()) > BLOB_THRESHOLD:
         tensors = _in_file(tensors, path)
     if isinstance(tensors, Mapped):
-        return json.dumps({**header, _FILE: [str(tensors.path), tensors.sha256]}, default=float).encode(), b""
+        return json.dumps({**header, _FILE: str(tensors.path)}, default=float).encode(), b""
     return json.dumps(header, default=float).encode(), save(dict(tensors)) if tensors else b""
 
 
@@ -168,9 +168,9 @@ def _in_file(tensors: Arrays, path: Path) -> Mapped:
     """Tensors in a file that takes the place of the one before; who has mapped that one keeps it."""
     beside = path.with_suffix(".tmp")
     beside.parent.mkdir(parents=True, exist_ok=True)
-    digest = write_tensors(beside, tensors).sha256
+    write_tensors(beside, tensors, named=False)
     beside.replace(path)
-    return map_tensors(path, digest)
+    return map_tensors(path)
 
 
 def _send(connection: Connection, frames: tuple[bytes, bytes]) -> None:
@@ -183,8 +183,7 @@ def _receive(connection: Connection) -> tuple[dict[str, Any], Arrays]:
     if not isinstance(header, dict):
         raise ValueError("a header is a JSON object")  # noqa: TRY004 - as every other frame that is no message
     if _FILE in header:
-        path, digest = header.pop(_FILE)
-        return header, map_tensors(Path(path), digest)
+        return header, map_tensors(Path(header.pop(_FILE)))
     return header, load(content) if content else {}
 
 

@@ -19,21 +19,26 @@ from locum.common.secagg.ring import CHUNK
 SEED_BYTES = 32
 _PIECE = 8 * CHUNK
 _ZEROS = bytes(_PIECE)
+#: Bytes of one counter's block.
+_BLOCK = 16
 
 
 class Stream:
-    """The key stream of a seed, from its beginning on.
+    """The key stream of a seed.
 
     Args:
         seed: 32 bytes.
         index: which of the seed's 2^64 streams; it is the upper half of the first counter block.
+        start: the byte of the stream to begin at.
     """
 
-    def __init__(self, seed: bytes, index: int = 0) -> None:
+    def __init__(self, seed: bytes, index: int = 0, start: int = 0) -> None:
         if len(seed) != SEED_BYTES:
             raise ValueError(f"a seed has {SEED_BYTES} bytes")
-        nonce = index.to_bytes(8, "big") + bytes(8)
-        self._cipher = Cipher(algorithms.AES(seed), modes.CTR(nonce)).encryptor()
+        block, within = divmod(start, _BLOCK)
+        counter = index.to_bytes(8, "big") + block.to_bytes(8, "big")
+        self._cipher = Cipher(algorithms.AES(seed), modes.CTR(counter)).encryptor()
+        self._cipher.update(bytes(within))
 
     def fill(self, out: NDArray[Any]) -> None:
         """The next bytes, as many as the contiguous array `out` has; it has at most 2^16 elements of 8 bytes."""

@@ -1,40 +1,39 @@
-"""A model on its way down: each tensor under AES-256 in counter mode.
+"""A model on its way down: its file under AES-256 in counter mode, from the first byte to the last.
 
-The content key is given to each site of the roster, sealed. Whoever carries the model learns the names and shapes of
-its tensors, which the plan tells anyway.
-
-The mode hides and does not prove. What proves is the SHA-256 of the model's file: it stands in the signed context of
-the sum, and a site compares it before it uses the model.
+The content key is given to each site of the roster, sealed. The mode hides and does not prove. What proves is the
+SHA-256 of the file in the clear: it stands in the signed context of the sum, and nothing is used that has another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import os
+from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
+from locum.common.blobs import write_all
+from locum.common.secagg import keys
 from locum.common.secagg.masks import Stream
-from locum.common.secagg.ring import CHUNK
-from locum.common.tensor_files import Arrays, Lazy, Tensor, forget_part
+
+_PIECE = 1 << 20
 
 
-def mixed(tensors: Arrays, key: bytes) -> dict[str, Tensor]:
-    """The tensors, encrypted; encrypted ones, as they were. The k-th by name has the key's k-th stream."""
-    return {
-        name: Lazy(tensors[name].dtype, tensors[name].shape, _mixed(tensors[name], Stream(key, index)))
-        for index, name in enumerate(sorted(tensors))
-    }
+def name_of(key: bytes) -> str:
+    """Under which name the encrypted file travels: 64 hexadecimal digits that tell nothing of key or content."""
+    return keys.derive(key, "name").hex()
 
 
-def _mixed(tensor: NDArray[Any], stream: Stream) -> Iterator[NDArray[Any]]:
-    """Each piece lies where the one before it lay."""
-    flat = tensor.reshape(-1)
-    out = np.empty(min(CHUNK, flat.size), flat.dtype)
-    for start in range(0, flat.size, CHUNK):
-        part = flat[start : start + CHUNK]
-        stream.mix(part.data.cast("B"), out[: part.size].data.cast("B"))
-        forget_part(part)
-        yield out[: part.size]
-    forget_part(flat)  # once more: the kernel maps pages around each one that is read, also behind it
+def seal_file(source: Path, target: Path, key: bytes) -> None:
+    """Writes the encrypted bytes of a file to another; raises OSError."""
+    stream, out = Stream(key), bytearray(_PIECE)
+    with source.open("rb", buffering=0) as file, target.open("wb", buffering=0) as sealed:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        data = memoryview(bytearray(_PIECE))
+        while length := file.readinto(data):
+            stream.mix(data[:length], memoryview(out)[:length])
+            write_all(sealed.fileno(), memoryview(out)[:length])
+
+
+def seal_bytes(content: bytes, key: bytes) -> bytes:
+    """A small file's bytes, encrypted; encrypted ones, as they were."""
+    out = bytearray(len(content))
+    Stream(key).mix(memoryview(content), memoryview(out))
+    return bytes(out)

@@ -57,7 +57,8 @@ class IdleWorker:
         if sum(array.nbytes for array in update.values()) <= BLOB_THRESHOLD:
             return update
         path = self.home / "update.safetensors"
-        return map_tensors(path, write_tensors(path, update).sha256)
+        write_tensors(path, update, named=False)
+        return map_tensors(path)
 
     def stop(self) -> None:
         """There is no process."""

@@ -410,7 +410,7 @@ def test_memory_does_not_grow_with_the_blob(tmp_path: Path) -> None:
                 file.truncate(size)
             blob = blobs.upload(RUN, tmp_path / "spool" / "file")
             os.link(tmp_path / "spool" / "file", tmp_path / "spool" / RUN / "down" / blob.sha256)
-            blobs.download(RUN, blob.sha256, blob.size, tmp_path / "fetched")
+            blobs.download(RUN, blob, tmp_path / "fetched")
             (tmp_path / "spool" / "file").unlink()
             peaks.append(_peak_mib(process.pid))
     assert peaks[1] - peaks[0] < 32
@@ -439,7 +439,7 @@ def test_over_mutual_tls_a_site_is_its_certificate(tmp_path: Path) -> None:
         with door.channel(identity) as opened:
             blobs = BlobClient.over(opened, threading.Event())
             assert blobs.upload(RUN, tmp_path / "update") == BLOB
-            blobs.download(RUN, model.sha256, model.size, tmp_path / "model")
+            blobs.download(RUN, model, tmp_path / "model")
             lied = opened.unary_unary(f"/{SERVICE}/Stat", BlobKey.SerializeToString, BlobState.FromString)
             assert lied(_key(), metadata=(("site", "lyon"),)).complete
         assert (tmp_path / "model").read_bytes() == CONTENT[::-1]

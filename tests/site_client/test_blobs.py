@@ -75,9 +75,9 @@ def test_a_download_arrives_to_the_byte_and_what_is_there_is_not_fetched_again(
 ) -> None:
     blob, told = put_down(coordinator.path, SMALL), []
     with line(coordinator.port) as counted, client(counted.port) as blobs:
-        blobs.download(RUN, *blob, tmp_path / "model", progress=lambda *done: told.append(done))
+        blobs.download(RUN, blob, tmp_path / "model", progress=lambda *done: told.append(done))
         passed = counted.passed
-        blobs.download(RUN, *blob, tmp_path / "model")
+        blobs.download(RUN, blob, tmp_path / "model")
         assert counted.passed == passed
     assert {path.name for path in tmp_path.iterdir()} == {"spool", "model"}
     assert (tmp_path / "model").read_bytes() == SMALL
@@ -89,7 +89,7 @@ def test_a_download_goes_on_from_whatever_is_there(coordinator: Coordinator, tmp
     blob = put_down(coordinator.path, SMALL)
     (tmp_path / "model.part").write_bytes(there)
     with client(coordinator.port) as blobs:
-        blobs.download(RUN, *blob, tmp_path / "model")
+        blobs.download(RUN, blob, tmp_path / "model")
     assert (tmp_path / "model").read_bytes() == SMALL
 
 
@@ -97,7 +97,7 @@ def test_a_damaged_file_is_not_taken_for_the_blob(coordinator: Coordinator, tmp_
     blob = put_down(coordinator.path, SMALL)
     (tmp_path / "model").write_bytes(SMALL[:-1] + bytes([SMALL[-1] ^ 1]))
     with client(coordinator.port) as blobs:
-        blobs.download(RUN, *blob, tmp_path / "model")
+        blobs.download(RUN, blob, tmp_path / "model")
     assert (tmp_path / "model").read_bytes() == SMALL
 
 
@@ -120,7 +120,7 @@ def test_a_download_over_a_line_that_breaks_fetches_no_byte_much_more_than_once(
 ) -> None:
     blob = put_down(coordinator.path, LARGE)
     with line(coordinator.port, [9 << 20, 40 << 20]) as bad, client(bad.port) as blobs:
-        blobs.download(RUN, *blob, tmp_path / "model")
+        blobs.download(RUN, blob, tmp_path / "model")
         assert bad.cuts == []
         assert bad.passed < 1.1 * blob.size
     assert (tmp_path / "model").read_bytes() == LARGE
@@ -137,7 +137,7 @@ def test_a_blob_arrives_wherever_the_line_is_cut(shared: Coordinator, folder: Pa
             blobs.upload(RUN, folder / "update", digest=blob.sha256)
             assert shared.uploads() == {blob.sha256: SMALL}
         else:
-            blobs.download(RUN, *blob, folder / "model")
+            blobs.download(RUN, blob, folder / "model")
             assert (folder / "model").read_bytes() == SMALL
 
 
@@ -182,7 +182,7 @@ def test_a_line_that_hangs_is_given_up_when_the_site_is_told_to_end(coordinator:
 
         def fetch() -> None:
             with pytest.raises(Stopping):
-                BlobClient.over(opened, stop).download(RUN, *blob, tmp_path / "model")
+                BlobClient.over(opened, stop).download(RUN, blob, tmp_path / "model")
             ended.set()
 
         threading.Thread(target=fetch, daemon=True).start()
@@ -197,7 +197,7 @@ def test_a_line_that_hangs_is_given_up_when_the_site_is_told_to_end(coordinator:
 def test_what_the_coordinator_does_not_have_cannot_be_fetched(coordinator: Coordinator, tmp_path: Path) -> None:
     with client(coordinator.port) as blobs:
         with pytest.raises(SiteFailure, match="does not have") as missing:
-            blobs.download(RUN, "0" * 64, 8, tmp_path / "model")
+            blobs.download(RUN, Blob("0" * 64, 8), tmp_path / "model")
         with pytest.raises(SiteFailure, match="does not go on"):
             blobs.download("ended", "0" * 64, 8, tmp_path / "model")
     assert missing.value.code is Code.MESSAGE_UNREADABLE
@@ -226,7 +226,7 @@ def test_a_full_disk_at_the_site_is_told_and_leaves_nothing(coordinator: Coordin
     resource.setrlimit(resource.RLIMIT_FSIZE, (2 * CHUNK, hard))
     try:
         with client(coordinator.port) as blobs, pytest.raises(SiteFailure) as full:
-            blobs.download(RUN, *blob, tmp_path / "model")
+            blobs.download(RUN, blob, tmp_path / "model")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     assert full.value.code is Code.DISK_FULL
