@@ -37,12 +37,13 @@ from locum.common.messages import (
     Arrays,
     BeginResult,
     BeginTask,
-    Carrier,
     EvaluateTask,
+    Fields,
     Header,
     KeysResult,
     KeysTask,
     MaskedResult,
+    Opener,
     PairsResult,
     PairsTask,
     Secured,
@@ -50,6 +51,7 @@ from locum.common.messages import (
     TrainTask,
     UnmaskResult,
     UnmaskTask,
+    assemble,
     body_of,
     pack,
     unpack,
@@ -57,11 +59,10 @@ from locum.common.messages import (
 from locum.common.plan import Plan
 from locum.common.secagg import keys
 from locum.common.secagg.aggregator import SecureSum, open_roster
-from locum.common.secagg.model import mixed
+from locum.common.secagg.model import seal_bytes
 from locum.common.secagg.roster import Context, Roster, RunKeys, Trust, member_keys, member_of, sign
 from locum.common.secagg.site import model_purpose
 from locum.common.sums import metric_lengths, metrics_layout, training_layout
-from locum.common.tensor_files import in_memory
 from locum.server.authority import Authority
 from locum.simulations.institutions import site_log
 from locum.site_client.agent import Agent
@@ -132,7 +133,7 @@ class Circle:
     def agent(self, name: str) -> Agent:
         """A site's agent as it starts: all that it knows of sums is in its folder."""
         home = self.folder / name
-        home.mkdir(exist_ok=True)
+        home.mkdir(parents=True, exist_ok=True)
         policy = Policy.model_validate(self.policies.get(name, {}))
         log = site_log(home / "site.log", name)
         log.setLevel("DEBUG")
@@ -160,12 +161,13 @@ class Circle:
         task: Header,
         tensors: Arrays | None = None,
         *,
+        model: Fields | None = None,
         of: Plan | None = None,
         run: str = RUN,
-        carrier: Carrier = INLINE,
+        carrier: Opener = INLINE,
     ) -> Message:
-        """A site's reply."""
-        asked = message(pack(task, dict(tensors or {})), kind)
+        """A site's reply; `model` are the fields of a sealed one."""
+        asked = message(assemble(task, model) if model is not None else pack(task, dict(tensors or {})), kind)
         return self.agents[name].handle(asked, build_bundle(of or self.of), carrier, run=run)
 
     def told(self, name: str, kind: str, task: Header, result: type[H], **how: Any) -> H:
@@ -235,14 +237,14 @@ class Circle:
         return EvaluateTask(**{"fold": context.purpose, **fields})
 
     @property
-    def sealed_model(self) -> Tensors:
+    def sealed_model(self) -> Fields:
         """The model as it goes out."""
-        return in_memory(mixed(self.model, self.content_key))
+        return {"tensors": seal_bytes(save(self.model), self.content_key)}
 
     def give(self, name: str, context: Context, **how: Any) -> Message:
         """A site's reply when it is asked to give to a sum."""
         kind = TRAIN if context.purpose == "train" else EVALUATE
-        return self.ask(name, kind, self.task(context), self.sealed_model, **how)
+        return self.ask(name, kind, self.task(context), model=self.sealed_model, **how)
 
     def open_sum(self, context: Context) -> SecureSum:
         """A sum to which nobody has given."""

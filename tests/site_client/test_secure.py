@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +15,38 @@ from flwr.app import Message
 
 from locum.common.errors import Code
 from locum.common.fab import build_bundle
-from locum.common.identity import base64url
+from locum.common.identity import base64url, utc_now
 from locum.common.messages import (
+    BEGIN,
     DESCRIBE,
     EVALUATE,
     KEYS,
     PAIRS,
     TRAIN,
     UNMASK,
+    BeginTask,
     DescribeTask,
     EvaluateTask,
     Inline,
     KeysTask,
     MaskedResult,
     PairsResult,
+    PairsTask,
     Secured,
     TrainTask,
     UnmaskTask,
-    pack,
+    assemble,
     unpack,
 )
+from locum.common.plan import Plan
+from locum.common.secagg.model import seal_bytes
 from locum.common.secagg.ring import read_scalars
 from locum.common.secagg.roster import Context, sign
 from locum.common.secagg.site import Announced, Joined, Ready, mask
 from locum.common.tensor_files import Sendable, in_memory
 from locum.site_client.fleet import Incoming, RunOf, to_bytes
 from locum.site_client.journal import Journal
+from locum.site_client.secure import Rounding, drawn, seeded
 from locum.site_client.vault import Vault
 from tests.plans import plan, secured
 from tests.site_client.asking import failure, message
@@ -116,6 +124,54 @@ def test_fewer_survivors_than_the_threshold_are_refused_whatever_the_policy(tmp_
     assert circle.roster.threshold == 4
     total = circle.collected(circle.context(), NAMES)
     assert failure(circle.unmask("north", total)) == REFUSED
+
+
+# --- who is in it
+
+
+def _refuses(circle: Circle, offer: PairsTask) -> None:
+    assert failure(circle.ask("north", PAIRS, offer)) == REFUSED
+    assert isinstance(Vault(circle.folder / "north" / "secagg").state(RUN), Announced)
+
+
+def test_a_roster_that_the_federation_has_not_signed_is_refused(tmp_path: Path) -> None:
+    circle = Circle(tmp_path)
+    _refuses(circle, circle.offered(circle.announced(), key=Ed25519PrivateKey.generate()))
+
+
+def test_a_member_of_another_authority_is_refused(tmp_path: Path) -> None:
+    circle, elsewhere = Circle(tmp_path / "here"), Circle(tmp_path / "elsewhere", names=("stranger",))
+    _refuses(circle, circle.offered({**circle.announced(), **elsewhere.announced()}))
+
+
+def test_a_certificate_whose_time_is_over_by_the_coordinators_clock_is_refused(tmp_path: Path) -> None:
+    circle = Circle(tmp_path)
+    offer = circle.offered(circle.announced())
+    agent = circle.agents["north"]
+    agent.secure = replace(agent.secure, now=lambda: utc_now() + timedelta(days=365))
+    _refuses(circle, offer)
+
+
+def test_a_roster_that_holds_other_keys_of_this_site_is_refused(tmp_path: Path) -> None:
+    circle = Circle(tmp_path)
+    offer = circle.offered(circle.announced())
+    circle.announced()  # it has new keys now
+    _refuses(circle, offer)
+
+
+def test_steps_of_a_set_up_out_of_their_order_are_refused(circle: Circle) -> None:
+    offer = circle.offered(circle.announced())
+    halves = BeginTask(plan_digest=circle.of.digest, run=RUN, pairs={})
+    assert failure(circle.ask("north", BEGIN, halves)) == UNKNOWN
+    circle.told("north", PAIRS, offer, PairsResult)
+    assert failure(circle.ask("north", PAIRS, offer)) == UNKNOWN
+    assert failure(circle.ask("north", BEGIN, halves)) == REFUSED
+    assert failure(circle.give("north", circle.context())) == UNKNOWN
+
+
+def test_a_set_up_of_another_run_is_refused(circle: Circle) -> None:
+    task = KeysTask(plan_digest=circle.of.digest, run="run-2")
+    assert failure(circle.ask("north", KEYS, task, run=RUN)) == REFUSED
 
 
 # --- nothing plain
@@ -253,11 +309,11 @@ def test_what_the_plan_does_not_release_is_in_no_sum(tmp_path: Path) -> None:
 
 
 def _train(circle: Circle, task: Any, **how: Any) -> Message:
-    return circle.ask("north", TRAIN, task, circle.sealed_model, **how)
+    return circle.ask("north", TRAIN, task, model=circle.sealed_model, **how)
 
 
 def _measure(circle: Circle, task: Any) -> Message:
-    return circle.ask("north", EVALUATE, task, circle.sealed_model)
+    return circle.ask("north", EVALUATE, task, model=circle.sealed_model)
 
 
 def _test(circle: Circle) -> Context:
@@ -302,26 +358,24 @@ def test_a_step_is_spent_once(circle: Circle) -> None:
     answered(circle.give("north", circle.context(3)))
 
 
-@pytest.mark.parametrize("what", ["another model", "another key"])
+@pytest.mark.parametrize("what", ["another model", "another key", "half of it", "none", "in the clear"])
 def test_a_model_that_is_not_the_signed_one_is_not_used(what: str, circle: Circle) -> None:
-    model, context = circle.sealed_model, circle.context()
-    if what == "another model":
-        name = min(model)
-        model[name] = np.roll(model[name], 1)
-    else:
-        circle.content_key = bytes(32)
-    assert failure(circle.ask("north", TRAIN, circle.task(context), model)) == REFUSED
+    context, sealed = circle.context(), circle.sealed_model["tensors"]
+    contents = {
+        "another model": sealed[:-1] + bytes([sealed[-1] ^ 1]),
+        "another key": seal_bytes(sealed, bytes(32)),
+        "half of it": sealed[: len(sealed) // 2],
+        "none": b"",
+        "in the clear": seal_bytes(sealed, circle.content_key),
+    }
+    reply = circle.ask("north", TRAIN, circle.task(context), model={"tensors": contents[what]})
+    assert failure(reply) == REFUSED
     assert circle.hands["north"].asked == []
-    assert list(circle.state_file("north").parent.glob("*.model")) == []
 
 
-def test_a_site_keeps_one_model_whatever_the_run(circle: Circle) -> None:
-    answered(circle.give("north", circle.context()))
-    circle.set_up("run-2")
-    circle.model = {name: tensor + 1 for name, tensor in circle.model.items()}
-    answered(circle.give("north", circle.context(), run="run-2"))
-    (kept,) = (circle.folder / "north" / "secagg").glob("*/*.model")
-    assert kept.name == f"{circle.context().model}.model"
+def test_a_model_that_is_not_in_the_message_is_refused(circle: Circle) -> None:
+    for fields in ({}, {"tensors": "text"}, {"sealed": b""}):
+        assert failure(circle.ask("north", TRAIN, circle.task(circle.context()), model=fields)) == REFUSED
 
 
 # --- one set of survivors
@@ -397,7 +451,7 @@ def test_masks_whose_upload_was_lost_in_a_crash_are_not_used_again(circle: Circl
 def test_an_upload_that_is_in_the_journal_is_delivered_to_the_same_byte(circle: Circle, tmp_path: Path) -> None:
     context, journal = circle.context(), Journal(tmp_path / "journal")
     bundle = build_bundle(circle.of)
-    asked = message(pack(circle.task(context), circle.sealed_model), TRAIN)
+    asked = message(assemble(circle.task(context), circle.sealed_model), TRAIN)
     journal.begin(Incoming(asked, 1), RunOf(RUN, bundle))
     made = circle.agents["north"].handle(asked, bundle, run=RUN)
     journal.finish(made)
@@ -410,6 +464,23 @@ def test_an_upload_that_is_in_the_journal_is_delivered_to_the_same_byte(circle: 
     total = circle.collected(context, ("harbour", "riverside"))
     fold(total, "north", left.reply)
     circle.unmasked(total)
+
+
+# --- rounding
+
+
+def test_between_hospitals_rounding_is_drawn_and_in_a_rehearsal_it_is_of_the_seed(circle: Circle) -> None:
+    first, again = circle.context(), circle.context(attempt=2)
+
+    def bits(rounding: Rounding, of: Plan, name: str, context: Context) -> bytes:
+        out = np.empty(8, np.uint32)
+        rounding(of, name, context).fill(out)
+        return out.tobytes()
+
+    assert bits(seeded, circle.of, "north", first) == bits(seeded, circle.of, "north", first)
+    others = [(circle.of, "harbour", first), (circle.of, "north", again), (secured(seed=1), "north", first)]
+    assert len({bits(seeded, *one) for one in [(circle.of, "north", first), *others]}) == 4
+    assert bits(drawn, circle.of, "north", first) != bits(drawn, circle.of, "north", first)
 
 
 # --- secrets

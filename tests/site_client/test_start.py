@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from locum.site_client.configuration import read_configuration
 from locum.site_client.enrolment import enrol
 from locum.site_client.gate import Policy
 from locum.site_client.identity import load_identity
+from locum.site_client.secure import Rounding, drawn, seeded
 from locum.site_client.service import Service
 from locum.site_client.start import open_log, open_service
 from tests.plans import plan
@@ -27,9 +29,9 @@ from tests.site_client.enrolled import Hospital
 
 
 @contextmanager
-def _opened(home: Path) -> Iterator[Service]:
+def _opened(home: Path, more: str = "") -> Iterator[Service]:
     (home / "store").mkdir()
-    (home / "site.yaml").write_text("stores: [store]\n")
+    (home / "site.yaml").write_text(f"stores: [store]\n{more}")
     configuration = read_configuration(home / "site.yaml")
     service = open_service(home, configuration, open_log(home, "north", configuration))
     try:
@@ -58,6 +60,18 @@ def test_an_agent_whose_site_enrolled_anew_counts_what_is_approved_with_the_new_
             open_approvals(home, Policy()).approve(of.digest, "Anna")
             service.agent.admit(Policy(), of)
             assert len(list(service.pulse.news.decisions())) == 1
+
+
+@pytest.mark.parametrize(("more", "rounding"), [("", drawn), ("rehearsal: true\n", seeded)])
+def test_an_agent_rounds_at_random_unless_it_rehearses(more: str, rounding: Rounding, hospital: Hospital) -> None:
+    with _opened(hospital.home, more) as service:
+        secure = service.agent.secure
+        assert secure.rounding is rounding
+        service.pulse.offset = 86_400.0
+        assert secure.now() - utc_now() == pytest.approx(timedelta(days=1), abs=timedelta(minutes=1))
+        found, identity = secure.credentials(), load_identity(hospital.home)
+        assert (found.site, found.certificate) == ("north", identity.certificate)
+        assert found.trust.log.public_bytes_raw() == hospital.log_key.public_key().public_bytes_raw()
 
 
 def test_an_agent_whose_certificate_has_ended_says_so_and_what_to_do(tmp_path: Path) -> None:
