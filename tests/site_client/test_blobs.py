@@ -12,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from locum.common.blobs import CHUNK
+from locum.common.blobs import CHUNK, Blob
 from locum.common.errors import Code, SiteFailure
-from locum.site_client.blobs import DISK_RESERVE, BlobClient, Stopping
+from locum.common.secagg.model import name_of, seal_bytes
+from locum.site_client.blobs import DISK_RESERVE, BlobClient, Sealed, Stopping
 from tests.server.blob_wire import (
     RUN,
     Coordinator,
@@ -91,6 +92,30 @@ def test_a_download_goes_on_from_whatever_is_there(coordinator: Coordinator, tmp
     with client(coordinator.port) as blobs:
         blobs.download(RUN, blob, tmp_path / "model")
     assert (tmp_path / "model").read_bytes() == SMALL
+
+
+@pytest.mark.parametrize("there", [0, 1, CHUNK, CHUNK + 7, len(SMALL) - 1, len(SMALL)])
+def test_a_sealed_model_is_decrypted_as_it_arrives_from_whatever_byte_is_missing(
+    coordinator: Coordinator, tmp_path: Path, there: int
+) -> None:
+    key = bytes(range(32))
+    name = name_of(key)
+    (coordinator.path / RUN / "down" / name).write_bytes(seal_bytes(SMALL, key))
+    (tmp_path / "model.part").write_bytes(SMALL[:there])
+    with client(coordinator.port) as blobs:
+        blobs.download(RUN, blob_of(SMALL), tmp_path / "model", sealed=Sealed(name, key))
+    assert (tmp_path / "model").read_bytes() == SMALL
+
+
+def test_a_sealed_model_that_is_not_the_signed_one_is_not_kept(coordinator: Coordinator, tmp_path: Path) -> None:
+    key = bytes(range(32))
+    changed = bytearray(seal_bytes(SMALL, key))
+    changed[len(changed) // 2] ^= 1
+    (coordinator.path / RUN / "down" / name_of(key)).write_bytes(changed)
+    with client(coordinator.port) as blobs, pytest.raises(SiteFailure, match="digest") as refused:
+        blobs.download(RUN, blob_of(SMALL), tmp_path / "model", sealed=Sealed(name_of(key), key))
+    assert refused.value.code is Code.MESSAGE_UNREADABLE
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_damaged_file_is_not_taken_for_the_blob(coordinator: Coordinator, tmp_path: Path) -> None:
@@ -207,7 +232,7 @@ def test_what_the_coordinator_does_not_have_cannot_be_fetched(coordinator: Coord
 def test_a_model_that_is_not_what_its_digest_says_is_not_kept(coordinator: Coordinator, tmp_path: Path) -> None:
     (coordinator.path / RUN / "down" / ("0" * 64)).write_bytes(SMALL)
     with client(coordinator.port) as blobs, pytest.raises(SiteFailure, match="digest") as refused:
-        blobs.download(RUN, "0" * 64, len(SMALL), tmp_path / "model")
+        blobs.download(RUN, Blob("0" * 64, len(SMALL)), tmp_path / "model")
     assert refused.value.code is Code.MESSAGE_UNREADABLE
     assert not (tmp_path / "model").exists()
 
@@ -237,7 +262,7 @@ def test_a_model_that_would_fill_the_disk_is_not_begun(coordinator: Coordinator,
     size = shutil.disk_usage(tmp_path).free - DISK_RESERVE + (64 << 20)
     with line(coordinator.port) as counted, client(counted.port) as blobs:
         with pytest.raises(SiteFailure, match="are to stay so") as full:
-            blobs.download(RUN, "0" * 64, size, tmp_path / "model")
+            blobs.download(RUN, Blob("0" * 64, size), tmp_path / "model")
         assert counted.passed == 0
     assert full.value.code is Code.DISK_FULL
     assert not (tmp_path / "model").exists()

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from locum.common.blobs import Blob
 from locum.common.errors import Code, SiteFailure
 from locum.common.messages import BLOB_THRESHOLD, MessageError
+from locum.common.secagg.model import seal_bytes
 from locum.common.tensor_files import Mapped, map_tensors, write_tensors
-from locum.site_client.blobs import Permit, Progress
+from locum.site_client.blobs import Permit, Progress, Sealed
 from locum.site_client.carrier import SiteCarrier
 
 SMALL = {"w": np.arange(8, dtype=np.float32)}
@@ -33,8 +35,11 @@ class Store:
             permit()
         (self.folder / digest).write_bytes(path.read_bytes())
 
-    def download(self, run: str, sha256: str, size: int, target: Path, *, progress: Progress | None = None) -> None:
-        content = (self.folder / sha256).read_bytes()
+    def download(
+        self, run: str, blob: Blob, target: Path, *, sealed: Sealed | None = None, progress: Progress | None = None
+    ) -> None:
+        content = (self.folder / (sealed.name if sealed else blob.sha256)).read_bytes()
+        content = seal_bytes(content, sealed.key) if sealed else content
         if not target.exists() or target.read_bytes() != content:
             self.fetched += 1
             target.write_bytes(content)
@@ -155,3 +160,21 @@ def test_a_blob_that_is_not_tensors_is_refused_and_not_kept(carrier: SiteCarrier
     with pytest.raises(MessageError):
         carrier.fetch({"sha256": digest, "size": 11})
     assert list((tmp_path / "work" / "down").iterdir()) == []
+
+
+def test_a_sealed_model_is_the_signed_one_whether_it_came_inside_or_beside_the_message(
+    carrier: SiteCarrier, store: Store, tmp_path: Path
+) -> None:
+    key = bytes(range(32))
+    for tensors in (SMALL, LARGE):
+        mapped = map_tensors(tmp_path / "model", write_tensors(tmp_path / "model", tensors).sha256)
+        fields = {"tensors": seal_bytes(mapped.path.read_bytes(), key)}
+        if tensors is LARGE:
+            fields = {"sha256": name_of(key), "size": mapped.size}
+            (store.folder / name_of(key)).write_bytes(seal_bytes(mapped.path.read_bytes(), key))
+        assert np.array_equal(carrier.open(fields, key, mapped.sha256)["w"], tensors["w"])
+
+
+def test_a_sealed_model_inside_a_message_that_is_not_the_signed_one_is_refused(carrier: SiteCarrier) -> None:
+    with pytest.raises(MessageError, match="signed"):
+        carrier.open({"tensors": seal_bytes(save(SMALL), bytes(32))}, bytes(32), "0" * 64)
