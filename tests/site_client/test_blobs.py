@@ -224,7 +224,7 @@ def test_what_the_coordinator_does_not_have_cannot_be_fetched(coordinator: Coord
         with pytest.raises(SiteFailure, match="does not have") as missing:
             blobs.download(RUN, Blob("0" * 64, 8), tmp_path / "model")
         with pytest.raises(SiteFailure, match="does not go on"):
-            blobs.download("ended", "0" * 64, 8, tmp_path / "model")
+            blobs.download("ended", Blob("0" * 64, 8), tmp_path / "model")
     assert missing.value.code is Code.MESSAGE_UNREADABLE
     assert not (tmp_path / "model").exists()
 

@@ -12,7 +12,7 @@ from safetensors.numpy import save
 from locum.common.blobs import Blob
 from locum.common.errors import Code, SiteFailure
 from locum.common.messages import BLOB_THRESHOLD, MessageError
-from locum.common.secagg.model import seal_bytes
+from locum.common.secagg.model import name_of, seal_bytes
 from locum.common.tensor_files import Mapped, map_tensors, write_tensors
 from locum.site_client.blobs import Permit, Progress, Sealed
 from locum.site_client.carrier import SiteCarrier
