@@ -44,6 +44,7 @@ from locum.common.secagg.ring import read_scalars
 from locum.common.secagg.roster import Context, sign
 from locum.common.secagg.site import Announced, Joined, Ready, mask
 from locum.common.tensor_files import Sendable, in_memory
+from locum.site_client.agent import Agent
 from locum.site_client.fleet import Incoming, RunOf, to_bytes
 from locum.site_client.journal import Journal
 from locum.site_client.secure import Rounding, drawn, seeded
@@ -303,6 +304,23 @@ def test_what_the_plan_does_not_release_is_in_no_sum(tmp_path: Path) -> None:
     assert set(_scalars(total, circle)) == {"weight"}
     total = circle.unmasked(circle.collected(circle.context(2, purpose="test", round=0)))
     assert set(_scalars(total, circle)) == {"accuracy"}
+
+
+def test_what_a_real_worker_finds_goes_into_the_sums_and_a_fold_without_a_case_as_zeros(
+    agent: Agent, tmp_path: Path
+) -> None:
+    of = secured(contract__split={"train": 0.6, "validation": 0.0, "test": 0.4})
+    circle = Circle(tmp_path, of).set_up()
+    circle.agents["north"].worker = agent.worker
+    total = circle.unmasked(circle.collected(circle.context()))
+    found = total.layout.ring.read(total.update)
+    assert np.ptp(found) > 10 / total.layout.ring.scale  # the others' updates have one value everywhere
+    cases = {
+        fold: _scalars(circle.unmasked(circle.collected(circle.context(step, purpose=fold))), circle)["cases"][0]
+        for step, fold in ((2, "validation"), (3, "test"))
+    }
+    assert cases["validation"] == 8
+    assert cases["test"] > 8
 
 
 # --- one model, one sum
