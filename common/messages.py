@@ -100,9 +100,13 @@ class Secured(BaseModel):
 
 
 class TrainTask(Header):
-    """The model of a round goes out; its tensors are the shared tensors of the network."""
+    """The model of a round goes out; its tensors are the shared tensors of the network.
+
+    `start` is the round that the model is of, if that is not the one before: after a roll-back.
+    """
 
     round: int = Field(ge=1)
+    start: int | None = Field(None, ge=0)
     secured: Secured | None = None
 
 

@@ -203,11 +203,16 @@ class Protection(_Strict):
 
 
 class Evaluation(_Strict):
-    """What is measured on the validation fold during the run and on the test fold at its end."""
+    """What is measured on the validation fold during the run and on the test fold at its end.
+
+    `rollback`: if the first metric is worse than the best so far by more than this, the next round starts from the
+    model that was best.
+    """
 
     metrics: tuple[str, ...] = Field(min_length=1)
     every_rounds: int = Field(1, ge=1)
     select: Literal["last", "best"] = "last"
+    rollback: float | None = Field(None, gt=0)
     sliding_window: bool = False
     batch_size: int = Field(8, ge=1, le=4096)
 

@@ -156,8 +156,8 @@ def in_memory(tensors: Sendable) -> dict[str, NDArray[Any]]:
 def write_tensors(path: Path, tensors: Sendable, *, flush: bool = False, named: bool = True) -> Blob:
     """Writes `tensors` to `path` and hashes them on the way; memory is a chunk, whatever their size.
 
-    `flush` waits for the disk. Not `named`, nothing is hashed and the digest is empty. Raises TensorFileError for names and dtypes without a form, and OSError; a file that
-    could not be written whole is removed.
+    `flush` waits for the disk. Not `named`, nothing is hashed and the digest is empty. Raises TensorFileError for names
+    and dtypes without a form, and OSError; a file that could not be written whole is removed.
     """
     specs = _ordered(_spec(name, array) for name, array in tensors.items())
     header, digest = _header(specs), hashlib.sha256()

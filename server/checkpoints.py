@@ -44,13 +44,17 @@ class _State(BaseModel):
 
 @dataclass(frozen=True)
 class Committed:
-    """A run after some round: what the next round starts from."""
+    """A run after some round: what the next round starts from.
+
+    `start` is the round that model and strategy are of, if that is an earlier one.
+    """
 
     round: int
     model: Arrays
     strategy: Arrays
     roster: tuple[str, ...]
     history: tuple[RoundRecord, ...]
+    start: int | None = None
 
 
 class Checkpoints:

@@ -56,6 +56,7 @@ class RoundRecord(BaseModel):
     """A committed round: who took part, who did not and why, what is known of it, and what it cost.
 
     Attributes:
+        start: the round whose model it started from, if that is not the one before.
         sites: those whose updates are in the sum.
         weight: Σ w over them.
         loss: the mean training loss over the sites that released theirs, by weight.
@@ -67,6 +68,7 @@ class RoundRecord(BaseModel):
 
     round: int
     attempt: int
+    start: int | None = None
     sites: tuple[str, ...]
     weight: float
     loss: float | None

@@ -101,7 +101,7 @@ def run(engine: Engine) -> Finished:
     committed = replace(committed, roster=tuple(roster.nodes))
     committed = _measured(engine, roster, committed)
     while committed.round < plan.rounds:
-        committed = _next_round(engine, roster, committed)
+        committed = _next_round(engine, roster, _rolled_back(engine, committed))
         committed = _measured(engine, roster, committed)
     chosen = _chosen(engine, committed)
     test = _tested(engine, roster, chosen)
@@ -272,7 +272,11 @@ def one_round(engine: Engine, roster: Roster, committed: Committed, attempt: int
 def gathered(engine: Engine, roster: Roster, committed: Committed, _attempt: int) -> Gathered:
     """Sends the model and folds what comes back, in the clear; the secure way is in :mod:`locum.server.secure`."""
     plan, link, number = engine.plan, engine.link, committed.round + 1
-    content = pack(TrainTask(plan_digest=plan.digest, round=number), committed.model, link.outgoing(committed.model))
+    content = pack(
+        TrainTask(plan_digest=plan.digest, round=number, start=committed.start),
+        committed.model,
+        link.outgoing(committed.model),
+    )
     refused = away_of(engine, roster, number)
     outgoing = addressed(engine, roster, {site: content for site in roster.nodes if site not in refused})
     fold = Fold(committed.model, list(roster.nodes))
@@ -307,6 +311,7 @@ def _record(before: Committed, model: Arrays, found: Gathered, *, began: float, 
     return RoundRecord(
         round=before.round + 1,
         attempt=attempt,
+        start=before.start,
         sites=tuple(told),
         weight=found.weight,
         loss=found.loss,
@@ -457,9 +462,30 @@ def _best_round(plan: Plan, history: tuple[RoundRecord, ...]) -> int | None:
 def _chosen(engine: Engine, committed: Committed) -> Committed:
     """The round whose model is the result: the last, or the best on validation if the plan says so."""
     best = _best_round(engine.plan, committed.history)
-    if engine.plan.evaluation.select == "last" or best is None or best == committed.round:
+    if best is None or best == committed.round:
         return committed
-    return engine.checkpoints.load(best)
+    last = engine.plan.evaluation.select == "last" and not _collapsed(engine.plan, committed.history)
+    return committed if last else engine.checkpoints.load(best)
+
+
+def _collapsed(plan: Plan, history: tuple[RoundRecord, ...]) -> bool:
+    """Whether the last round is worse on validation than the best one, by more than the plan allows."""
+    allowed, metric = plan.evaluation.rollback, build.metric_of(plan.evaluation.metrics[0])
+    if allowed is None or not history:
+        return False
+    values = {r.round: r.evaluation.overall.get(metric.name) for r in history if r.evaluation is not None}
+    now, best = values.get(history[-1].round), values.get(_best_round(plan, history) or 0)
+    return isinstance(now, float) and isinstance(best, float) and metric.better * (best - now) > allowed
+
+
+def _rolled_back(engine: Engine, committed: Committed) -> Committed:
+    """What the next round starts from: where validation has collapsed, the model and strategy that were best."""
+    best = _best_round(engine.plan, committed.history)
+    if best is None or not _collapsed(engine.plan, committed.history):
+        return committed
+    good = engine.checkpoints.load(best)
+    engine.events.emit("rolled back", round=committed.round, to=best)
+    return replace(committed, model=good.model, strategy=good.strategy, start=best)
 
 
 def open_engine(plan: Plan, grid: Grid, checkpoints: Checkpoints, events: Events, link: Link) -> Engine:

@@ -9,8 +9,10 @@ Rules:
     of the roster answer.
   * A sum that cannot be unmasked, or fails its check, is void. It is never tried over fewer sites: the round trains
     again.
-  * Sites that are not in the roster are asked for keys again after 1, 2, 4, … rounds; a site that has lost its keys at
-    once.
+  * Sites that are not in the roster are asked for keys again after 1, 2, 4, … attempts at a round; a site that has lost
+    its keys at once.
+  * After a void sum keys are set up anew, without the sites that did not give to it, if enough others are there: so t
+    sites of the roster may be more than the quorum, and those who are lost for good cost the run nothing.
 """
 
 from __future__ import annotations
@@ -116,6 +118,8 @@ class Session:
         parties: by site, what it announced.
         private: the key to which answers are sealed; it is in this process only.
         outside: the run's sites that are not in the roster, and why.
+        forgotten: whether keys are to be set up anew before the next sum.
+        lost: the sites that did not give to a sum that was void, and why.
     """
 
     roster: SignedRoster
@@ -124,6 +128,7 @@ class Session:
     outside: Mapping[str, Refused]
     step: int = 0
     forgotten: bool = False
+    lost: Mapping[str, Refused] = field(default_factory=dict)
     _sealed: tuple[str, Fields, dict[str, str]] | None = None
 
     def next(self, purpose: Purpose, number: int, attempt: int, model: Mapped) -> Context:
@@ -137,6 +142,10 @@ class Session:
             attempt=attempt,
             model=model.sha256,
         )
+
+    def give_up(self, lost: Mapping[str, Refused]) -> None:
+        """A sum was void, to which these sites did not give."""
+        self.forgotten, self.lost = True, dict(lost)
 
     def sealed(self, engine: Engine, model: Mapped) -> tuple[Fields, dict[str, str]]:
         """The fields that carry the model, encrypted, and by site its content key; made once for each model."""
@@ -156,22 +165,30 @@ class SecureSums:
     def __init__(self, signer: Signer) -> None:
         self._signer = signer
         self._session: Session | None = None
-        self._patience = 0  # sums until sites outside are asked again, and how many that will be the next time
+        self._patience = (
+            0  # attempts at a round until sites outside are asked again, and how many that will be the next time
+        )
         self._next_patience = 1
 
     def gathered(self, engine: Engine, roster: Roster, committed: Committed, attempt: int) -> Gathered:
         """Sends the model, folds masked updates, and unmasks their sum."""
         number, plan, model = committed.round + 1, engine.plan, _mapped(committed.model)
+        self._patience -= 1
         session = self._ready(engine, roster, number)
         if not isinstance(session, Session):
             return Gathered(None, 0.0, None, {}, session, "too few sites have set up keys")
         size = sum(tensor.size for tensor in model.values())
         layout = training_layout(plan, session.roster, size)
         asked = self._opened(engine, roster, session, session.next("train", number, attempt, model), layout)
-        asked.collect(TRAIN, TrainTask(plan_digest=plan.digest, round=number, secured=asked.secured(model)), model)
+        asked.collect(
+            TRAIN,
+            TrainTask(plan_digest=plan.digest, round=number, start=committed.start, secured=asked.secured(model)),
+            model,
+        )
         void = asked.unmask() or _bad_update(asked.total, plan)
         told = {site: Told(loss=header.loss, weight=_weight(plan, header)) for site, (header, _) in asked.told.items()}
         if void:
+            session.give_up(asked.refused)
             return Gathered(None, 0.0, None, told, asked.missing(void), void)
         sums, cap = asked.sums(), weight_cap(plan)
         weight = float(sums[WEIGHT][0])
@@ -194,8 +211,9 @@ class SecureSums:
             engine.events.emit(
                 "void", round=task.round, attempt=1, admitted=len(asked.told), reason=void, fold=task.fold
             )
+            session.give_up(asked.refused)
             excluded = {site: refused.reason for site, refused in asked.missing(void).items()}
-            return Measured({}, {}, {}, None, excluded, asked.silent)
+            return Measured({}, {}, {}, None, excluded, tuple(sorted(excluded)))
         sums = asked.sums()
         count = sums.pop(CASES, None)
         return Measured(
@@ -219,7 +237,7 @@ class SecureSums:
         session = self._session
         if session is not None and not session.forgotten and not self._is_time(engine, session):
             return session
-        found = self._set_up(engine, roster, number)
+        found = self._set_up(engine, roster, number, session.lost if session else {})
         if isinstance(found, Session):
             self._session = found
             engine.events.emit(
@@ -239,16 +257,19 @@ class SecureSums:
         there = set(session.outside) - set(engine.link.away(session.outside))
         if not there:
             return False
-        self._patience -= 1
         if self._patience >= 0:
             return False
         self._next_patience = 2 * self._next_patience
         return True
 
-    def _set_up(self, engine: Engine, roster: Roster, number: int) -> Session | dict[str, Refused]:
+    def _set_up(
+        self, engine: Engine, roster: Roster, number: int, lost: Mapping[str, Refused]
+    ) -> Session | dict[str, Refused]:
         """Keys, roster, pairs; what a site fails at leaves it out, and the others begin anew without it."""
         outside = away_of(engine, roster, number)
         least = max(LEAST_SITES, engine.plan.participation.quorum)
+        if len(roster.nodes.keys() - outside.keys() - lost.keys()) >= least:
+            outside |= lost
         while True:
             steps = _SetUp(engine, roster, self._signer, str(number))
             parties = steps.keys([site for site in roster.nodes if site not in outside][:MOST_SITES])
@@ -432,7 +453,8 @@ class _Asked:
             events.emit("refused", round=number, site=site, reason=admitted.reason)
         else:
             self.told[site] = admitted
-            events.emit("update", round=number, site=site, loss=admitted[0].loss)
+            if self.total.context.purpose == "train":
+                events.emit("update", round=number, site=site, loss=admitted[0].loss)
 
     def unmask(self) -> str:
         """The second exchange: who gave is told to those who gave, and their shares unmask the sum; why it cannot."""

@@ -144,7 +144,7 @@ class Agent:
         task, context, model = self._opened(asked, TrainTask)
         began = time.monotonic()
         self.told("training", task.round)
-        request = {"round": task.round, "attempt": context.attempt if context else 1}
+        request = {"round": task.round, "start": task.start, "attempt": context.attempt if context else 1}
         done, update = self.worker.call("train", asked.plan, model, seconds=asked.seconds, **request)
         done["seconds"] = time.monotonic() - began
         if context is None:

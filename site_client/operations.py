@@ -42,7 +42,9 @@ def _describe(session: Session, _request: Mapping[str, Any], _tensors: Arrays) -
 
 
 def _train(session: Session, request: Mapping[str, Any], tensors: Arrays) -> tuple[dict[str, Any], Tensors]:
-    update, done, cases = train_round(session, tensors, request["round"], request.get("attempt", 1))
+    update, done, cases = train_round(
+        session, tensors, request["round"], start=request.get("start"), attempt=request.get("attempt", 1)
+    )
     return {"steps": done.steps, "loss": done.loss, "cases": cases}, update
 
 

@@ -160,13 +160,14 @@ def _missing_classes(plan: Plan, cases: Sequence[Case]) -> list[str]:
 
 
 def train_round(
-    session: Session, model: Arrays, round_number: int, attempt: int = 1
+    session: Session, model: Arrays, round_number: int, *, start: int | None = None, attempt: int = 1
 ) -> tuple[Model, train.Trained, int]:
     """Trains one round from `model`; returns the update (local − global), what was done, and the number of cases.
 
-    Each attempt at a round trains on other draws.
+    Each attempt at a round trains on other draws. `start` is the round that the model is of: the one before unless
+    told.
     """
-    at_model(session, model, round_number - 1)
+    at_model(session, model, round_number - 1 if start is None else start)
     done = _train_steps(session, round_number, attempt)
     _save_local(session, round_number)
     after = build.shared_tensors(session.network, session.roles)
@@ -258,7 +259,8 @@ def _save_local(session: Session, round_number: int) -> None:
     _local_folder(session).mkdir(parents=True, exist_ok=True)
     replace_file(_local_folder(session) / f"local-{round_number:06d}.safetensors", save(local))
     # Any round may turn out the best one, and is then measured with its own local tensors.
-    kept = _KEPT_ROUNDS if session.plan.evaluation.select == "last" else round_number
+    only_last = session.plan.evaluation.select == "last" and session.plan.evaluation.rollback is None
+    kept = _KEPT_ROUNDS if only_last else round_number
     for number, path in _local_files(session):
         if number <= round_number - kept or number > round_number:
             path.unlink()
