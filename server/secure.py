@@ -165,9 +165,8 @@ class SecureSums:
     def __init__(self, signer: Signer) -> None:
         self._signer = signer
         self._session: Session | None = None
-        self._patience = (
-            0  # attempts at a round until sites outside are asked again, and how many that will be the next time
-        )
+        # Attempts at a round until sites outside are asked again, and how many that will be the next time.
+        self._patience = 0
         self._next_patience = 1
 
     def gathered(self, engine: Engine, roster: Roster, committed: Committed, attempt: int) -> Gathered:
@@ -257,7 +256,7 @@ class SecureSums:
         there = set(session.outside) - set(engine.link.away(session.outside))
         if not there:
             return False
-        if self._patience >= 0:
+        if self._patience > 0:
             return False
         self._next_patience = 2 * self._next_patience
         return True

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import NoReturn
 
 from flwr.app import Context, Message, RecordDict
@@ -26,7 +27,7 @@ _RUN_ID, _SERVER_NODE = 1, 1
 
 
 class LocalGrid(Grid):
-    """Delivers messages to agents in this process, a few at a time.
+    """Delivers messages to agents in this process, a few at a time, and to one agent one at a time.
 
     Args:
         agents: the agents by node id.
@@ -38,6 +39,7 @@ class LocalGrid(Grid):
         self._agents = dict(agents)
         self._bundle = bundle
         self._pool = ThreadPoolExecutor(parallel, thread_name_prefix="site")
+        self._turns = {node: Lock() for node in agents}
         self._replies: dict[str, Future[Message]] = {}
         self._ids = itertools.count(1)
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN_ID, _SERVER_NODE, 1
@@ -52,10 +54,15 @@ class LocalGrid(Grid):
         for message in messages:
             number = f"m{next(self._ids)}"
             message.metadata.__dict__["_message_id"] = number
-            agent = self._agents[message.metadata.dst_node_id]
-            self._replies[number] = self._pool.submit(agent.handle, message, self._bundle)
+            self._replies[number] = self._pool.submit(self._handled, message)
             pushed.append(number)
         return pushed
+
+    def _handled(self, message: Message) -> Message:
+        """An agent's answer, in its turn: a hospital's agent takes one message at a time, and relies on it."""
+        node = message.metadata.dst_node_id
+        with self._turns[node]:
+            return self._agents[node].handle(message, self._bundle)
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """The replies that are ready, each once."""
