@@ -18,7 +18,7 @@ from flwr.app import Message, RecordDict
 from safetensors.numpy import load_file
 
 from locum.common.fab import plan_of_bundle
-from locum.common.messages import INLINE, Carrier, Tensors, TrainResult, TrainTask
+from locum.common.messages import INLINE, LOCAL, Carrier, Tensors, TrainResult, TrainTask
 from locum.common.plan import Plan
 from locum.site_client.configuration import FILE, read_configuration
 from locum.site_client.service import Service
@@ -41,7 +41,7 @@ class WirePeer:
         self.worker = _NoWorker()
         self.told: Callable[..., None] = lambda *_: None
 
-    def handle(self, message: Message, bundle: bytes, carrier: Carrier = INLINE) -> Message:
+    def handle(self, message: Message, bundle: bytes, carrier: Carrier = INLINE, *, run: str = LOCAL) -> Message:
         plan = plan_of_bundle(bundle)
         self.peer.model = load_file(self.home.parent / f"{plan.digest}.safetensors")
         with (self.home / "handled").open("a") as file:
