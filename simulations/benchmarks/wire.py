@@ -2,6 +2,7 @@
 
 A real coordinator and real agents on loopback, with mutual TLS, SQLite and blobs on disk (`idle_site.py`). Beside it,
 in the same run, stock Flower with its own SuperNodes and FedAvg, and NVIDIA FLARE's simulator where it is installed.
+Rounds in the clear and with secure sums are measured one after the other; the peers know nothing like the latter.
 What counts is the ratio: absolute times are those of this machine at this moment.
 
 `python -m locum.simulations.benchmarks wire` measures 1, 50 and 400 MB at 3 sites, 16 sites at 50 MB and 50 sites with
@@ -19,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,22 +197,33 @@ def _idle_site(folder: Path) -> list[str]:
 def measure() -> Iterator[Row]:
     """The table of `docs/benchmarks.md`."""
     small = os.environ.get("LOCUM_BENCH_WIRE") == "small"
-    for megabytes, count in ((1, 8), (50, 5)) if small else ((1, 12), (50, 6), (400, 4)):
+    for megabytes, count in ((1, 8), (50, 5)) if small else ((1, 12), (50, 6), (400, 5)):
         yield from _beside_peers(megabytes, count)
     for sites, megabytes in () if small else ((16, 50),):
-        yield from _rows(f"{sites} sites, {megabytes} MB", _ours(sites, megabytes, 4))
-    yield from _rows("50 sites, tiny", _ours(50, 0.03, 5))
+        yield from _both(sites, megabytes, 4)
+    yield from _both(50, 0.03, 5)
 
 
-def _ours(sites: int, megabytes: float, count: int) -> Measured:
+def _ours(sites: int, megabytes: float, count: int, *, secure: bool) -> Measured:
     with tempfile.TemporaryDirectory(prefix="locum-wire-") as folder:
-        return rounds(Path(folder), sites=sites, megabytes=megabytes, count=count)
+        return rounds(Path(folder), sites=sites, megabytes=megabytes, count=count, secure=secure)
+
+
+def _both(sites: int, megabytes: float, count: int) -> Generator[Row, None, float]:
+    """Rounds in the clear and with secure sums, and what these add; returns the median in the clear."""
+    what = f"{sites} sites, {megabytes:g} MB"
+    clear = _ours(sites, megabytes, count, secure=False)
+    yield from _rows(f"{what}, in the clear", clear)
+    secure = _ours(sites, megabytes, count, secure=True)
+    yield from _rows(f"{what}, secure sums", secure)
+    before, after = (statistics.median(found.seconds) for found in (clear, secure))
+    yield Row(f"{what}: secure sums add to a round", after - before, "s")
+    yield Row(f"{what}: secure / in the clear", after / before, "×")
+    return before
 
 
 def _beside_peers(megabytes: float, count: int) -> Iterator[Row]:
-    ours = _ours(3, megabytes, count)
-    yield from _rows(f"3 sites, {megabytes:g} MB", ours)
-    median = statistics.median(ours.seconds)
+    median = yield from _both(3, megabytes, count)
     with tempfile.TemporaryDirectory(prefix="stock-wire-") as folder:
         stock = stock_flower.rounds(Path(folder), sites=3, megabytes=megabytes, count=3)
     yield Row(f"3 sites, {megabytes:g} MB: stock Flower, a round", statistics.median(stock.seconds), "s")
