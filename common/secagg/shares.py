@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
 PRIME = (1 << 256) + 297
 SHARE_BYTES = 33
@@ -40,6 +41,11 @@ def _value(polynomial: Sequence[int], place: int) -> int:
 
 def coefficients(places: Sequence[int]) -> list[int]:
     """Lagrange's coefficients at 0 of different places: a secret is Σ coefficient · share."""
+    return list(_coefficients(tuple(places)))
+
+
+@lru_cache(maxsize=16)  # all secrets of a sum are of the same places
+def _coefficients(places: tuple[int, ...]) -> tuple[int, ...]:
     found = []
     for place in places:
         above, below = 1, 1
@@ -48,7 +54,7 @@ def coefficients(places: Sequence[int]) -> list[int]:
                 above = above * -other % PRIME
                 below = below * (place - other) % PRIME
         found.append(above * pow(below, -1, PRIME) % PRIME)
-    return found
+    return tuple(found)
 
 
 def combine(shares: Mapping[int, bytes]) -> bytes:
