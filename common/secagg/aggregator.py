@@ -5,7 +5,7 @@
 
 Rules:
   * What is added to a sum was signed by a member of the roster for this very sum.
-  * A sum has one set of survivors. When it is closed nothing is added, and it is unmasked as it is or not at all.
+  * A sum has one set of survivors. From the first answer on nothing is added, and it is unmasked once or not at all.
   * A seed that shares make counts only if it is the one its site has committed to. A site whose shares make others is
     named.
 """
@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, islice
+from itertools import combinations
+from math import comb
+from random import SystemRandom
 from typing import Any
 
 import numpy as np
@@ -93,6 +95,7 @@ class SecureSum:
         self.update: NDArray[Any] = np.zeros(self.layout.size, self.layout.ring.dtype)
         self._uploads: dict[str, _Upload] = {}
         self._shares: dict[str, dict[tuple[str, str], bytes]] = {}
+        self._unmasked = False
 
     @property
     def survivors(self) -> tuple[str, ...]:
@@ -108,6 +111,8 @@ class SecureSum:
         """Adds a site's upload, whose tensors' file has the SHA-256 `body`; raises SecureRefusal and adds nothing."""
         if site not in self.layout.roster.places or site in self._uploads:
             raise SecureRefusal("it is not in the roster, or has given already")
+        if self._shares:
+            raise SecureRefusal("the sum is closed: it is being unmasked")
         problem = self.layout.problem(tensors)
         if problem is not None:
             raise SecureRefusal(problem)
@@ -145,8 +150,11 @@ class SecureSum:
 
     def unmask(self, least: int) -> list[str]:
         """Takes the masks off the sum; returns the sites whose shares were wrong. Raises SecureRefusal."""
+        if self._unmasked:
+            raise SecureRefusal("it was unmasked already")
         check_survivors(self.layout.roster, self.survivors, least)
         seeds, liars = self._seeds()
+        self._unmasked = True
         places = self.layout.roster.places
         # A survivor adds its own mask and those shared with later places, and takes those of earlier ones away.
         taken = [seed for (giver, other), seed in seeds.items() if places[other] >= places[giver]]
@@ -158,7 +166,7 @@ class SecureSum:
     def _seeds(self) -> tuple[dict[tuple[str, str], bytes], list[str]]:
         """The seeds that must be known, and the sites whose shares are not of them."""
         threshold = self.layout.roster.threshold
-        for chosen in islice(combinations(sorted(self._shares), threshold), _MOST_TRIES):
+        for chosen in _sets(sorted(self._shares), threshold):
             found = self._combined(chosen)
             if found is not None:
                 return found, [site for site in self._shares if site not in chosen and not self._agrees(site, chosen)]
@@ -182,6 +190,17 @@ class SecureSum:
     def _agrees(self, site: str, chosen: Sequence[str]) -> bool:
         """Whether a site's shares, in the place of one of the chosen, make the same seeds."""
         return self._combined([site, *chosen[1:]]) is not None
+
+
+def _sets(sites: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    """Sets of sites to try: all of them, or drawn ones where there are too many.
+
+    Drawn, since in order a site that lies would be in the first few hundred of them if its name comes first.
+    """
+    if comb(len(sites), size) <= _MOST_TRIES:
+        yield from combinations(sites, size)
+    else:
+        yield from (SystemRandom().sample(sites, size) for _ in range(_MOST_TRIES))
 
 
 def _add(total: NDArray[Any], part: NDArray[Any]) -> None:

@@ -190,11 +190,16 @@ def verified(envelope: str, kind: type[S], key: PublicKey) -> S:
     """A statement whose envelope is signed with a key; raises SecureRefusal."""
     name = _KINDS[kind]
     try:
-        return kind.model_validate(unseal(envelope.encode(), name, key))
+        return kind.model_validate(unseal(_encoded(envelope), name, key))
     except ValidationError as error:
         raise SecureRefusal(f"this is no {name} of this version") from error
     except EnvelopeError as error:
         raise SecureRefusal(str(error)) from error
+
+
+def _encoded(text: str) -> bytes:
+    """UTF-8; a text that has none is made bytes that are none, for whoever reads them to refuse."""
+    return text.encode(errors="surrogatepass")
 
 
 def threshold_of(sites: int) -> int:
@@ -219,7 +224,7 @@ class Trust:
     def site(self, name: str, certificate: str, now: datetime) -> x509.Certificate:
         """The certificate (PEM) of a site of this federation; raises SecureRefusal."""
         try:
-            found = parse_certificate(certificate.encode())
+            found = parse_certificate(_encoded(certificate))
             check_issued(found, self.authority)
             check_valid(found, now)
             if subject_of(found) != Subject(self.federation, "site", name):

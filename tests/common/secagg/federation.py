@@ -1,9 +1,20 @@
-"""A federation in memory: an authority, a coordinator's key, and sites that take their steps when a test says so."""
+"""A federation in memory: an authority, a coordinator's key, and sites that take their steps when a test says so.
+
+federation = Federation(["a", "b", "c"]).set_up()
+layout = federation.layout(10)
+total = federation.collected(federation.context(1), layout, {name: given(values) for name in federation.names})
+total.take("a", federation.answer("a", federation.request(total, "a")))
+
+Sites and coordinator can be told to misbehave: `offer(rogue=…)` signs a roster that nobody has checked, `resigned`
+changes what a statement says under a key of one's choice.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -12,11 +23,12 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from numpy.typing import NDArray
 
 from locum.common.canonical import sha256_hex
-from locum.common.identity import Subject, certificate_pem, new_key, utc_now
+from locum.common.envelope import seal
+from locum.common.identity import PrivateKey, Subject, certificate_pem, new_key, parse_certificate, utc_now
 from locum.common.secagg import keys, site
 from locum.common.secagg.aggregator import SecureSum, open_roster
 from locum.common.secagg.masks import Stream
-from locum.common.secagg.ring import Bits, Ring, Scalar
+from locum.common.secagg.ring import CHUNK, Bits, Elements, Ring, Scalar, write_scalars
 from locum.common.secagg.roster import Context, Roster, Trust, member_keys, member_of, sign
 from locum.common.secagg.site import Offer, Ready, Request
 from locum.common.secagg.upload import BOXES, COMMITMENTS, Given, Layout, masked
@@ -25,6 +37,8 @@ from locum.server.authority import Authority, _root
 
 RUN, PLAN, MODEL = "run-1", "a" * 64, "b" * 64
 _ROUNDING = bytes(32)
+#: A header, the digest of the file of the tensors, the tensors.
+Upload = tuple[str, str, Arrays]
 
 
 def authority(federation: str = "test") -> Authority:
@@ -64,9 +78,16 @@ class Federation:
     def __post_init__(self) -> None:
         self.sites = {name: self.enrol(name) for name in self.names}
 
-    def enrol(self, name: str) -> Site:
+    def enrol(self, name: str, root: Authority | None = None) -> Site:
+        """A new site with a certificate of the federation's authority, or of another one."""
         key = new_key()
-        return Site(name, key, certificate_pem(self.root.issue_site(name, key.public_key())).decode())
+        return Site(name, key, certificate_pem((root or self.root).issue_site(name, key.public_key())).decode())
+
+    def copy(self) -> Federation:
+        """The same sites, which go on by themselves."""
+        twin = copy(self)
+        twin.sites = {name: replace(found) for name, found in self.sites.items()}
+        return twin
 
     @property
     def trust(self) -> Trust:
@@ -76,17 +97,22 @@ class Federation:
         for found in self.sites.values():
             found.state, found.statement = site.announce(run, PLAN, site=found.name, key=found.key)
 
-    def offer(self, run: str = RUN) -> Offer:
-        members = {}
-        for found in self.sites.values():
-            certificate = self.trust.site(found.name, found.certificate, utc_now())
-            member_keys(found.statement, certificate, site=found.name, run=run, plan=PLAN)
-            members[found.name] = member_of(found.name, certificate, found.statement)
+    def offer(self, run: str = RUN, *, rogue: Mapping[str, Site] | None = None) -> Offer:
+        """The roster of all sites; with those of `rogue`, unchecked, in the place of those of the same names."""
+        if rogue is None:
+            for found in self.sites.values():
+                certificate = self.trust.site(found.name, found.certificate, utc_now())
+                member_keys(found.statement, certificate, site=found.name, run=run, plan=PLAN)
+        sites = self.sites | dict(rogue or {})
+        members = {
+            name: member_of(name, parse_certificate(found.certificate.encode()), found.statement)
+            for name, found in sites.items()
+        }
         self.roster, envelope = open_roster(
             members, run=run, plan=PLAN, answers=keys.public_of(self.private), key=self.log
         )
-        statements = {name: found.statement for name, found in self.sites.items()}
-        return Offer(envelope, statements, {name: found.certificate for name, found in self.sites.items()})
+        statements = {name: found.statement for name, found in sites.items()}
+        return Offer(envelope, statements, {name: found.certificate for name, found in sites.items()})
 
     def join(self, name: str, offer: Offer) -> dict[str, str]:
         found = self.sites[name]
@@ -96,12 +122,19 @@ class Federation:
         return pairs
 
     def set_up(self, run: str = RUN) -> Federation:
+        for name, halves in self.halves(run).items():
+            self.begin(name, halves)
+        return self
+
+    def halves(self, run: str = RUN) -> dict[str, dict[str, str]]:
+        """By receiver and sender, the halves of secrets of a new set-up; all sites have joined."""
         self.announce(run)
         offer = self.offer(run)
         pairs = {name: self.join(name, offer) for name in self.sites}
-        for name, found in self.sites.items():
-            found.state = site.begin(found.state, {peer: pairs[peer][name] for peer in self.sites if peer != name})
-        return self
+        return {name: {peer: pairs[peer][name] for peer in self.sites if peer != name} for name in self.sites}
+
+    def begin(self, name: str, halves: Mapping[str, str]) -> None:
+        self.sites[name].state = site.begin(self.sites[name].state, halves)
 
     # --- a sum
 
@@ -117,7 +150,7 @@ class Federation:
         certificates = {name: self.trust.site(name, found.certificate, utc_now()) for name, found in self.sites.items()}
         return SecureSum(context, layout, certificates, self.private)
 
-    def upload(self, name: str, context: Context, layout: Layout, given: Given) -> tuple[str, str, Arrays]:
+    def upload(self, name: str, context: Context, layout: Layout, given: Given) -> Upload:
         """A site's upload: its header, its body's digest and its tensors."""
         found = self.sites[name]
         found.state, masking = site.mask(found.ready, context)
@@ -138,19 +171,47 @@ class Federation:
         found.state, sealed = site.answer(found.ready, request, least=self.least, before=before)
         return sealed
 
+    def uploads(self, context: Context, layout: Layout, given: Mapping[str, Given]) -> dict[str, Upload]:
+        return {name: self.upload(name, context, layout, what) for name, what in given.items()}
+
+    def folded(self, context: Context, layout: Layout, uploads: Mapping[str, Upload]) -> SecureSum:
+        """A sum to which these were added."""
+        total = self.open_sum(context, layout)
+        for name, upload in uploads.items():
+            total.fold(name, *upload)
+        return total
+
+    def collected(self, context: Context, layout: Layout, given: Mapping[str, Given]) -> SecureSum:
+        """A sum to which these have given."""
+        return self.folded(context, layout, self.uploads(context, layout, given))
+
     def unmasked(
         self, layout: Layout, given: Mapping[str, Given], *, step: int = 1, silent: Collection[str] = ()
     ) -> SecureSum:
         """A whole sum of those who give, without the answers of `silent`."""
-        context = self.context(step)
-        total = self.open_sum(context, layout)
-        for name, what in given.items():
-            total.fold(name, *self.upload(name, context, layout, what))
+        total = self.collected(self.context(step), layout, given)
         for name in total.survivors:
             if name not in silent:
                 total.take(name, self.answer(name, self.request(total, name)))
         total.unmask(self.least)
         return total
+
+
+def quantised(layout: Layout, given: Given) -> tuple[NDArray[np.uint64], Elements]:
+    """What a site gives, in the ring and without a mask: the scalars' lane and the update."""
+    rounding, update = Stream(_ROUNDING), np.empty(layout.size, layout.ring.dtype)
+    flat = np.concatenate([given.update[name].reshape(-1) for name in sorted(given.update)] or [np.empty(0)])
+    for start in range(0, flat.size, CHUNK):
+        draws = np.empty(min(CHUNK, flat.size - start), np.uint32)
+        rounding.fill(draws)
+        layout.ring.write(flat[start : start + CHUNK], given.weight, draws, update[start : start + CHUNK])
+    return write_scalars(layout.lane, given.scalars, len(layout.roster.members)), update
+
+
+def resigned(envelope: str, key: PrivateKey, kind: str | None = None, **changes: Any) -> str:
+    """A statement with other fields, or of another kind, signed with a key."""
+    found = json.loads(envelope)
+    return seal(kind or found["kind"], found["body"] | changes, key).decode()
 
 
 def body_of(tensors: Arrays) -> str:
@@ -166,4 +227,18 @@ def given(value: NDArray[Any], weight: float = 1.0, cases: float = 10.0) -> Give
     return Given({"w": value} if value.size else {}, weight, scalars)
 
 
-__all__ = ["BOXES", "COMMITMENTS", "Federation", "Site", "authority", "body_of", "given"]
+__all__ = [
+    "BOXES",
+    "COMMITMENTS",
+    "MODEL",
+    "PLAN",
+    "RUN",
+    "Federation",
+    "Site",
+    "Upload",
+    "authority",
+    "body_of",
+    "given",
+    "quantised",
+    "resigned",
+]
