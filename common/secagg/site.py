@@ -198,6 +198,8 @@ def begin(state: Joined, pairs: Mapping[str, str]) -> Ready:
             half = keys.unseal(state.announced.pairs, _pair_purpose(roster, peer, site), pair.sealed)
         except SealError as error:
             raise SecureRefusal(f"the half of a secret of {peer}: {error}") from error
+        if len(half) != SEED_BYTES:
+            raise SecureRefusal(f"the half of a secret of {peer} has another length")
         chains[peer] = pair_secret(roster, site, peer, ours=state.drawn[peer], theirs=half)
     return Ready(
         site=site, roster=roster, certificates=state.certificates, models=state.announced.models, chains=chains
