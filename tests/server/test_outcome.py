@@ -17,6 +17,8 @@ from safetensors.numpy import load_file
 from locum.common.errors import Code, RunError
 from locum.common.messages import Description, EvaluateTask, Tensors
 from locum.common.plan import Plan, load_plan
+from locum.common.secagg.ring import Ring, mean_error
+from locum.server.app import write_result
 from locum.server.home import Home
 from locum.server.outcome import _with_model, outcome_of, pull
 from locum.server.records import RunSummary
@@ -24,7 +26,8 @@ from locum.server.report_words import ranges, spans
 from locum.server.runs import Run, create_run
 from tests.pages import Page
 from tests.peers import Failing, Peer
-from tests.plans import plan
+from tests.plans import plan, secured
+from tests.secure_peers import SecurePeer, failed, run_secure
 from tests.server.coordinator import go_on
 
 
@@ -233,6 +236,116 @@ def test_a_plan_that_releases_nothing_has_a_report(home: Home, tmp_path: Path) -
     assert "The plan releases neither losses nor validation metrics." in page.text
     assert "not told" in page.text
     assert "Nothing was measured" in (tmp_path / "out" / "model_card.md").read_text()
+
+
+# --- under secure aggregation
+
+
+class SkilledInSecret(SecurePeer):
+    """A secure site whose measured AUC is its own; it fails to train in some rounds."""
+
+    def __init__(self, site: str, bin_of_lesions: int, *, fails_in: tuple[int, ...] = (), cases: int = 8) -> None:
+        super().__init__(site, 0.1, cases)
+        self.bin, self.fails_in = bin_of_lesions, fails_in
+
+    def train(self, message: Any, bundle: bytes) -> Any:
+        return failed(message, 108) if self.contexts[-1].round in self.fails_in else super().train(message, bundle)
+
+    def sums(self, plan: Plan, request: dict[str, Any]) -> Tensors:
+        histogram = np.zeros((2, 2, 1024))
+        histogram[1, 0, 380:420] = 1
+        histogram[1, 1, self.bin + request["round"]] = 2
+        return {"AUC": histogram.ravel(), "accuracy": np.array([[3.0, 1.0], [1.0, 3.0]]).ravel()}
+
+
+def _secure_run(home: Home, folder: Path, **changes: Any) -> tuple[Run, Path]:
+    """A finished run over four sites, of which one misses two rounds, and what was pulled of it."""
+    plan = secured(**{"rounds": 4, "admission": {"norm_bound": 20, "weight_cap": 500}, **changes})
+    run = create_run(home, plan)
+    peers = [SkilledInSecret("north", 400), SkilledInSecret("riverside", 385, fails_in=(2, 3), cases=24),
+             SkilledInSecret("st-anne", 410), SkilledInSecret("lakeview", 395)]  # fmt: skip
+    with run.hold():
+        write_result(run.folder, run_secure(plan, peers, run.folder))
+    pull(run, folder)
+    return run, folder
+
+
+@pytest.fixture(scope="module")
+def summed(home: Home, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
+    return _secure_run(home, tmp_path_factory.mktemp("summed") / "out", name="summed")
+
+
+def test_numbers_of_sums_are_whole_and_none_is_of_a_site(summed: tuple[Run, Path]) -> None:
+    metrics = json.loads((summed[1] / "metrics.json").read_text())
+    federated = metrics["test"]["federated"]
+    assert federated["total"] == 48
+    assert federated["sites"] == ["lakeview", "north", "riverside", "st-anne"]
+    assert federated["per_site"] == {}
+    assert set(federated["cases"].values()) == {None}
+    assert isinstance(federated["all"]["AUC"], float)
+    assert metrics["worst"] == {}
+    assert metrics["lost"] == {"riverside": [2, 3]}
+    history = metrics["history"]
+    assert [record["weight"] for record in history] == pytest.approx([48, 24, 24, 48])
+    assert all(record["loss"] == pytest.approx(0.5) for record in history)
+    assert [len(record["secured"]["uploads"]) for record in history] == [4, 3, 3, 4]
+
+
+def test_the_page_of_a_secure_run_shows_sums_and_says_what_was_protected(summed: tuple[Run, Path]) -> None:
+    html = (summed[1] / "report.html").read_text()
+    page = Page(html)
+    assert page.open == []
+    assert page.unlabelled == []
+    assert {target[1:] for target in page.loads} <= set(page.ids)
+    plan = summed[0].plan
+    error = mean_error(Ring(32, 4, 20), 500, 24)
+    for words in (
+        "48 test cases",
+        "riverside not told in the sums, not told",
+        "What each site measured is a part of the sums only: no site shows its own.",
+        "no thin lines: what each site gave is a part of the sums only",
+        "riverside 2 of 4 2–3 not told",
+        "secure sums were set up: 4 sites, of which 3 must answer to unmask a sum",
+        "A roster of 4 sites: 3 of them had to answer, for one set of sites, before a sum was unmasked; 1 site",
+        "32 bits a number, for a norm of at most 20",
+        f"no number of a round's mean update is off by more than {error:.1e}.",
+        "only differential privacy does",
+        "needs outside cryptographic review before it protects real patients",
+        "by themselves: none of these",
+    ):
+        assert words in page.text, words
+    for words in ("worst", "last loss", "share of all weight", "No secure aggregation", "slowest site, training"):
+        assert words not in page.text, words
+    assert html.count("<figcaption>Training loss</figcaption>") == 1
+    assert plan.secured
+
+
+def test_the_card_of_a_secure_run_says_that_its_numbers_are_of_sums(summed: tuple[Run, Path]) -> None:
+    card = (summed[1] / "model_card.md").read_text()
+    assert "from sums over the sites" in card
+    assert "| all sites | 48 |" in card
+    assert "| riverside | not told | not told | not told |" in card
+    assert "**Secure aggregation**" in card
+    assert "{{" not in card
+
+
+def test_what_the_plan_has_each_site_tell_is_shown_of_each_site(home: Home, tmp_path: Path) -> None:
+    told = {"per_site": ["metrics", "training_loss", "case_counts"]}
+    _, folder = _secure_run(home, tmp_path / "out", name="told", release=told)
+    page = Page((folder / "report.html").read_text())
+    assert page.open == []
+    for words in (
+        "riverside worst 24",
+        "riverside 2 of 4 2–3 24 33.3 % 0.5000 24",
+        "beside the metric sums, training loss and case counts that the plan has each site tell",
+    ):
+        assert words in page.text, words
+    assert json.loads((folder / "metrics.json").read_text())["worst"]["AUC"]["site"] == "riverside"
+
+
+def test_a_plain_run_says_that_the_coordinator_has_seen_each_update(pulled: Path) -> None:
+    for name in ("report.html", "model_card.md"):
+        assert "the coordinator has seen each site" in (pulled / name).read_text()
 
 
 def test_spans_and_ranges_say_the_same_rounds() -> None:

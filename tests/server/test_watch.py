@@ -158,6 +158,25 @@ def test_text_of_a_site_is_neither_markup_nor_control(tmp_path: Path) -> None:
     assert "\x1b[2J" not in _shown(tmp_path / "events.jsonl", terminal=True)
 
 
+def test_the_set_up_of_keys_and_why_a_round_was_void_are_shown(tmp_path: Path) -> None:
+    events = Events(tmp_path / "events.jsonl")
+    four = {"sites": ["a", "b", "c", "d"], "threshold": 3, "roster": "0" * 64}
+    events.emit("keys", **four, excluded={})
+    events.emit("keys", **four, excluded={"e": "no answer by the deadline"})
+    lost = "the sum of 4 sites could not be unmasked: 3 must answer"
+    events.emit("void", round=2, attempt=1, admitted=4, reason=f"{lost}\n  a: no answer by the deadline")
+    events.emit("void", round=2, attempt=2, admitted=1, reason="")
+    events.emit("void", round=2, attempt=1, admitted=3, reason="the sum of the metrics failed its check", fold="test")
+    events.close()
+    assert _shown(tmp_path / "events.jsonl").strip().splitlines() == [
+        "secure sums: 4 sites, of which 3 must answer to unmask a sum",
+        "secure sums: 4 sites, of which 3 must answer to unmask a sum; without e (no answer by the deadline)",
+        f"round 2 is void (attempt 1): {lost}; a: no answer by the deadline; tried again",
+        "round 2 is below its quorum (attempt 2); tried again",
+        "the metrics of the test fold after round 2 have no sum: the sum of the metrics failed its check",
+    ]
+
+
 def test_an_event_of_a_later_version_is_passed_over() -> None:
     assert State().apply({"event": "a-new-thing", "at": 1.0}) == []
 

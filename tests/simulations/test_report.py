@@ -17,7 +17,7 @@ from locum.common import build
 from locum.common.build import check_buildable
 from locum.common.metrics import Outcomes
 from locum.common.plan import Plan, parse_plan
-from locum.server.records import Evaluated, RoundRecord, RunSummary
+from locum.server.records import Evaluated, RoundRecord, RunSummary, SecureRecord
 from locum.simulations import report, report_pictures, results
 from locum.simulations.federations import FederationSpec, federation
 from locum.simulations.institutions import found_federation, open_agent
@@ -264,6 +264,36 @@ def test_what_does_not_protect_is_said(written: tuple[Plan, Page, str, str]) -> 
         assert "No secure aggregation" in text
         assert "not encrypted against the aggregator" in text
         assert "No differential privacy" in text
+
+
+def test_a_simulation_of_a_secure_plan_shows_its_own_measurements_and_says_that_they_are(tmp_path: Path) -> None:
+    plan = plan_of(CLASSIFY, protection="{secure_aggregation: required}", participation="{quorum: 3}")
+    summary = summary_of(plan)
+    masked = [_masked(record) for record in summary.history]
+    html, card = write(tmp_path, plan, summary=summary.model_copy(update={"history": tuple(masked)}))
+    page = Page(html)
+    assert page.open == []
+    for site in SITES:
+        assert f"{site} alone" in page.text
+    assert "Worst site:" in page.text
+    assert "no thin lines: what each site gave is a part of the sums only" in page.text
+    assert (
+        "taken from the sites' own data for this report: a coordinator of this plan sees their sums only" in page.text
+    )
+    for text in (page.text, card):
+        assert "A roster of 4 sites: 3 of them had to answer" in text
+        assert "A roster of 5 sites: 4 of them had to answer" in text
+        assert "No secure aggregation" not in text
+
+
+def _masked(record: RoundRecord) -> RoundRecord:
+    """The record of a round whose sites tell nothing of themselves."""
+    sites = 4 if record.round < 5 else 5
+    secret = {"roster": "0" * 64, "context": "0" * 64, "sites": sites, "threshold": sites - 1, "uploads": {}}
+    assert record.evaluation is not None
+    evaluation = record.evaluation.model_copy(update={"per_site": {}, "cases": dict.fromkeys(record.sites)})
+    told = {"weights": {}, "losses": dict.fromkeys(record.sites), "train_seconds": {}, "evaluation": evaluation}
+    return record.model_copy(update={**told, "secured": SecureRecord(**secret)})
 
 
 def test_files_add_up_on_the_page(written: tuple[Plan, Page, str, str]) -> None:
