@@ -19,6 +19,7 @@ from typing import TypeVar
 from flwr.app import Message, RecordDict
 
 from locum.common.activity import Activity
+from locum.common.blobs import DISK_FULL
 from locum.common.canonical import sha256_hex
 from locum.common.errors import Code, PlanError, SiteFailure
 from locum.common.fab import plan_of_bundle
@@ -103,9 +104,11 @@ class Agent:
         except SiteFailure as failure:
             self.log.warning("refused %s: %s", message.metadata.message_type, failure)
             return Message(gate.release_failure(failure), reply_to=message)
-        except Exception:  # the edge of the site: whatever went wrong, its text stays here
+        except Exception as error:  # the edge of the site: whatever went wrong, its text stays here
             self.log.exception("failed on %s", message.metadata.message_type)
-            return Message(gate.release_failure(SiteFailure(Code.INTERNAL)), reply_to=message)
+            full = isinstance(error, OSError) and error.errno in DISK_FULL
+            told = SiteFailure(Code.DISK_FULL if full else Code.INTERNAL)
+            return Message(gate.release_failure(told), reply_to=message)
 
     def _answer(self, message: Message, bundle: bytes, carrier: Opener, run: str) -> RecordDict:
         plan = self.plan_of(bundle)

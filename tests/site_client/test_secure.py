@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -545,3 +546,16 @@ def _secrets(state: Any) -> set[bytes]:
     if isinstance(state, Joined):
         return {*state.drawn.values()} | _secrets(state.announced)
     return {state.models, *state.chains.values(), *state.boxes.values()}
+
+
+def test_a_full_disk_is_told_for_what_it_is_and_spends_no_step(circle: Circle) -> None:
+    before = circle.state_file(NAMES[0]).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # no file can grow beyond it, as if the disk were full
+    try:
+        reply = circle.give(NAMES[0], circle.context())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert reply.error.code == Code.DISK_FULL
+    assert circle.state_file(NAMES[0]).read_bytes() == before
+    assert circle.give(NAMES[0], circle.context()).has_content()
