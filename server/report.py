@@ -201,6 +201,7 @@ _SENTENCES: Mapping[str, Callable[[Event], str]] = {
     "stopped": lambda _: "was stopped",
     "keys": _keys,
     "void": _void,
+    "rolled back": words.rolled_back,
     "failed": lambda event: f"failed: {event.get('reason', '')}",
     "finished": lambda _: "ended",
 }

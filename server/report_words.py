@@ -77,6 +77,12 @@ def set_up(event: Event) -> str:
     return f"{text}; without {listed(without)}" if without else text
 
 
+def rolled_back(event: Event) -> str:
+    """An event `rolled back` in words."""
+    number, best = event["round"], event["to"]
+    return f"validation has collapsed after round {number}: the next one starts from the model of round {best}"
+
+
 def void_of(event: Event, verb: str) -> str:
     """An event `void` in words; the verb is `is` or `was`."""
     reason = "; ".join(line.strip() for line in event.get("reason", "").splitlines())

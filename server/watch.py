@@ -32,7 +32,7 @@ from locum.server.gateway.live import read_live
 from locum.server.home import Home
 from locum.server.proposals import sites_of
 from locum.server.registry import RegistryError
-from locum.server.report_words import set_up, void_of
+from locum.server.report_words import rolled_back, set_up, void_of
 from locum.server.runs import Run, Status
 from locum.server.site_states import Look, SiteEvents, SiteRow, duration, plain, site_rows
 
@@ -64,7 +64,7 @@ class State:
 
     def apply(self, event: Event) -> list[Text]:
         """Takes one event in; returns the lines that should stay on the screen."""
-        handler = getattr(self, f"_on_{event['event']}", None)
+        handler = getattr(self, f"_on_{event['event'].replace(' ', '_')}", None)
         lines: list[Text] = handler(event) if handler is not None else []
         return lines
 
@@ -114,6 +114,9 @@ class State:
         self.metrics = {name: value for name, value in event["overall"].items() if isinstance(value, float)}
         self._untold = True
         return self._told()
+
+    def _on_rolled_back(self, event: Event) -> list[Text]:
+        return [*self._told(), _warning(rolled_back(event))]
 
     def _on_finished(self, _event: Event) -> list[Text]:
         return self._told()

@@ -167,6 +167,7 @@ def test_the_set_up_of_keys_and_why_a_round_was_void_are_shown(tmp_path: Path) -
     events.emit("void", round=2, attempt=1, admitted=4, reason=f"{lost}\n  a: no answer by the deadline")
     events.emit("void", round=2, attempt=2, admitted=1, reason="")
     events.emit("void", round=2, attempt=1, admitted=3, reason="the sum of the metrics failed its check", fold="test")
+    events.emit("rolled back", round=5, to=2)
     events.close()
     assert _shown(tmp_path / "events.jsonl").strip().splitlines() == [
         "secure sums: 4 sites, of which 3 must answer to unmask a sum",
@@ -174,6 +175,7 @@ def test_the_set_up_of_keys_and_why_a_round_was_void_are_shown(tmp_path: Path) -
         f"round 2 is void (attempt 1): {lost}; a: no answer by the deadline; tried again",
         "round 2 is below its quorum (attempt 2); tried again",
         "the metrics of the test fold after round 2 have no sum: the sum of the metrics failed its check",
+        "validation has collapsed after round 5: the next one starts from the model of round 2",
     ]
 
 
