@@ -187,14 +187,21 @@ def sign(statement: Statement, key: PrivateKey) -> str:
 
 
 def verified(envelope: str, kind: type[S], key: PublicKey) -> S:
-    """A statement whose envelope is signed with a key; raises SecureRefusal."""
+    """A statement whose envelope is signed with a key; raises SecureRefusal.
+
+    What it is read as says what was signed, word for word: no field is filled in, no number read from a text.
+    """
     name = _KINDS[kind]
     try:
-        return kind.model_validate(unseal(_encoded(envelope), name, key))
+        body = unseal(_encoded(envelope), name, key)
+        found = kind.model_validate(body)
     except ValidationError as error:
         raise SecureRefusal(f"this is no {name} of this version") from error
     except EnvelopeError as error:
         raise SecureRefusal(str(error)) from error
+    if canonical.digest(found.model_dump(mode="json")) != canonical.digest(body):
+        raise SecureRefusal(f"this is no {name} of this version")
+    return found
 
 
 def _encoded(text: str) -> bytes:

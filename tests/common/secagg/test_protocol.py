@@ -5,6 +5,7 @@ Each test of a refusal is a promise of `common/secagg`; what a refusal leaves be
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -18,7 +19,8 @@ from hypothesis import given as examples
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from locum.common.identity import base64url
+from locum.common.envelope import seal
+from locum.common.identity import PrivateKey, base64url
 from locum.common.secagg import keys, site
 from locum.common.secagg.aggregator import SecureSum
 from locum.common.secagg.ring import CHUNK, Bits, Elements
@@ -222,6 +224,9 @@ def test_a_context_counts_only_with_the_coordinators_signature(four: Federation)
         resigned(four.signed(context), four.sites["b"].key),
         resigned(four.signed(context), four.log, kind="secagg upload"),
         resigned(four.signed(context), four.log, step=0),
+        resigned(four.signed(context), four.log, step="1"),
+        resigned(four.signed(context), four.log, step=True),
+        _without(four.signed(context), "suite", four.log),
         resigned(four.signed(context), four.log, suite="locum-secagg-2"),
         resigned(four.signed(context), four.log, more=1),
         four.signed(context).replace('"step":1', '"step":2'),
@@ -229,6 +234,12 @@ def test_a_context_counts_only_with_the_coordinators_signature(four: Federation)
     ):
         with pytest.raises(SecureRefusal):
             verified(forged, Context, key)
+
+
+def _without(envelope: str, field: str, key: PrivateKey) -> str:
+    """A statement that leaves out what it must say."""
+    found = json.loads(envelope)
+    return seal(found["kind"], {name: value for name, value in found["body"].items() if name != field}, key).decode()
 
 
 def test_the_metrics_of_a_model_are_one_sum_however_often_they_are_asked_for(four: Federation) -> None:

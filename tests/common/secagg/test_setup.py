@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache
+from typing import Any
 
 import pytest
 
@@ -191,7 +192,8 @@ def test_keys_and_certificates_of_more_or_fewer_than_the_roster_are_refused(four
     for part in ("keys", "certificates"):
         found = dict(getattr(offer, part))
         for wrong in ({}, {"a": found["a"]}, {**found, "x": found["b"]}, {n: found[n] for n in "abc"}):
-            _refused(four, replace(offer, **{part: wrong}), "not those of the roster's sites")
+            changes: dict[str, Any] = {part: wrong}
+            _refused(four, replace(offer, **changes), "not those of the roster's sites")
 
 
 # --- the roster
@@ -269,23 +271,25 @@ def test_rosters_of_too_few_or_too_many_sites_are_refused(four: Federation) -> N
     two = _members(offer)[:2]
     many = [{**two[0], "site": f"s{number:03}"} for number in range(MOST_SITES)]
     for members in (two, two[:1], [], [two[0], *many]):
-        changes = {"members": members, "threshold": threshold_of(len(members))}
+        changes: dict[str, Any] = {"members": members, "threshold": threshold_of(len(members))}
         _refused(four, replace(offer, roster=resigned(offer.roster, four.log, **changes)), "no secagg roster")
 
 
 def test_a_roster_with_more_or_other_fields_is_refused(four: Federation) -> None:
     offer = four.offer()
     first, *rest = _members(offer)
-    for changes in (
+    wrong: list[dict[str, Any]] = [
         {"suite": "locum-secagg-2"},
         {"more": 1},
+        {"threshold": "3"},
         {"answers": base64url(bytes(keys.PUBLIC_BYTES - 1))},
         {"answers": 7},
         {"members": [{**first, "more": 1}, *rest]},
         {"members": [{**first, "site": "../a"}, *rest]},
         {"members": {"a": first}},
         {"members": None},
-    ):
+    ]
+    for changes in wrong:
         _refused(four, replace(offer, roster=resigned(offer.roster, four.log, **changes)), "no secagg roster")
 
 
