@@ -142,6 +142,42 @@ def test_json_prints_the_metrics_and_nothing_else(
     assert printed["rounds"] == 1
 
 
+# --- under secure aggregation
+
+SECURED = {"protection__secure_aggregation": "required", "admission": {"norm_bound": 20, "weight_cap": 100}}
+
+
+def test_a_secure_sum_gives_the_model_of_a_plain_one_but_for_rounding(finished: Path, tmp_path: Path) -> None:
+    metrics = ["AUC", "accuracy", "confusion"]
+    plan = _plan(tmp_path, evaluation__metrics=metrics, **SECURED)
+    out = tmp_path / "out"
+    assert _run(plan, "--sites-file", finished / "sites.yaml", "--out", out) == 0
+    plain, masked = (load_file(folder / "model.safetensors") for folder in (finished / "out", out))
+    assert max(float(np.abs(plain[name] - masked[name]).max()) for name in plain) < 1e-4
+    run = json.loads((out / "run.json").read_text())
+    assert run["status"] == "completed"
+    assert run["test"]["per_site"] == {}
+    found = json.loads((out / "metrics.json").read_text())["test"]["federated"]
+    assert run["test"]["total"] == found["total"]
+    assert run["test"]["overall"]["confusion"] == found["all"]["confusion"]
+    assert set(found["per_site"]) == set(run["sites"])
+    report = (out / "report.html").read_text()
+    assert "A roster of 3 sites" in report
+    assert "not told" not in report[report.index('id="data"') : report.index('id="protection"')]
+
+
+@pytest.mark.parametrize("engine", ["local", "rehearse"])
+def test_fewer_sites_than_a_secure_sum_needs_are_told_before_anything_is_made(
+    engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, sites = _plan(tmp_path, **SECURED), _emulated(tmp_path, sites=2)
+    assert _run(plan, "--sites-file", sites, "--engine", engine, "--out", tmp_path / "out") == 1
+    text = _error(capsys)
+    assert "at least 3 sites; there are 2" in text
+    assert "secure_aggregation: off" in text
+    assert not (tmp_path / "out").exists()
+
+
 # --- processes that die
 
 RUNNER = [sys.executable, "-c", "import sys; from locum.common.cli import main; sys.exit(main())", "simulate"]
