@@ -60,11 +60,14 @@ def test_a_rehearsal_killed_when_the_coordinator_knew_the_site_and_the_site_not_
     assert (north / "identity" / "site.pem").exists()
 
 
-def test_a_rehearsal_even_interrupted_gives_the_results_of_the_local_engine_to_the_bit(tmp_path: Path) -> None:
-    path = _plan(tmp_path, rounds=8)
+@pytest.mark.parametrize(("protection", "sites"), [("required", "3"), pytest.param("off", "2", marks=pytest.mark.slow)])
+def test_a_rehearsal_even_interrupted_gives_the_results_of_the_local_engine_to_the_bit(
+    tmp_path: Path, protection: str, sites: str
+) -> None:
+    path = _plan(tmp_path, rounds=8, protection__secure_aggregation=protection, admission={"norm_bound": 20})
     local, rehearsal = tmp_path / "local", tmp_path / "rehearsal"
-    assert not main(["simulate", str(path), "--sites", "2", "--out", str(local)])
-    command = [*RUNNER, str(path), "--sites", "2", "--engine", "rehearse", "--out", str(rehearsal)]
+    assert not main(["simulate", str(path), "--sites", sites, "--out", str(local)])
+    command = [*RUNNER, str(path), "--sites", sites, "--engine", "rehearse", "--out", str(rehearsal)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     runs = rehearsal / "coordinator" / "runs"
     until(lambda: process.poll() is not None or list(runs.glob("*/checkpoints/round-00000[1-9]")), 180)
