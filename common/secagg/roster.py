@@ -205,8 +205,11 @@ def verified(envelope: str, kind: type[S], key: PublicKey) -> S:
 
 
 def _encoded(text: str) -> bytes:
-    """UTF-8; a text that has none is made bytes that are none, for whoever reads them to refuse."""
-    return text.encode(errors="surrogatepass")
+    """UTF-8; raises SecureRefusal for a text that has none."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise SecureRefusal("this is no text that UTF-8 can hold") from error
 
 
 def threshold_of(sites: int) -> int:
@@ -253,7 +256,7 @@ def member_keys(envelope: str, certificate: x509.Certificate, *, site: str, run:
 
 def member_of(site: str, certificate: x509.Certificate, envelope: str) -> Member:
     """What a roster says of a site."""
-    return Member(site=site, certificate=fingerprint_of(certificate), keys=canonical.sha256_hex(envelope.encode()))
+    return Member(site=site, certificate=fingerprint_of(certificate), keys=canonical.sha256_hex(_encoded(envelope)))
 
 
 def check_survivors(roster: Roster, survivors: tuple[str, ...], least: int) -> None:

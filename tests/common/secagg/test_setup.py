@@ -182,7 +182,9 @@ def test_keys_and_certificates_that_the_roster_does_not_mean_are_refused(four: F
         (replace(offer, keys={**statements, "b": resigned(statements["b"], four.sites["b"].key)}), not_those),
         (replace(offer, keys={**statements, "b": ""}), not_those),
         (replace(offer, certificates={**certificates, "b": ""}), "cannot be believed"),
-        (replace(offer, certificates={**certificates, "b": "\ud800"}), "cannot be believed"),
+        (replace(offer, certificates={**certificates, "b": "\ud800"}), "UTF-8"),
+        (replace(offer, certificates={**certificates, "b": certificates["b"] + "\ud800"}), "UTF-8"),
+        (replace(offer, keys={**statements, "b": "\ud800"}), "UTF-8"),
     ):
         _refused(four, changed, why)
 
