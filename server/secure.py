@@ -19,37 +19,27 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from cryptography import x509
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from numpy.typing import NDArray
 
 from locum.common.canonical import sha256_hex
 from locum.common.errors import Code
-from locum.common.identity import base64url, certified_key, utc_now
+from locum.common.identity import base64url
 from locum.common.messages import (
-    BEGIN,
     EVALUATE,
     INLINE,
-    KEYS,
-    PAIRS,
     TRAIN,
     UNMASK,
     Arrays,
-    BeginResult,
-    BeginTask,
     EvaluateTask,
     Fields,
     Header,
-    KeysResult,
-    KeysTask,
     MaskedResult,
-    PairsResult,
-    PairsTask,
     Secured,
     TrainTask,
     UnmaskResult,
@@ -60,18 +50,13 @@ from locum.common.messages import (
 )
 from locum.common.plan import Plan
 from locum.common.secagg import LEAST_SITES, MOST_SITES, keys
-from locum.common.secagg.aggregator import SecureSum, open_roster
+from locum.common.secagg.aggregator import SecureSum
 from locum.common.secagg.ring import Ring, read_scalars
 from locum.common.secagg.roster import (
     Context,
-    Pair,
     Purpose,
-    RunKeys,
     SecureRefusal,
-    member_keys,
-    member_of,
     sign,
-    verified,
 )
 from locum.common.secagg.roster import Roster as SignedRoster
 from locum.common.secagg.site import model_purpose
@@ -92,21 +77,12 @@ from locum.server.asking import (
 )
 from locum.server.checkpoints import Committed
 from locum.server.records import SecureRecord
+from locum.server.setup import Party, SetUp
 from locum.server.signer import Signer
 
 _BLOCK = 1 << 16
 #: What rounding and floating point may add to a norm.
 _SLACK = 1e-6
-
-
-@dataclass(frozen=True)
-class _Party:
-    """A site's part in a set-up: its certificate (PEM and parsed), the envelope of its run keys, and these."""
-
-    pem: str
-    certificate: x509.Certificate
-    envelope: str
-    keys: RunKeys
 
 
 @dataclass
@@ -123,7 +99,7 @@ class Session:
     """
 
     roster: SignedRoster
-    parties: Mapping[str, _Party]
+    parties: Mapping[str, Party]
     private: bytes = field(repr=False)
     outside: Mapping[str, Refused]
     step: int = 0
@@ -193,7 +169,8 @@ class SecureSums:
         weight = float(sums[WEIGHT][0])
         loss = float(sums[LOSS][0]) / weight if LOSS in sums else None
         totals = RingTotals(asked.total.update, layout.ring, model, scale=cap)
-        return Gathered(totals, weight * cap, loss, told, asked.refused, secured=_record(asked.total))
+        bytes_up = layout.bytes * len(told)
+        return Gathered(totals, weight * cap, loss, told, asked.refused, "", _record(asked.total), bytes_up)
 
     def measured(self, engine: Engine, roster: Roster, model: Arrays, task: EvaluateTask) -> Measured:
         """Sends the model, folds masked metric sums, and unmasks their sum."""
@@ -254,9 +231,7 @@ class SecureSums:
     def _is_time(self, engine: Engine, session: Session) -> bool:
         """Whether sites outside the roster, which are there, are asked for keys again."""
         there = set(session.outside) - set(engine.link.away(session.outside))
-        if not there:
-            return False
-        if self._patience > 0:
+        if not there or self._patience > 0:
             return False
         self._next_patience = 2 * self._next_patience
         return True
@@ -270,125 +245,15 @@ class SecureSums:
         if len(roster.nodes.keys() - outside.keys() - lost.keys()) >= least:
             outside |= lost
         while True:
-            steps = _SetUp(engine, roster, self._signer, str(number))
+            steps = SetUp(engine, roster, self._signer, str(number))
             parties = steps.keys([site for site in roster.nodes if site not in outside][:MOST_SITES])
             if len(parties) < least:
-                return {**outside, **steps.refused, **_alone(parties, least)}
+                alone = dict.fromkeys(parties, Refused(f"{len(parties)} sites have set up keys, {least} are needed"))
+                return {**outside, **steps.refused, **alone}
             found = steps.roster(parties)
             if not steps.refused.keys() & parties.keys():
                 return Session(found, parties, steps.private, {**outside, **steps.refused})
             outside |= steps.refused
-
-
-def _alone(parties: Collection[str], least: int) -> dict[str, Refused]:
-    return {site: Refused(f"{len(parties)} sites have set up keys, {least} are needed") for site in parties}
-
-
-@dataclass
-class _SetUp:
-    """One try at a set-up."""
-
-    engine: Engine
-    sites: Roster
-    signer: Signer
-    group: str
-    private: bytes = field(default_factory=keys.new_private, repr=False)
-    refused: dict[str, Refused] = field(default_factory=dict)
-
-    def keys(self, sites: Collection[str]) -> dict[str, _Party]:
-        """Each site's keys, ascending by name."""
-        content = pack(KeysTask(plan_digest=self.engine.plan.digest, run=self.signer.run))
-        found: dict[str, _Party] = {}
-        for site, header in self._asked(KEYS, dict.fromkeys(sites, content), KeysResult):
-            with _Blame(self, site):
-                found[site] = self._party(site, header)
-        return dict(sorted(found.items()))
-
-    def _party(self, site: str, header: KeysResult) -> _Party:
-        certificate = self.signer.trust.site(site, header.certificate, utc_now())
-        plan = self.engine.plan.digest
-        announced = member_keys(header.keys, certificate, site=site, run=self.signer.run, plan=plan)
-        return _Party(header.certificate, certificate, header.keys, announced)
-
-    def roster(self, parties: Mapping[str, _Party]) -> SignedRoster:
-        """The signed roster, once every site of it has said that it is ready; `refused` names those that are not."""
-        plan = self.engine.plan.digest
-        members = {site: member_of(site, party.certificate, party.envelope) for site, party in parties.items()}
-        public = keys.public_of(self.private)
-        roster, envelope = open_roster(members, run=self.signer.run, plan=plan, answers=public, key=self.signer.key)
-        task = PairsTask(
-            plan_digest=plan,
-            run=self.signer.run,
-            roster=envelope,
-            keys={site: party.envelope for site, party in parties.items()},
-            certificates={site: party.pem for site, party in parties.items()},
-        )
-        pairs: dict[str, Mapping[str, str]] = {}
-        for site, header in self._asked(PAIRS, dict.fromkeys(parties, pack(task)), PairsResult):
-            with _Blame(self, site):
-                pairs[site] = _checked_pairs(roster, parties, site, header.pairs)
-        if set(pairs) == set(parties):
-            self._begin(roster, pairs)
-        return roster
-
-    def _begin(self, roster: SignedRoster, pairs: Mapping[str, Mapping[str, str]]) -> None:
-        contents = {
-            site: pack(
-                BeginTask(
-                    plan_digest=self.engine.plan.digest,
-                    run=self.signer.run,
-                    pairs={peer: pairs[peer][site] for peer in pairs if peer != site},
-                )
-            )
-            for site in pairs
-        }
-        for site, header in self._asked(BEGIN, contents, BeginResult):
-            if header.roster != roster.digest:
-                self.refused[site] = Refused("it is ready for another roster")
-
-    def _asked(self, kind: str, contents: Mapping[str, RecordDict], result: type[Any]) -> Iterator[tuple[str, Any]]:
-        """The readable answers; who gives none is refused."""
-        answered: set[str] = set()
-        outgoing = addressed(self.engine, self.sites, contents)
-        for site, reply in exchange(self.engine, kind, outgoing, group=self.group):
-            answered.add(site)
-            answer = read(reply, result, self.engine.plan)
-            if isinstance(answer, Refused):
-                self.refused[site] = answer
-            else:
-                yield site, answer[0]
-        self.refused |= unanswered(self.engine, [site for site in contents if site not in answered])
-
-
-@dataclass(frozen=True)
-class _Blame:
-    """A context in which a refusal of the protocol is a site's."""
-
-    steps: _SetUp
-    site: str
-
-    def __enter__(self) -> None:
-        """Nothing is prepared."""
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
-        if isinstance(error, SecureRefusal):
-            self.steps.refused[self.site] = Refused(str(error), Code.SECURE_SUM_REFUSED)
-            return True
-        return False
-
-
-def _checked_pairs(
-    roster: SignedRoster, parties: Mapping[str, _Party], site: str, pairs: Mapping[str, str]
-) -> Mapping[str, str]:
-    """A site's halves of secrets, one for each peer; raises SecureRefusal."""
-    if set(pairs) != set(parties) - {site}:
-        raise SecureRefusal("there is not one half of a secret for each peer")
-    key = certified_key(parties[site].certificate)
-    for peer, envelope in pairs.items():
-        pair = verified(envelope, Pair, key)
-        if (pair.roster, pair.sender, pair.receiver) != (roster.digest, site, peer):
-            raise SecureRefusal("a half of a secret is of another set-up")
-    return pairs
 
 
 # --- a sum
