@@ -12,7 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -139,13 +139,13 @@ class Scene:
         self.ready = {name: found.ready for name, found in federation.sites.items()}
         self.now = Summed(federation, self.layout, 2)
 
-    @property
+    @cached_property
     def sealed_key(self) -> bytes:
         """A model's key, sealed to a."""
         purpose = site.model_purpose(self.ready["a"].roster, MODEL)
         return keys.seal(keys.public_of(self.ready["a"].models), purpose, bytes(32))
 
-    @property
+    @cached_property
     def texts(self) -> list[str]:
         """All that is sent as text."""
         offer, sums = self.offer, (self.earlier, self.now)
@@ -153,7 +153,7 @@ class Scene:
         found += [half for halves in self.halves.values() for half in halves.values()]
         return found + [text for total in sums for text in (total.context, *(up[0] for up in total.uploads.values()))]
 
-    @property
+    @cached_property
     def bytes(self) -> list[bytes]:
         """All that is sent as bytes."""
         sums = (self.earlier, self.now)
