@@ -67,6 +67,7 @@ class Gathered:
         refused: by site that is not in it, why.
         void: why there is no sum, if that is not a matter of single sites.
         secured: what the sum was, if it was a secure one.
+        bytes_up: of the tensors of all updates in it.
     """
 
     totals: Totals | None
@@ -76,6 +77,7 @@ class Gathered:
     refused: Mapping[str, Refused]
     void: str = ""
     secured: SecureRecord | None = None
+    bytes_up: int = 0
 
 
 @dataclass(frozen=True)

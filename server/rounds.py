@@ -295,7 +295,8 @@ def gathered(engine: Engine, roster: Roster, committed: Committed, _attempt: int
     totals = fold.close()
     for site in outgoing:
         link.taken(site)
-    return Gathered(totals, fold.weight, mean_loss(told), told, refused)
+    size = sum(tensor.nbytes for tensor in committed.model.values())
+    return Gathered(totals, fold.weight, mean_loss(told), told, refused, bytes_up=size * len(told))
 
 
 def mean_loss(told: Mapping[str, Told]) -> float | None:
@@ -321,7 +322,7 @@ def _record(before: Committed, model: Arrays, found: Gathered, *, began: float, 
         excluded={site: found.refused[site].reason for site in sorted(found.refused)},
         update_norm=_distance(model, before.model),
         bytes_down=size * (len(told) + len(found.refused)),
-        bytes_up=size * len(told),
+        bytes_up=found.bytes_up,
         seconds=time.monotonic() - began,
         secured=found.secured,
     )

@@ -29,6 +29,8 @@ def test_the_quickstart_ends_with_a_model_of_three_rounds_over_three_hospitals(p
     metrics = json.loads((folder / "result" / "metrics.json").read_text())
     assert (metrics["status"], metrics["round"], metrics["rounds"]) == ("completed", 3, 3)
     assert metrics["sites"] == ["north", "riverside", "st-anne"]
+    assert all(len(record["secured"]["uploads"]) == 3 for record in metrics["history"])
+    assert metrics["test"]["federated"]["per_site"] == {}
     assert load_file(folder / "result" / "model.safetensors")
     assert {path.name for path in (folder / "result").iterdir()} >= {"report.html", "model_card.md", "plan.yaml"}
     assert re.search(r'^\d+ s from "locum server init" to the result', done.stdout, re.MULTILINE)
