@@ -347,7 +347,7 @@ class _Asked:
             reasons[site] = str(refusal)
             return False
         for liar in liars:
-            reason = "its shares were not those that were sealed to it"
+            reason = "its shares do not fit those of the others"
             self.engine.events.emit("refused", round=self.total.context.round, site=liar, reason=reason)
         return True
 

@@ -391,7 +391,7 @@ def test_a_site_whose_shares_are_wrong_is_named_and_the_sum_comes_out(tmp_path: 
     finished = run_secure(of(), peers, tmp_path)
     check_mean(finished, of(), peers, 5)
     named = {(event["site"], event["reason"]) for event in events_of(tmp_path, "refused")}
-    assert named == {("a", "its shares were not those that were sealed to it")}
+    assert named == {("a", "its shares do not fit those of the others")}
 
 
 # --- uploads
