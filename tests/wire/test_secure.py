@@ -451,11 +451,12 @@ def test_a_mask_is_used_once_and_a_reply_in_the_journal_arrives_as_it_is_wheneve
     _no_mask_was_used_twice(federation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
+        (TRAIN, "2 sites gave to the sum, and 3 must"),
         (UNMASK, "the sum of 4 sites could not be unmasked: 3 must answer"),
-        pytest.param(TRAIN, "2 sites gave to the sum, and 3 must", marks=pytest.mark.slow),
     ],
 )
 def test_a_sum_of_too_few_is_void_and_the_round_trains_again_when_sites_are_back(
