@@ -42,6 +42,7 @@ from locum.common.messages import (
     pack,
 )
 from locum.common.plan import Plan
+from locum.common.secagg import LEAST_SITES
 from locum.common.tensor_files import forget_part
 from locum.common.updates import l2_norm
 from locum.server.admission import Refused, Update, admit, read
@@ -164,15 +165,21 @@ def open_roster(engine: Engine, expected: Mapping[str, str], begun: Collection[s
     excluded |= {site: found.reason for site, (_, found) in described.items() if not found.able}
     able = {site: node for site, (node, found) in sorted(described.items()) if found.able}
     _announce(engine, described, excluded)
-    if len(able) < plan.participation.quorum:
+    if len(able) < least_sites(plan):
         reason = _too_few(able, plan, excluded)
         raise TooFewError(reason, "mend these sites, or lower participation.quorum in the plan")
     return Roster(able, excluded)
 
 
+def least_sites(plan: Plan) -> int:
+    """How many sites a round needs: the plan's quorum, and in a secure sum three."""
+    return max(plan.participation.quorum, LEAST_SITES if plan.secured else 1)
+
+
 def _too_few(able: Mapping[str, int], plan: Plan, excluded: Mapping[str, str]) -> str:
     reasons = "".join(f"\n  {site}: {reason}" for site, reason in sorted(excluded.items()))
-    return f"{len(able)} sites can take part, the plan's quorum is {plan.participation.quorum}{reasons}"
+    secure = ", and a secure sum is of three at least" if plan.secured else ""
+    return f"{len(able)} sites can take part, the plan's quorum is {plan.participation.quorum}{secure}{reasons}"
 
 
 def _agree(expected: Mapping[str, str], described: Mapping[str, Description]) -> None:

@@ -244,9 +244,11 @@ class SecureSums:
         least = max(LEAST_SITES, engine.plan.participation.quorum)
         if len(roster.nodes.keys() - outside.keys() - lost.keys()) >= least:
             outside |= lost
+        beyond = [site for site in roster.nodes if site not in outside][MOST_SITES:]
+        outside |= dict.fromkeys(beyond, Refused(f"a secure sum has at most {MOST_SITES} sites"))
         while True:
             steps = SetUp(engine, roster, self._signer, str(number))
-            parties = steps.keys([site for site in roster.nodes if site not in outside][:MOST_SITES])
+            parties = steps.keys([site for site in roster.nodes if site not in outside])
             if len(parties) < least:
                 alone = dict.fromkeys(parties, Refused(f"{len(parties)} sites have set up keys, {least} are needed"))
                 return {**outside, **steps.refused, **alone}
