@@ -28,7 +28,7 @@ from flwr.app import Message
 from numpy.typing import NDArray
 
 from locum.common.canonical import sha256_hex
-from locum.common.errors import Code
+from locum.common.errors import MEANING, Code
 from locum.common.identity import base64url
 from locum.common.messages import (
     EVALUATE,
@@ -189,7 +189,9 @@ class SecureSums:
             )
             session.give_up(asked.refused)
             excluded = {site: refused.reason for site, refused in asked.missing(void).items()}
-            return Measured({}, {}, {}, None, excluded, tuple(sorted(excluded)))
+            # The same sum over other sites is refused again, however often it is asked for.
+            silent = asked.silent if asked.refused_for_good else tuple(sorted(excluded))
+            return Measured({}, {}, {}, None, excluded, silent)
         sums = asked.sums()
         count = sums.pop(CASES, None)
         return Measured(
@@ -270,6 +272,7 @@ class _Asked:
         told: by site in the sum, what it tells of itself: its header, and its own metric sums.
         refused: by site that is not in the sum, why.
         answered: the sites that have answered the first exchange.
+        refused_for_good: whether so many sites refused to unmask that it makes no difference who else answers.
     """
 
     engine: Engine
@@ -280,6 +283,7 @@ class _Asked:
     told: dict[str, tuple[MaskedResult, Arrays]] = field(default_factory=dict)
     refused: dict[str, Refused] = field(default_factory=dict)
     answered: set[str] = field(default_factory=set)
+    refused_for_good: bool = False
 
     @property
     def silent(self) -> tuple[str, ...]:
@@ -339,6 +343,8 @@ class _Asked:
                 return ""
         told = "".join(f"\n  {site}: {reason}" for site, reason in sorted(reasons.items()) if reason)
         threshold = self.session.roster.threshold
+        refusing = sum(reason == MEANING[Code.SECURE_SUM_REFUSED][0] for reason in reasons.values())
+        self.refused_for_good = refusing > len(self.session.roster.members) - threshold
         return f"the sum of {len(survivors)} sites could not be unmasked: {threshold} must answer{told}"
 
     def _is_open(self, reasons: dict[str, str], site: str) -> bool:

@@ -263,6 +263,20 @@ def test_a_final_test_that_cannot_be_unmasked_does_not_pass_for_the_end(tmp_path
     assert resumed.test.total == 7 + 14 + 8
 
 
+def test_a_final_test_that_was_unmasked_for_others_before_does_not_hold_up_the_run_for_ever(tmp_path: Path) -> None:
+    class Refusing(SecurePeer):
+        """Has given its shares of the test's sum for other survivors, and never will for these."""
+
+        def unmask(self, message: Message, bundle: bytes) -> Message:
+            other = self.contexts[-1].purpose == "test"
+            return failed(message, Code.SECURE_SUM_REFUSED) if other else super().unmask(message, bundle)
+
+    finished = run_secure(of(), [*honest(2), Refusing("c", cases=8), Refusing("d", cases=8)], tmp_path)
+    assert finished.test.overall == {"AUC": None, "accuracy": None}
+    assert finished.status == "completed with losses"
+    assert "refused a step of secure aggregation" in finished.test.excluded["a"]
+
+
 # --- set-up
 
 
@@ -343,7 +357,7 @@ def test_a_site_whose_keys_another_has_signed_is_not_in_the_roster(tmp_path: Pat
 
 
 def test_fewer_sites_than_a_secure_sum_needs_end_the_run_and_say_so(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="2 sites can take part, .* a secure sum is of three at least"):
+    with pytest.raises(RunError, match=r"2 sites can take part, .* a secure sum is of three at least"):
         run_secure(of(participation__quorum=2), honest(2), tmp_path)
     assert events_of(tmp_path, "round") == []
 
