@@ -201,10 +201,18 @@ class BeginResult(Header):
 
 
 class UnmaskTask(Header):
-    """Asks a survivor for what unmasks the sum; the tensor `boxes` holds a row for each survivor, in their order."""
+    """Asks survivors for what unmasks the sum.
+
+    Attributes:
+        context: the signed context of the sum.
+        uploads: by survivor, the signed header of its upload.
+        receivers: the sites whose boxes are in the tensor `boxes`, a row for each survivor, in their order; of several
+            receivers one after the other. None named: of the site that is asked alone.
+    """
 
     context: Envelope
     uploads: dict[SiteName, Envelope]
+    receivers: tuple[SiteName, ...] = ()
 
 
 class UnmaskResult(Header):

@@ -24,13 +24,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from numpy.typing import NDArray
 
 from locum.common.canonical import sha256_hex
 from locum.common.errors import MEANING, Code
 from locum.common.identity import base64url
 from locum.common.messages import (
+    BLOB_THRESHOLD,
     EVALUATE,
     INLINE,
     TRAIN,
@@ -332,8 +333,7 @@ class _Asked:
         least = max(self.session.roster.threshold, engine.plan.participation.quorum)
         if len(survivors) < least:
             return f"{len(survivors)} sites gave to the sum, and {least} must"
-        task = UnmaskTask(plan_digest=engine.plan.digest, context=self.context, uploads=total.headers)
-        contents = {site: pack(task, {"boxes": total.boxes_for(site)}) for site in survivors}
+        contents = self._requests()
         number, reasons = total.context.round, dict.fromkeys(survivors, "no answer by the deadline")
         for site, reply in exchange(engine, UNMASK, addressed(engine, self.sites, contents), group=str(number)):
             reasons[site] = _taken(total, engine.plan, site, reply)
@@ -346,6 +346,18 @@ class _Asked:
         refusing = sum(reason == MEANING[Code.SECURE_SUM_REFUSED][0] for reason in reasons.values())
         self.refused_for_good = refusing > len(self.session.roster.members) - threshold
         return f"the sum of {len(survivors)} sites could not be unmasked: {threshold} must answer{told}"
+
+    def _requests(self) -> dict[str, RecordDict]:
+        """The message to each survivor: one for all where it is small, for its parts are then carried once."""
+        total, survivors, plan = self.total, self.total.survivors, self.engine.plan.digest
+        boxes = {site: total.boxes_for(site) for site in survivors}
+        small = sum(rows.nbytes for rows in boxes.values()) <= BLOB_THRESHOLD
+        found: dict[str, RecordDict] = {}
+        for receivers in [survivors] if small else [(site,) for site in survivors]:
+            task = UnmaskTask(plan_digest=plan, context=self.context, uploads=total.headers, receivers=receivers)
+            content = pack(task, {"boxes": np.concatenate([boxes[site] for site in receivers])})
+            found |= dict.fromkeys(receivers, content)
+        return found
 
     def _is_open(self, reasons: dict[str, str], site: str) -> bool:
         """Whether the shares that are here unmask the sum."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -180,7 +180,8 @@ class SecureSite:
             context = verified(task.context, Context, we.trust.log)
             state = self._ready(run, task.plan_digest, context)
             survivors = tuple(sorted(task.uploads))
-            request = Request(context, survivors, task.uploads, _rows(tensors, survivors))
+            boxes = _rows(tensors, survivors, task.receivers or (we.site,), we.site)
+            request = Request(context, survivors, task.uploads, boxes)
             answered, sealed = site.answer(state, request, least=least, before=vault.answered(run, context.sum))
         vault.answer(run, context.sum, survivors)
         vault.keep(run, answered)
@@ -194,11 +195,13 @@ def _decoded(text: str) -> bytes:
         raise SecureRefusal("the model's key is not base64url") from error
 
 
-def _rows(tensors: Arrays, survivors: tuple[str, ...]) -> dict[str, bytes]:
-    boxes = tensors.get("boxes")
-    if boxes is None or boxes.dtype != np.uint8 or boxes.ndim != 2 or len(boxes) != len(survivors):
+def _rows(tensors: Arrays, survivors: Sequence[str], receivers: Sequence[str], name: str) -> dict[str, bytes]:
+    """The boxes that the survivors have sealed to one of the receivers."""
+    boxes, rows = tensors.get("boxes"), len(survivors) * len(receivers)
+    if boxes is None or boxes.dtype != np.uint8 or boxes.ndim != 2 or len(boxes) != rows or name not in receivers:
         raise SecureRefusal("there is not one box of each survivor")
-    return {giver: boxes[row].tobytes() for row, giver in enumerate(survivors)}
+    first = receivers.index(name) * len(survivors)
+    return {giver: boxes[row].tobytes() for row, giver in enumerate(survivors, start=first)}
 
 
 @contextmanager
