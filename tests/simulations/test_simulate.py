@@ -265,7 +265,14 @@ def _available(descriptor: int, at_most: int = 64) -> bytes:
 
 
 def _children_of(group: int) -> list[str]:
-    time.sleep(0.5)
+    """What is left of a process group; on a busy machine a process that was told to end takes a moment."""
+    until = time.monotonic() + 20
+    while (left := _listed(group)) and time.monotonic() < until:
+        time.sleep(0.2)
+    return left
+
+
+def _listed(group: int) -> list[str]:
     listed = subprocess.run(
         ["ps", "-o", "pid=,stat=,args=", "-g", str(group)], capture_output=True, text=True, check=False
     )
