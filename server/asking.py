@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 
 from locum.common.messages import Arrays
 from locum.common.plan import Plan
+from locum.common.secagg import LEAST_SITES
 from locum.server.admission import Refused
 from locum.server.checkpoints import Checkpoints
 from locum.server.link import Link
@@ -99,6 +100,11 @@ class Measured:
     total: int | None
     excluded: Mapping[str, str]
     silent: tuple[str, ...]
+
+
+def least_sites(plan: Plan) -> int:
+    """How many sites a round needs: the plan's quorum, and in a secure sum three."""
+    return max(plan.participation.quorum, LEAST_SITES if plan.secured else 1)
 
 
 def away_of(engine: Engine, roster: Roster, number: int) -> dict[str, Refused]:

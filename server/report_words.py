@@ -15,6 +15,7 @@ from typing import Any
 
 from locum.common.plan import Part, Plan, Told
 from locum.common.secagg.ring import Ring, mean_error
+from locum.common.secagg.roster import tolerated
 from locum.common.sums import weight_cap
 from locum.server.event_file import Event
 from locum.server.records import RoundRecord, RunSummary, SecureRecord
@@ -310,7 +311,7 @@ def _rosters(history: Sequence[RoundRecord]) -> str:
 
 
 def _roster(of: SecureRecord) -> str:
-    together = min(2 * of.threshold - of.sites - 1, of.threshold - 2)
+    together = tolerated(of.sites)
     return (
         f"A roster of {many(of.sites, 'site')}: {of.threshold} of them had to answer, for one set of sites, before a "
         f"sum was unmasked; {many(together, 'site')} that worked together with the coordinator could not see more."

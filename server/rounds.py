@@ -42,7 +42,6 @@ from locum.common.messages import (
     pack,
 )
 from locum.common.plan import Plan
-from locum.common.secagg import LEAST_SITES
 from locum.common.tensor_files import forget_part
 from locum.common.updates import l2_norm
 from locum.server.admission import Refused, Update, admit, read
@@ -55,6 +54,7 @@ from locum.server.asking import (
     addressed,
     away_of,
     exchange,
+    least_sites,
     unanswered,
 )
 from locum.server.checkpoints import Checkpoints, Committed
@@ -169,11 +169,6 @@ def open_roster(engine: Engine, expected: Mapping[str, str], begun: Collection[s
         reason = _too_few(able, plan, excluded)
         raise TooFewError(reason, "mend these sites, or lower participation.quorum in the plan")
     return Roster(able, excluded)
-
-
-def least_sites(plan: Plan) -> int:
-    """How many sites a round needs: the plan's quorum, and in a secure sum three."""
-    return max(plan.participation.quorum, LEAST_SITES if plan.secured else 1)
 
 
 def _too_few(able: Mapping[str, int], plan: Plan, excluded: Mapping[str, str]) -> str:

@@ -74,6 +74,7 @@ from locum.server.asking import (
     addressed,
     away_of,
     exchange,
+    least_sites,
     unanswered,
 )
 from locum.server.checkpoints import Committed
@@ -244,7 +245,7 @@ class SecureSums:
     ) -> Session | dict[str, Refused]:
         """Keys, roster, pairs; what a site fails at leaves it out, and the others begin anew without it."""
         outside = away_of(engine, roster, number)
-        least = max(LEAST_SITES, engine.plan.participation.quorum)
+        least = least_sites(engine.plan)
         if len(roster.nodes.keys() - outside.keys() - lost.keys()) >= least:
             outside |= lost
         beyond = [site for site in roster.nodes if site not in outside][MOST_SITES:]

@@ -11,7 +11,6 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -217,6 +216,12 @@ def threshold_of(sites: int) -> int:
     return 2 * sites // 3 + 1
 
 
+def tolerated(sites: int) -> int:
+    """C: how many of n sites may work together with the aggregator and see no more than the sum."""
+    threshold = threshold_of(sites)
+    return min(2 * threshold - sites - 1, threshold - 2)
+
+
 @dataclass(frozen=True)
 class Trust:
     """What a party of a federation believes without asking.
@@ -274,8 +279,3 @@ def check_header(envelope: str, certificate: x509.Certificate, *, site: str, con
     if (header.site, header.context) != (site, context.digest):
         raise SecureRefusal(f"the upload of {site} is of another sum")
     return header
-
-
-def public_key_of(certificates: Mapping[str, x509.Certificate], site: str) -> PublicKey:
-    """The key that a site signs with."""
-    return certified_key(certificates[site])

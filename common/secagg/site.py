@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from locum.common import canonical
-from locum.common.identity import PrivateKey, SiteName, parse_certificate
+from locum.common.identity import PrivateKey, SiteName, certified_key, parse_certificate
 from locum.common.secagg import keys, shares
 from locum.common.secagg.keys import SealError
 from locum.common.secagg.masks import SEED_BYTES
@@ -40,7 +40,6 @@ from locum.common.secagg.roster import (
     check_survivors,
     member_keys,
     member_of,
-    public_key_of,
     sign,
     verified,
 )
@@ -191,7 +190,7 @@ def begin(state: Joined, pairs: Mapping[str, str]) -> Ready:
     certificates = {name: parse_certificate(pem.encode()) for name, pem in state.certificates.items()}
     chains = {}
     for peer, envelope in pairs.items():
-        pair = verified(envelope, Pair, public_key_of(certificates, peer))
+        pair = verified(envelope, Pair, certified_key(certificates[peer]))
         if (pair.roster, pair.sender, pair.receiver) != (roster.digest, peer, site):
             raise SecureRefusal(f"a half of a secret of {peer} is of another set-up")
         try:
