@@ -1,4 +1,4 @@
-"""Signed statements: a proposal by the coordinator, an approval by a site.
+"""Signed statements: a proposal by the coordinator; by a site an approval, and what was spent of its patients' privacy.
 
 Rules:
   * An envelope is the canonical JSON (RFC 8785) of {"kind", "body", "signature"}; any other spelling is refused, so
@@ -23,7 +23,7 @@ from locum.common.canonical import canonical_json, digest
 from locum.common.identity import PrivateKey, PublicKey, SiteName, base64url, base64url_bytes, is_p384
 from locum.common.plan import Plan, parse_plan
 
-PROPOSAL, APPROVAL = "proposal", "approval"
+PROPOSAL, APPROVAL, SPENT = "proposal", "approval", "spent"
 _FIELDS = {"kind", "body", "signature"}
 #: A plan is at most 1 MiB; the rest of a proposal is a few hundred bytes.
 MOST_BYTES = (1 << 20) + 4096
@@ -101,7 +101,7 @@ def _verify(key: PublicKey, signature: bytes, content: bytes) -> None:
     key.verify(signature, content, _ECDSA)
 
 
-# --- the two statements -----------------------------------------------------------------------------------------------
+# --- the statements -----------------------------------------------------------------------------------------------
 
 
 class Proposal(BaseModel):
@@ -146,6 +146,32 @@ class Approval(BaseModel):
     steward: Person
 
 
+class Spent(BaseModel):
+    """What a run has spent of the privacy of a site's patients so far, signed with the site's key.
+
+    Attributes:
+        site: whose patients.
+        run: the run's name.
+        plan: the plan's digest.
+        round: the round after which this holds.
+        purpose: what was released last: the update of a round, or the metrics of a fold.
+        at: when, seconds since 1970 by the coordinator's clock.
+        epsilon: of the patients of the fold that was used, all releases of this run composed, this one included.
+        delta: at this delta.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    site: SiteName
+    run: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,80}$")
+    plan: Digest
+    round: int = Field(ge=0)
+    purpose: Literal["train", "validation", "test"]
+    at: Time
+    epsilon: float = Field(ge=0, allow_inf_nan=False)
+    delta: float = Field(gt=0, lt=1)
+
+
 def seal_proposal(proposal: Proposal, key: PrivateKey) -> bytes:
     """Signs a proposal; raises EnvelopeError."""
     return seal(PROPOSAL, proposal.model_dump(), key)
@@ -173,3 +199,16 @@ def open_approval(content: bytes, key: PublicKey) -> Approval:
         return Approval.model_validate(unseal(content, APPROVAL, key))
     except ValidationError as error:
         raise EnvelopeError("this approval has other fields than an approval") from error
+
+
+def seal_spent(spent: Spent, key: PrivateKey) -> bytes:
+    """Signs a statement of what was spent; raises EnvelopeError."""
+    return seal(SPENT, spent.model_dump(), key)
+
+
+def open_spent(content: bytes, key: PublicKey) -> Spent:
+    """A statement of what was spent, verified; raises EnvelopeError."""
+    try:
+        return Spent.model_validate(unseal(content, SPENT, key))
+    except ValidationError as error:
+        raise EnvelopeError("this statement has other fields than one of what was spent") from error

@@ -58,6 +58,8 @@ class Code(IntEnum):
     NOT_APPROVED = 113
     SECURE_SUM_REFUSED = 114
     SETUP_UNKNOWN = 115
+    PRIVACY_REFUSED = 116
+    BUDGET_SPENT = 117
 
 
 #: What a code means to the ML team, and what they can do about it without seeing the site's log.
@@ -95,6 +97,14 @@ MEANING: dict[Code, tuple[str, str]] = {
     Code.SETUP_UNKNOWN: (
         "the site has no keys of this roster",
         "nothing: the next attempt sets up anew",
+    ),
+    Code.PRIVACY_REFUSED: (
+        "the plan's privacy cannot be kept with this site's data or network",
+        "ask the site's steward: locum site ledger --explain says what would do",
+    ),
+    Code.BUDGET_SPENT: (
+        "the site's privacy budget does not allow this any more",
+        "go on without the site, or ask its steward",
     ),
 }
 

@@ -74,7 +74,8 @@ class Description(Header):
     """A site's answer: what it would run, and how many cases it has of each fold (if the plan releases counts).
 
     `configuration` maps a topic (`tensors`, `transforms`, `classes`, `metrics`, `versions`) to words or a digest that
-    must be equal at every site. `missing_classes` are classes without a training case.
+    must be equal at every site. `missing_classes` are classes without a training case. `policy` is the digest of the
+    site's policy, which stands in the log.
     """
 
     site: SiteName
@@ -83,6 +84,7 @@ class Description(Header):
     missing_classes: tuple[str, ...] = ()
     able: bool
     reason: str = Field("", max_length=200)
+    policy: Digest | None = None
 
 
 class Secured(BaseModel):
@@ -113,7 +115,8 @@ class TrainTask(Header):
 class TrainResult(Header):
     """A site's update: tensors are local minus global weights; `weight` is its weight in the mean.
 
-    `steps` is None where it would tell a number of cases that is not released.
+    `steps` is None where it would tell a number of cases that is not released. `spent` is the signed statement of
+    what the run has spent of its patients' privacy (:class:`locum.common.envelope.Spent`).
     """
 
     round: int = Field(ge=1)
@@ -121,6 +124,7 @@ class TrainResult(Header):
     steps: int | None = Field(ge=0)
     loss: float | None
     seconds: float = Field(ge=0)
+    spent: Envelope | None = None
 
 
 #: The folds that a model is measured on.
@@ -141,6 +145,7 @@ class EvaluateResult(Header):
     round: int = Field(ge=0)
     fold: MeasuredFold
     cases: int | None = Field(ge=0)
+    spent: Envelope | None = None
 
 
 class MaskedResult(Header):
@@ -152,11 +157,13 @@ class MaskedResult(Header):
         upload: the signed header.
         loss: the site's own training loss.
         cases: the number of cases that it trained on or measured.
+        spent: as in :class:`TrainResult`.
     """
 
     upload: Envelope
     loss: float | None = None
     cases: int | None = Field(None, ge=0)
+    spent: Envelope | None = None
 
 
 class KeysTask(Header):

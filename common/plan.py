@@ -184,7 +184,38 @@ class Admission(_Strict):
 
 
 class DifferentialPrivacy(_Strict):
-    """Patient-level differential privacy: budget (epsilon, delta) and the clipping norm of one patient."""
+    """Patient-level differential privacy of each site's updates, by DP-SGD (Abadi et al., CCS 2016).
+
+    Neighbouring data differ in one patient, whose images count as none (zero-out adjacency): the number of patients is
+    not protected, everything else of a patient is.
+
+    Attributes:
+        epsilon: of all rounds of a run together, at one site.
+        delta: the most that a site may use; it takes 1/(10·N) where that is less.
+        clip: C, the L2 norm at which the gradient of one patient is clipped.
+        images: images of a patient in one step, at most; their mean gradient counts.
+        spare_rounds: rounds beyond the plan's for which the noise leaves room: those that are repeated.
+        metrics_epsilon: of the released metrics of a fold's patients; None where no metric is released.
+    """
+
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+    clip: float = Field(gt=0)
+    images: int = Field(1, ge=1, le=64)
+    spare_rounds: int = Field(1, ge=0, le=1000)
+    metrics_epsilon: float | None = Field(None, gt=0)
+
+
+class SiteNoise(_Strict):
+    """Site-level privacy by Skellam noise in a secure sum (Agarwal, Kairouz & Liu, NeurIPS 2021).
+
+    It hides which hospital gave what, from who sees the sums. It is no substitute for patient-level privacy.
+
+    Attributes:
+        epsilon: of all rounds of a run together, for one site.
+        delta: likewise.
+        clip: the L2 norm at which the weighted update of one site is clipped.
+    """
 
     epsilon: float = Field(gt=0)
     delta: float = Field(gt=0, lt=1)
@@ -200,6 +231,7 @@ class Protection(_Strict):
     secure_aggregation: Literal["off", "required"] = "required"
     ring: Literal[32, 64] = 32
     differential_privacy: DifferentialPrivacy | None = None
+    site_noise: SiteNoise | None = None
 
 
 class Evaluation(_Strict):
@@ -269,6 +301,11 @@ class Plan(_Strict):
     def released_metrics(self) -> tuple[str, ...]:
         """The metrics whose sums may leave a site."""
         return self.evaluation.metrics if self.release.metrics is None else self.release.metrics
+
+    @property
+    def private(self) -> DifferentialPrivacy | None:
+        """The differential privacy of patients, if the plan asks for it."""
+        return self.protection.differential_privacy
 
     @property
     def secured(self) -> bool:

@@ -35,6 +35,7 @@ def problems_of(plan: Plan) -> list[Problem]:
         *_release_problems(plan),
         *_sampling_problems(plan),
         *_protection_problems(plan),
+        *_privacy_problems(plan),
     ]
 
 
@@ -195,7 +196,32 @@ def _protection_problems(plan: Plan) -> list[Problem]:
     if plan.secured and plan.participation.quorum > MOST_SITES:
         message = f"a secure sum has at most {MOST_SITES} sites"
         found.append(Problem(("participation", "quorum"), message, "lower it"))
-    if plan.protection.differential_privacy is not None:
-        message = "this version has no differential privacy yet, and will not pretend to"
-        found.append(Problem(("protection", "differential_privacy"), message, "remove it"))
+    if plan.protection.site_noise is not None and not plan.secured:
+        message = "site noise is added within a secure sum, and the plan has none"
+        remedy = "set protection.secure_aggregation: required, or remove it"
+        found.append(Problem(("protection", "site_noise"), message, remedy))
+    return found
+
+
+def _privacy_problems(plan: Plan) -> list[Problem]:
+    """What a plan with differential privacy cannot have beside it."""
+    if plan.private is None:
+        return []
+    found: list[Problem] = []
+    if plan.release.training_loss:
+        message = "the training loss has no noise, and would tell of single patients"
+        found.append(Problem(("release", "training_loss"), message, "set it to false"))
+    if plan.released_metrics and plan.private.metrics_epsilon is None:
+        message = "metrics are released and no budget is set apart for them"
+        remedy = "give protection.differential_privacy.metrics_epsilon, or set release.metrics: []"
+        found.append(Problem(("release", "metrics"), message, remedy))
+    if plan.training.gradient_clip is not None:
+        message = "the gradient of each patient is clipped already, at differential_privacy.clip"
+        found.append(Problem(("training", "gradient_clip"), message, "remove it"))
+    if plan.training.sampling == "balanced":
+        message = "patients are drawn independently of their class (Poisson sampling)"
+        found.append(Problem(("training", "sampling"), message, "set it to 'uniform'"))
+    if plan.training.precision == "mixed":
+        message = "gradients of single patients are computed in float32"
+        found.append(Problem(("training", "precision"), message, "set it to 'float32'"))
     return found

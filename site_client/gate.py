@@ -58,6 +58,11 @@ class Policy(BaseModel):
         release_site_metrics: whether this site's own metrics may be told where the plan asks for them beside a sum.
         hours: when the site works for others, by its own clock.
         stewards: how many different stewards must approve a plan.
+        require_differential_privacy: whether a plan without differential privacy is refused.
+        most_epsilon: the most epsilon that one plan may ask for, metrics included; None for what the lifetime leaves.
+        lifetime_epsilon: of all runs together, for one patient, at `ledger_delta`.
+        warn_epsilon: from here on the ledger warns.
+        ledger_delta: the delta at which the ledger composes all runs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -73,6 +78,11 @@ class Policy(BaseModel):
     release_site_metrics: bool = True
     hours: Hours | None = None
     stewards: Literal[1, 2] = 1
+    require_differential_privacy: bool = False
+    most_epsilon: float | None = Field(None, gt=0, allow_inf_nan=False)
+    lifetime_epsilon: float = Field(8.0, gt=0, allow_inf_nan=False)
+    warn_epsilon: float = Field(3.0, gt=0, allow_inf_nan=False)
+    ledger_delta: float = Field(1e-5, gt=0, lt=1)
 
 
 class PolicyRefusal(SiteFailure):
@@ -96,11 +106,21 @@ def refusals(policy: Policy, plan: Plan) -> Iterator[PolicyRefusal]:
         yield PolicyRefusal("most_rounds", f"it has {plan.rounds} rounds, {policy.most_rounds} are allowed")
     if policy.require_secure_aggregation and not plan.secured:
         yield PolicyRefusal("require_secure_aggregation", "the coordinator would see each site's update")
+    yield from _privacy_refusals(policy, plan)
     if not policy.release_case_counts and not plan.secured and plan.participation.weighting == "cases":
         yield PolicyRefusal("release_case_counts", "an update's weight would be the number of cases")
     if not policy.release_case_counts and not plan.secured and plan.released_metrics:
         metrics = ", ".join(plan.released_metrics)
         yield PolicyRefusal("release_case_counts", f"the sums of {metrics} would tell the number of cases")
+
+
+def _privacy_refusals(policy: Policy, plan: Plan) -> Iterator[PolicyRefusal]:
+    if policy.require_differential_privacy and plan.private is None:
+        yield PolicyRefusal("require_differential_privacy", "nothing bounds what its updates tell of a patient")
+    if plan.private is not None and policy.most_epsilon is not None:
+        asked = max(plan.private.epsilon, plan.private.metrics_epsilon or 0.0)
+        if asked > policy.most_epsilon:
+            yield PolicyRefusal("most_epsilon", f"it asks for epsilon {asked:g}, {policy.most_epsilon:g} is allowed")
 
 
 def admit_plan(policy: Policy, plan: Plan) -> None:

@@ -1,0 +1,1 @@
+"""What a reviewer does with a bundle, without network and without torch: verify, compare, read."""
