@@ -4,6 +4,7 @@ Rules:
   * Each metric turns the outcomes of cases into a float64 vector (`sums`) that adds up over sites, and that vector into
     a value (`value`). No metric needs one site's numbers apart from another's.
   * `exact` is the same metric from the cases themselves, for who holds them: a site, or a simulation.
+  * `interval` is the 95 % interval of the value, from the same sums (:mod:`locum.common.intervals`).
   * A value that does not exist (an AUC with one class only) is None, never 0 or 0.5.
 """
 
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from locum.common.intervals import Interval, Moments, auc_error, logit, student, wilson
 
 Floats = NDArray[np.float64]
 Value = float | list[list[float]] | None
@@ -74,7 +77,8 @@ def _stack(parts: Sequence[Floats]) -> Floats:
 class Metric:
     """One metric; see the module's rules.
 
-    `better` is +1 where more is better, −1 where less is. `scalar` is false where the value is a matrix.
+    `better` is +1 where more is better, −1 where less is. `scalar` is false where the value is a matrix. `interval`
+    gives the 95 % interval of the value of sums, by the `method` that it is known by; None where there is none.
     """
 
     name: str
@@ -84,6 +88,8 @@ class Metric:
     better: int = 1
     unit: str = ""
     scalar: bool = True
+    interval: Callable[[Floats, int], Interval | None] | None = None
+    method: str = ""
 
     def length(self, classes: int) -> int:
         """How many numbers its sums have."""
@@ -146,6 +152,13 @@ def _auc_of_histograms(negative: Floats, positive: Floats) -> float | None:
     return float((positive * below).sum() / pairs)
 
 
+def _auc_interval(sums: Floats, classes: int) -> Interval | None:
+    histograms = sums.reshape(classes, 2, _BINS)
+    error = _mean([auc_error(*histograms[c]) for c in _auc_classes(classes)])
+    area = _auc_value(sums, classes)
+    return None if error is None or area is None else logit(area, error)
+
+
 def _confusion_sums(outcomes: Outcomes, classes: int) -> Floats:
     matrix = np.zeros((classes, classes))
     if len(outcomes.labels):
@@ -163,42 +176,70 @@ def _accuracy_value(sums: Floats, classes: int) -> float | None:
     return float(np.trace(matrix) / matrix.sum()) if matrix.sum() else None
 
 
-def _by_class_sums(values: Floats, classes: int) -> Floats:
-    """Sum and count per foreground class, (classes − 1) × 2."""
+def _accuracy_interval(sums: Floats, classes: int) -> Interval | None:
+    matrix = sums.reshape(classes, classes)
+    return wilson(float(np.trace(matrix)), float(matrix.sum()))
+
+
+def moment_sums(values: Floats, columns: int) -> Floats:
+    """Sum, count and sum of squares of each column's values that exist, columns × 3."""
     if len(values) == 0:
-        return np.zeros((classes - 1) * 2)
+        return np.zeros(columns * 3)
     known = np.isfinite(values)
-    return np.stack([np.where(known, values, 0).sum(axis=0), known.sum(axis=0)], axis=1).ravel().astype(np.float64)
+    numbers = np.where(known, values, 0)
+    return np.stack([numbers.sum(axis=0), known.sum(axis=0), (numbers**2).sum(axis=0)], axis=1).ravel()
 
 
-def _by_class_value(sums: Floats, classes: int) -> float | None:
-    pairs = sums.reshape(classes - 1, 2)
-    return _mean([float(total / count) for total, count in pairs if count])
+def moments_of(sums: Floats) -> list[Moments]:
+    """What :func:`moment_sums` tells of each column that has a value."""
+    return [
+        Moments(float(count), float(total), float(squares)) for total, count, squares in sums.reshape(-1, 3) if count
+    ]
 
 
-def _from_sums(
+def mean_of_means(sums: Floats, _classes: int) -> float | None:
+    """The mean over the columns of their means; a column without a value does not count."""
+    return _mean([each.mean for each in moments_of(sums)])
+
+
+def _share_interval(sums: Floats, _classes: int) -> Interval | None:
+    return student(moments_of(sums), most=1.0)
+
+
+def _length_interval(sums: Floats, _classes: int) -> Interval | None:
+    return student(moments_of(sums))
+
+
+def from_sums(
     sums: Callable[[Outcomes, int], Floats], value: Callable[[Floats, int], Value]
 ) -> Callable[[Outcomes, int], Value]:
+    """The value of a metric of which its sums tell everything, from the cases."""
     return lambda outcomes, classes: value(sums(outcomes, classes), classes)
 
 
 def _dice_sums(outcomes: Outcomes, classes: int) -> Floats:
-    return _by_class_sums(outcomes.dice, classes)
+    return moment_sums(outcomes.dice, classes - 1)
 
 
 def _surface_sums(outcomes: Outcomes, classes: int) -> Floats:
-    return _by_class_sums(outcomes.surface, classes)
+    return moment_sums(outcomes.surface, classes - 1)
 
 
-auc = Metric("AUC", _auc_sums, _auc_value, _auc_exact)
-accuracy = Metric("accuracy", _confusion_sums, _accuracy_value, _from_sums(_confusion_sums, _accuracy_value))
+_STUDENT = "Student's t over cases"
+
+auc = Metric("AUC", _auc_sums, _auc_value, _auc_exact, interval=_auc_interval,
+             method="DeLong 1988, on the logit scale")  # fmt: skip
+accuracy = Metric("accuracy", _confusion_sums, _accuracy_value, from_sums(_confusion_sums, _accuracy_value),
+                  interval=_accuracy_interval, method="Wilson 1927")  # fmt: skip
 confusion = Metric(
-    "confusion", _confusion_sums, _confusion_value, _from_sums(_confusion_sums, _confusion_value), scalar=False
+    "confusion", _confusion_sums, _confusion_value, from_sums(_confusion_sums, _confusion_value), scalar=False
 )
-dice = Metric("Dice", _dice_sums, _by_class_value, _from_sums(_dice_sums, _by_class_value))
+dice = Metric("Dice", _dice_sums, mean_of_means, from_sums(_dice_sums, mean_of_means),
+              interval=_share_interval, method=_STUDENT)  # fmt: skip
 surface_distance = Metric(
-    "surface_distance", _surface_sums, _by_class_value, _from_sums(_surface_sums, _by_class_value), -1, "mm"
-)
+    "surface_distance", _surface_sums, mean_of_means, from_sums(_surface_sums, mean_of_means), -1, "mm",
+    interval=_length_interval, method=_STUDENT,
+)  # fmt: skip
 
 
 def bootstrap(

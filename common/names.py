@@ -113,12 +113,15 @@ OPTIMISERS: Mapping[str, Entry] = MappingProxyType(
     {name: Entry(f"torch.optim:{name}") for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop")}
 )
 
-#: Metrics by name; what each computes is in :mod:`locum.common.metrics`.
+#: Metrics by name; what each computes is in :mod:`locum.common.metrics` and :mod:`locum.common.calibration`.
 METRICS: Mapping[str, Entry] = MappingProxyType(
     {
         "AUC": Entry("locum.common.metrics:auc", CLASSIFY),
         "accuracy": Entry("locum.common.metrics:accuracy", CLASSIFY),
         "confusion": Entry("locum.common.metrics:confusion", CLASSIFY),
+        "calibration": Entry("locum.common.calibration:calibration", CLASSIFY),
+        "ECE": Entry("locum.common.calibration:ece", CLASSIFY),
+        "Brier": Entry("locum.common.calibration:brier", CLASSIFY),
         "Dice": Entry("locum.common.metrics:dice", SEGMENT),
         "surface_distance": Entry("locum.common.metrics:surface_distance", SEGMENT),
     }
