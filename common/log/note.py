@@ -120,7 +120,7 @@ class Line:
 
 
 def key_hash(name: str, public_key: PublicKey) -> bytes:
-    """SHA-256(name ‖ line feed ‖ type ‖ public key), the first 4 bytes; raises NoteError for a name that can be none."""
+    """SHA-256(name ‖ line feed ‖ type ‖ public key), the first 4 bytes; raises NoteError for a name that is none."""
     _check_name(name)
     if isinstance(public_key, ed25519.Ed25519PublicKey):
         typed = _ED25519 + public_key.public_bytes_raw()
