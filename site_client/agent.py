@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flwr.app import Message, RecordDict
 
@@ -48,12 +48,14 @@ from locum.common.messages import (
     pack,
     take_apart,
 )
-from locum.common.plan import Plan
+from locum.common.plan import Fold, Plan
 from locum.common.secagg.roster import Context, Roster
 from locum.common.secagg.upload import Layout
 from locum.common.sums import metrics_layout, training_layout
 from locum.site_client import gate
-from locum.site_client.gate import Masked, Policy, Release
+from locum.site_client.gate import Made, Masked, Policy, Release
+from locum.site_client.privacy.budget import Budget, Reserved
+from locum.site_client.privacy.ledger import LedgerError
 from locum.site_client.secure import SecureSite
 from locum.site_client.worker import Worker
 
@@ -80,6 +82,7 @@ class Agent:
         log: the site's own log.
         secure: the site's part in secure sums.
         admit: raises SiteFailure unless a plan may run here now.
+        budget: what may be spent of the patients' privacy; without one, plans with differential privacy are refused.
         told: is told what the agent does, and in which round.
         seconds_left: how long the worker may take over a message; None for as long as it takes.
     """
@@ -90,6 +93,7 @@ class Agent:
     log: logging.Logger
     secure: SecureSite
     admit: Callable[[Policy, Plan], None] = gate.admit_plan
+    budget: Budget | None = None
     told: Callable[[Activity, int], None] = _nobody
     seconds_left: Callable[[Message], float | None] = _endless
     _plan: tuple[str, Plan] | None = None
@@ -147,34 +151,87 @@ class Agent:
         task, context, model = self._opened(asked, TrainTask)
         began = time.monotonic()
         self.told("training", task.round)
+        reserved = self._reserved(asked, task.round, "train")
         request = {"round": task.round, "start": task.start, "attempt": context.attempt if context else 1}
-        done, update = self.worker.call("train", asked.plan, model, seconds=asked.seconds, **request)
-        done["seconds"] = time.monotonic() - began
+        done, update = self._asked_of_worker("train", asked, model, reserved, **request)
+        made = Made(update, {**done, "seconds": time.monotonic() - began}, self._spend(reserved))
         if context is None:
-            return gate.release_update(self.policy, asked.plan, task, model=model, update=update, done=done)
-        masked = gate.mask_update(self.policy, asked.plan, model=model, update=update, done=done)
+            return gate.release_update(self.policy, asked.plan, task, model=model, made=made)
+        masked = gate.mask_update(self.policy, asked.plan, model=model, made=made)
         size = sum(tensor.size for tensor in model.values())
         return self._given(asked, context, masked, partial(training_layout, asked.plan, size=size))
 
     def _evaluate(self, asked: _Task) -> Release:
         task, context, model = self._opened(asked, EvaluateTask)
         self.told("evaluating", task.round)
-        cases, sums = self._measured(asked, task, model)
+        made = self._measured(asked, task, model)
         if context is None:
-            return gate.release_metrics(self.policy, asked.plan, task, cases=cases, sums=sums)
-        masked = gate.mask_metrics(self.policy, asked.plan, cases=cases, sums=sums)
-        return self._given(asked, context, masked, partial(metrics_layout, asked.plan))
+            return gate.release_metrics(self.policy, asked.plan, task, made)
+        masked = gate.mask_metrics(self.policy, asked.plan, task, made)
+        return self._given(asked, context, masked, partial(metrics_layout, asked.plan, fold=task.fold))
 
-    def _measured(self, asked: _Task, task: EvaluateTask, model: Arrays) -> tuple[int, Arrays]:
-        """The number of cases and their metric sums; in a secure sum nobody learns of a site that has none."""
-        request = {"round": task.round, "fold": task.fold}
+    def _measured(self, asked: _Task, task: EvaluateTask, model: Arrays) -> Made:
+        """The metric sums and the number of cases; in a secure sum nobody learns of a site that has none."""
         try:
-            done, sums = self.worker.call("evaluate", asked.plan, model, seconds=asked.seconds, **request)
+            reserved = self._reserved(asked, task.round, task.fold)
+            request = {"round": task.round, "fold": task.fold}
+            done, sums = self._asked_of_worker("evaluate", asked, model, reserved, **request)
         except SiteFailure as failure:
             if failure.code is Code.NO_DATA and asked.plan.secured:
-                return 0, {}
+                return Made({}, {"cases": 0})
             raise
-        return done["cases"], sums
+        return Made(sums, done, self._spend(reserved))
+
+    # --- privacy
+
+    def _reserved(self, asked: _Task, round_number: int, purpose: Fold) -> Reserved | None:
+        """What a step may use of a fold's patients; None if no noise is asked for, or nothing of the fold is released.
+
+        Raises SiteFailure (PRIVACY_REFUSED, BUDGET_SPENT, NO_DATA).
+        """
+        plan = asked.plan
+        if plan.private is None:
+            self._note_unprotected(asked, round_number, purpose)
+            return None
+        if self.budget is None:
+            raise SiteFailure(Code.PRIVACY_REFUSED, "this agent has no ledger")
+        if purpose != "train" and not plan.released_metrics:
+            return None
+        found, _ = self.worker.call("patients", plan, seconds=asked.seconds)
+        patients = found["patients"][purpose]
+        made = self.budget.reserve(plan, run=asked.run, round_number=round_number, purpose=purpose, patients=patients)
+        if made.reservation.of_lifetime > self.policy.warn_epsilon:
+            spent, most = made.reservation.of_lifetime, self.policy.lifetime_epsilon
+            self.log.warning("the ledger stands at epsilon %.3g of %g", spent, most)
+        return made
+
+    def _note_unprotected(self, asked: _Task, round_number: int, purpose: Fold) -> None:
+        if self.budget is None:
+            return
+        try:
+            self.budget.note_unprotected(asked.plan, run=asked.run, round_number=round_number, purpose=purpose)
+        except LedgerError as error:
+            self.log.warning("the ledger does not know of this run: %s; %s", error, error.remedy)
+
+    def _asked_of_worker(
+        self, operation: str, asked: _Task, model: Arrays, reserved: Reserved | None, **request: Any
+    ) -> tuple[dict[str, Any], Arrays]:
+        """What the worker answers; with differential privacy it tells no cases but patients, which are not protected.
+
+        Raises SiteFailure, INTERNAL if the worker did more than was reserved.
+        """
+        if reserved is None:
+            return self.worker.call(operation, asked.plan, model, seconds=asked.seconds, **request)
+        private = reserved.request
+        done, made = self.worker.call(operation, asked.plan, model, seconds=asked.seconds, private=private, **request)
+        if done.get("steps", 1) > reserved.mechanism.steps:
+            raise SiteFailure(Code.INTERNAL, f"{done['steps']} steps, {reserved.mechanism.steps} were reserved")
+        return {**done, "cases": reserved.patients}, made
+
+    def _spend(self, reserved: Reserved | None) -> gate.Spend:
+        if reserved is None or self.budget is None:
+            return gate.nothing_spent
+        return partial(self.budget.commit, reserved)
 
     def _opened(self, asked: _Task, kind: type[M]) -> tuple[M, Context | None, Arrays]:
         """A task with its model, and what its sum is about if that is a secure one."""

@@ -7,11 +7,13 @@ Rules:
   * A failure leaves as its type and code, and for a policy refusal the clause's name. Its text never leaves.
   * An update is checked here as the coordinator would check it, before it leaves; under secure aggregation before it is
     masked, for nobody can look at it then.
+  * Of a plan with differential privacy only what has noise leaves, and numbers of patients, which are not protected: no
+    loss, no number of images, no missing class. The statement of what was spent is made last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from types import MappingProxyType
@@ -19,9 +21,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from flwr.app import Error
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from locum.common import names
+from locum.common.canonical import digest
 from locum.common.errors import Code, SiteFailure
 from locum.common.messages import (
     Arrays,
@@ -33,7 +37,7 @@ from locum.common.messages import (
     TrainResult,
     TrainTask,
 )
-from locum.common.plan import Plan
+from locum.common.plan import Fold, Plan
 from locum.common.secagg import LEAST_SITES
 from locum.common.secagg.upload import TOLD, Given
 from locum.common.sums import CASES, LOSS, WEIGHT, metric_lengths, weight_cap
@@ -58,6 +62,7 @@ class Policy(BaseModel):
         release_site_metrics: whether this site's own metrics may be told where the plan asks for them beside a sum.
         hours: when the site works for others, by its own clock.
         stewards: how many different stewards must approve a plan.
+        least_cell: the least patients of a subgroup whose sums are told, and of what is left of all without them.
         require_differential_privacy: whether a plan without differential privacy is refused.
         most_epsilon: the most epsilon that one plan may ask for, metrics included; None for what the lifetime leaves.
         lifetime_epsilon: of all runs together, for one patient, at `ledger_delta`.
@@ -78,6 +83,7 @@ class Policy(BaseModel):
     release_site_metrics: bool = True
     hours: Hours | None = None
     stewards: Literal[1, 2] = 1
+    least_cell: int = Field(10, ge=1)
     require_differential_privacy: bool = False
     most_epsilon: float | None = Field(None, gt=0, allow_inf_nan=False)
     lifetime_epsilon: float = Field(8.0, gt=0, allow_inf_nan=False)
@@ -161,9 +167,22 @@ class Release(NamedTuple):
     tensors: Sendable = MappingProxyType({})
 
 
+#: Notes that a release is about to leave, and makes the statement of what the run has spent with it.
+Spend = Callable[[], str | None]
+
+
+def nothing_spent() -> None:
+    """Makes no statement: of what has no differential privacy, or uses no patient."""
+
+
+def policy_digest(policy: Policy) -> str:
+    """What a policy is called in the log: the SHA-256 of its canonical JSON, every default written out."""
+    return digest(policy.model_dump(mode="json"))
+
+
 def release_description(policy: Policy, plan: Plan, site: str, found: Mapping[str, Any]) -> Release:
-    """The site's configuration and ability; counts only if plan and policy release them."""
-    counts = _counts(policy, plan)
+    """The site's configuration and ability; counts only if plan and policy release them, and they are no images'."""
+    counts = _counts(policy, plan) and plan.private is None
     return Release(
         Description(
             plan_digest=plan.digest,
@@ -173,28 +192,41 @@ def release_description(policy: Policy, plan: Plan, site: str, found: Mapping[st
             missing_classes=tuple(found["missing_classes"]) if counts else (),
             able=found["able"],
             reason=found["reason"] if counts else ("" if found["able"] else "the contract is not met"),
+            policy=policy_digest(policy),
         )
     )
 
 
-def release_update(
-    policy: Policy, plan: Plan, task: TrainTask, *, model: Arrays, update: Arrays, done: Mapping[str, Any]
-) -> Release:
+class Made(NamedTuple):
+    """What the worker made for one task.
+
+    Attributes:
+        tensors: the update, or the sums of the metrics by name.
+        told: what it says of it: `cases`; of an update `steps`, `loss` and `seconds` too; of metrics `cells`, by cell of
+            the plan's subgroups the numbers of the patients who have cases in it.
+        spent: makes the statement of what was spent.
+    """
+
+    tensors: Arrays
+    told: Mapping[str, Any]
+    spent: Spend = nothing_spent
+
+
+def release_update(policy: Policy, plan: Plan, task: TrainTask, *, model: Arrays, made: Made) -> Release:
     """The update, if it is one the coordinator may fold; raises SiteFailure (UPDATE_REFUSED)."""
-    _check_update(plan, model, update)
-    loss = done["loss"] if plan.tells("training_loss") and policy.release_training_loss else None
+    _check_update(plan, model, made.tensors)
+    done = made.told
     told = _counts(policy, plan) or plan.training.local_steps is not None  # the steps of an epoch tell the cases
-    return Release(
-        TrainResult(
-            plan_digest=plan.digest,
-            round=task.round,
-            weight=_weight(plan, done["cases"]),
-            steps=done["steps"] if told else None,
-            loss=loss,
-            seconds=done["seconds"],
-        ),
-        update,
+    header = TrainResult(
+        plan_digest=plan.digest,
+        round=task.round,
+        weight=_weight(plan, done["cases"]),
+        steps=done["steps"] if told else None,
+        loss=_loss(policy, plan, done),
+        seconds=done["seconds"],
+        spent=made.spent(),
     )
+    return Release(header, made.tensors)
 
 
 def _check_update(plan: Plan, model: Arrays, update: Arrays) -> None:
@@ -212,11 +244,53 @@ def _weight(plan: Plan, cases: int) -> float:
     return 1.0 if plan.participation.weighting == "equal" else min(float(cases), plan.admission.weight_cap)
 
 
-def release_metrics(policy: Policy, plan: Plan, task: EvaluateTask, *, cases: int, sums: Arrays) -> Release:
-    """The sums of the metrics that the plan releases, and of no other."""
-    allowed = {name: sums[name] for name in plan.released_metrics}
-    told = cases if _counts(policy, plan) else None
-    return Release(EvaluateResult(plan_digest=plan.digest, round=task.round, fold=task.fold, cases=told), allowed)
+def _loss(policy: Policy, plan: Plan, done: Mapping[str, Any]) -> float | None:
+    """The training loss, if it may be told of this site; it has no noise."""
+    told = plan.tells("training_loss") and policy.release_training_loss and plan.private is None
+    return done["loss"] if told else None
+
+
+def release_metrics(policy: Policy, plan: Plan, task: EvaluateTask, made: Made) -> Release:
+    """The sums of the metrics that the plan releases, and of no other; zeros of a cell that is not told."""
+    allowed = _allowed(policy, plan, task.fold, made)
+    told = made.told["cases"] if _counts(policy, plan) else None
+    header = EvaluateResult(plan_digest=plan.digest, round=task.round, fold=task.fold, cases=told, spent=made.spent())
+    return Release(header, allowed)
+
+
+def _allowed(policy: Policy, plan: Plan, fold: Fold, made: Made) -> dict[str, NDArray[Any]]:
+    """The sums that may leave; zeros of what is not told, and all zeros of a site without a case."""
+    told = {""} | _told_cells(policy, plan, made.told.get("cells", {})) if made.told["cases"] else set()
+    lengths = metric_lengths(plan, fold)
+    return {
+        name: made.tensors[name] if name.partition("@")[2] in told else np.zeros(length)
+        for name, length in lengths.items()
+    }
+
+
+def _told_cells(policy: Policy, plan: Plan, cells: Mapping[str, Sequence[int]]) -> set[str]:
+    """The cells that may be told, of all subgroups; patients are numbered."""
+    found: set[str] = set()
+    for group in plan.evaluation.subgroups:
+        own = {cell: frozenset(numbers) for cell, numbers in cells.items() if cell.startswith(f"{group.by}=")}
+        found |= told_cells(own, policy.least_cell)
+    return found
+
+
+def told_cells(cells: Mapping[str, frozenset[int]], least: int) -> set[str]:
+    """The cells of a subgroup that a site gives to the sums, by the patients of each.
+
+    None has fewer than `least` patients; nor has what is left of all cases when those that are told are taken off,
+    unless nothing is (complementary suppression: Hundepool et al., Statistical Disclosure Control, 2012, chapter 4).
+    """
+    told = {cell for cell, patients in cells.items() if len(patients) >= least}
+    while told and 0 < len(_left(cells, told)) < least:
+        told.remove(min(told, key=lambda cell: (len(cells[cell]), cell)))
+    return told
+
+
+def _left(cells: Mapping[str, frozenset[int]], told: Collection[str]) -> frozenset[int]:
+    return frozenset[int]().union(*(patients for cell, patients in cells.items() if cell not in told))
 
 
 # --- under secure aggregation
@@ -240,26 +314,26 @@ class Masked(NamedTuple):
         return Release(lambda body: self.header(signed(body)), {**tensors, **self.told})
 
 
-def mask_update(policy: Policy, plan: Plan, *, model: Arrays, update: Arrays, done: Mapping[str, Any]) -> Masked:
+def mask_update(policy: Policy, plan: Plan, *, model: Arrays, made: Made) -> Masked:
     """An update that may go into a secure sum; raises SiteFailure (UPDATE_REFUSED)."""
-    _check_update(plan, model, update)
+    _check_update(plan, model, made.tensors)
+    done = made.told
     weight = _weight(plan, done["cases"]) / weight_cap(plan)
-    scalars = {WEIGHT: np.array([weight]), LOSS: np.array([weight * done["loss"]])}
-    loss = done["loss"] if plan.tells("training_loss") and policy.release_training_loss else None
+    loss = done["loss"] if plan.private is None else 0.0
+    scalars = {WEIGHT: np.array([weight]), LOSS: np.array([weight * loss])}
     cases = done["cases"] if _counts(policy, plan) else None
-    header = partial(MaskedResult, plan_digest=plan.digest, loss=loss, cases=cases)
-    return Masked(Given(update, weight, scalars), lambda upload: header(upload=upload))
+    header = partial(MaskedResult, plan_digest=plan.digest, loss=_loss(policy, plan, done), cases=cases)
+    return Masked(Given(made.tensors, weight, scalars), lambda upload: header(upload=upload, spent=made.spent()))
 
 
-def mask_metrics(policy: Policy, plan: Plan, *, cases: int, sums: Arrays) -> Masked:
-    """The sums of the metrics that the plan releases, and of no other; none of a site without a case are zeros."""
-    lengths = metric_lengths(plan)
-    allowed = {name: sums[name] if cases else np.zeros(length) for name, length in lengths.items()}
+def mask_metrics(policy: Policy, plan: Plan, task: EvaluateTask, made: Made) -> Masked:
+    """The sums of the metrics that the plan releases, and of no other; those of a site without a case are zeros."""
+    allowed, cases = _allowed(policy, plan, task.fold, made), made.told["cases"]
     told = plan.tells("metrics") and policy.release_site_metrics
     header = partial(MaskedResult, plan_digest=plan.digest, cases=cases if _counts(policy, plan) else None)
     scalars = {**allowed, CASES: np.array([float(cases)])}
-    beside = {f"{TOLD}{name}": allowed[name] for name in allowed} if told else {}
-    return Masked(Given({}, 1.0, scalars), lambda upload: header(upload=upload), beside)
+    beside = {f"{TOLD}{name}": allowed[name] for name in plan.released_metrics} if told else {}
+    return Masked(Given({}, 1.0, scalars), lambda upload: header(upload=upload, spent=made.spent()), beside)
 
 
 def release_failure(failure: SiteFailure) -> Error:

@@ -21,7 +21,7 @@ from locum.common.messages import (
 from locum.common.names import METRICS
 from locum.site_client import gate
 from locum.site_client.agent import Agent
-from locum.site_client.gate import Policy, PolicyRefusal
+from locum.site_client.gate import Made, Policy, PolicyRefusal
 from tests.site_client.asking import failure, plan, segmentation_plan, send_training
 
 _FOUND = {
@@ -124,7 +124,7 @@ def test_counts_and_all_that_tells_them_stay_when_policy_or_plan_says_so(
     assert (told.cases, told.missing_classes, told.reason) == (None, (), "the contract is not met")
     task = EvaluateTask(plan_digest=of.digest, round=1, fold="test")
     sums = {"AUC": np.zeros(4), "accuracy": np.zeros(4)}
-    measured = pack(*gate.release_metrics(allowed, of, task, cases=3, sums=sums))
+    measured = pack(*gate.release_metrics(allowed, of, task, Made(sums, {"cases": 3})))
     assert unpack(measured, EvaluateResult)[0].cases is None
     assert _update(of, allowed, np.ones(3, np.float32)).weight == 1.0
 
@@ -151,7 +151,7 @@ def test_only_the_metrics_that_the_plan_releases_leave() -> None:
     of = plan(release={"metrics": ["accuracy"]})
     task = EvaluateTask(plan_digest=of.digest, round=1, fold="test")
     sums = {"AUC": np.ones(4), "accuracy": np.zeros(4), "ages": np.ones(4)}
-    _, left = unpack(pack(*gate.release_metrics(Policy(), of, task, cases=3, sums=sums)), EvaluateResult)
+    _, left = unpack(pack(*gate.release_metrics(Policy(), of, task, Made(sums, {"cases": 3}))), EvaluateResult)
     assert set(left) == {"accuracy"}
 
 
@@ -178,7 +178,7 @@ def test_an_update_that_no_coordinator_may_fold_does_not_leave(update: Tensors) 
     of = plan()
     task = TrainTask(plan_digest=of.digest, round=1)
     with pytest.raises(SiteFailure) as refused:
-        gate.release_update(Policy(), of, task, model={"w": np.zeros(3, np.float32)}, update=update, done=_DONE)
+        gate.release_update(Policy(), of, task, model={"w": np.zeros(3, np.float32)}, made=Made(update, _DONE))
     assert refused.value.code is Code.UPDATE_REFUSED
 
 
@@ -189,7 +189,6 @@ def test_a_failure_leaves_as_its_code() -> None:
 
 def _update(of: Any, policy: Policy, value: np.ndarray) -> TrainResult:
     task = TrainTask(plan_digest=of.digest, round=1)
-    released = gate.release_update(
-        policy, of, task, model={"w": np.zeros(3, np.float32)}, update={"w": value}, done=_DONE
-    )
+    made = Made({"w": value}, _DONE)
+    released = gate.release_update(policy, of, task, model={"w": np.zeros(3, np.float32)}, made=made)
     return unpack(pack(*released), TrainResult)[0]
