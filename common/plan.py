@@ -209,17 +209,20 @@ class DifferentialPrivacy(_Strict):
 class SiteNoise(_Strict):
     """Site-level privacy by Skellam noise in a secure sum (Agarwal, Kairouz & Liu, NeurIPS 2021).
 
-    It hides which hospital gave what, from who sees the sums. It is no substitute for patient-level privacy.
+    It hides which hospital gave what, from who sees the sums of updates. It is no substitute for patient-level privacy.
+    Neighbours differ in one site, which gives its update or nothing but noise (zero-out adjacency).
 
     Attributes:
-        epsilon: of all rounds of a run together, for one site.
+        epsilon: of the updates of all rounds of a run together, for one site.
         delta: likewise.
-        clip: the L2 norm at which the weighted update of one site is clipped.
+        clip: the L2 norm at which the update of one site is clipped.
+        spare_rounds: rounds beyond the plan's for which the noise leaves room: those that are repeated.
     """
 
     epsilon: float = Field(gt=0)
     delta: float = Field(gt=0, lt=1)
     clip: float = Field(gt=0)
+    spare_rounds: int = Field(1, ge=0, le=1000)
 
 
 class Protection(_Strict):
@@ -232,6 +235,18 @@ class Protection(_Strict):
     ring: Literal[32, 64] = 32
     differential_privacy: DifferentialPrivacy | None = None
     site_noise: SiteNoise | None = None
+
+
+class Subgroup(_Strict):
+    """Cases that are measured apart as well, on the test fold.
+
+    Attributes:
+        by: what of an image tells them apart.
+        values: the values that are told apart, in any letter case; all others together are `other`.
+    """
+
+    by: Literal["manufacturer"]
+    values: tuple[Word, ...] = Field(min_length=1, max_length=16)
 
 
 class Evaluation(_Strict):
@@ -247,6 +262,7 @@ class Evaluation(_Strict):
     rollback: float | None = Field(None, gt=0)
     sliding_window: bool = False
     batch_size: int = Field(8, ge=1, le=4096)
+    subgroups: tuple[Subgroup, ...] = ()
 
 
 Told = Literal["metrics", "training_loss", "case_counts"]

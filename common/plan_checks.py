@@ -16,6 +16,8 @@ from locum.common.plan import Part, Plan, Problem
 from locum.common.secagg import MOST_SITES
 from locum.common.yaml_source import Location
 
+#: The cell of all values that a subgroup does not name.
+OTHER = "other"
 _DOTTED = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")
 
 #: Beyond it a whole number has no exact JSON form (RFC 8785, RFC 7493 section 2.2).
@@ -29,6 +31,7 @@ def problems_of(plan: Plan) -> list[Problem]:
         *_name_problems(plan),
         *_parameter_problems(plan),
         *_metric_problems(plan),
+        *_subgroup_problems(plan),
         *_transform_problems(plan),
         *_size_problems(plan),
         *_class_problems(plan),
@@ -146,6 +149,26 @@ def _metric_problems(plan: Plan) -> list[Problem]:
     return found
 
 
+def _subgroup_problems(plan: Plan) -> list[Problem]:
+    found: list[Problem] = []
+    seen: set[str] = set()
+    for index, group in enumerate(plan.evaluation.subgroups):
+        location = ("evaluation", "subgroups", index)
+        folded = [value.casefold() for value in group.values]
+        if group.by in seen:
+            found.append(Problem((*location, "by"), f"{group.by} stands twice", "put its values into one list"))
+        if len(set(folded)) < len(folded):
+            found.append(Problem((*location, "values"), "a value stands twice", "name every value once"))
+        if OTHER in folded:
+            message = f"'{OTHER}' is what Locum calls all values that are not named"
+            found.append(Problem((*location, "values"), message, "leave it out"))
+        seen.add(group.by)
+    if plan.evaluation.subgroups and plan.private is not None:
+        message = "metrics of subgroups would have to be paid for out of the patients' privacy, each by itself"
+        found.append(Problem(("evaluation", "subgroups"), message, "remove it"))
+    return found
+
+
 def _transform_problems(plan: Plan) -> list[Problem]:
     found: list[Problem] = []
     for stage, parts in (("prepare", plan.transforms.prepare), ("augment", plan.transforms.augment)):
@@ -200,6 +223,24 @@ def _protection_problems(plan: Plan) -> list[Problem]:
         message = "site noise is added within a secure sum, and the plan has none"
         remedy = "set protection.secure_aggregation: required, or remove it"
         found.append(Problem(("protection", "site_noise"), message, remedy))
+    return found + _site_noise_problems(plan)
+
+
+def _site_noise_problems(plan: Plan) -> list[Problem]:
+    """What a plan with site noise cannot have beside it."""
+    noise = plan.protection.site_noise
+    if noise is None:
+        return []
+    found: list[Problem] = []
+    if plan.participation.weighting != "equal":
+        message = "the sum of the weights has no noise, and would tell of a site's number of cases"
+        found.append(Problem(("participation", "weighting"), message, "set it to 'equal'"))
+    if plan.release.per_site:
+        message = "site noise hides what a site gave, and it is to tell of itself"
+        found.append(Problem(("release", "per_site"), message, "remove it"))
+    if noise.clip > plan.admission.norm_bound:
+        message = f"no update is larger than admission.norm_bound, {plan.admission.norm_bound:g}"
+        found.append(Problem(("protection", "site_noise", "clip"), message, "lower it: the noise is in proportion"))
     return found
 
 

@@ -15,13 +15,35 @@ from pydantic import BaseModel, ConfigDict
 from locum.common.blobs import DISK_FULL
 
 Number = float | list[list[float]] | None
+Bounds = tuple[float, float]
+
+
+class CellRecord(BaseModel):
+    """Metrics over the cases of one value of a subgroup, of the sites that have cases enough of it.
+
+    Attributes:
+        by: what tells the cases apart.
+        value: as the plan has it, or `other`.
+        cases: of these sites together, if that is told.
+        overall: the metrics; None where there is no case.
+        intervals: of the metrics that have one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    by: str
+    value: str
+    cases: int | None
+    overall: dict[str, Number]
+    intervals: dict[str, Bounds] = {}
 
 
 class Evaluated(BaseModel):
     """Metric values of a model on one fold: over all sites by their sums, and of each site that told its own.
 
     `sites` are those in the sums, `total` is their number of cases, if that is told. `excluded` names the sites without
-    numbers, with the reason; `silent` those of them that did not answer at all.
+    numbers, with the reason; `silent` those of them that did not answer at all. `intervals` are those of 95 % that the
+    sums tell, `site_intervals` those of each site that told its own; `cells` are the plan's subgroups.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -35,12 +57,17 @@ class Evaluated(BaseModel):
     total: int | None = None
     excluded: dict[str, str] = {}
     silent: tuple[str, ...] = ()
+    intervals: dict[str, Bounds] = {}
+    site_intervals: dict[str, dict[str, Bounds]] = {}
+    cells: tuple[CellRecord, ...] = ()
 
 
 class SecureRecord(BaseModel):
     """What a secure sum was: the digests of its roster and context, and of each survivor's signed header.
 
-    `sites` is how many sites the roster has, `threshold` how many of them had to answer.
+    `sites` is how many sites the roster has, `threshold` how many of them had to answer, `total` the SHA-256 of the
+    unmasked sum of the updates (little-endian ring elements), `noise` the standard deviation of the sites' noise in a
+    coordinate of the mean update, 0 for none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -50,6 +77,8 @@ class SecureRecord(BaseModel):
     sites: int
     threshold: int
     uploads: dict[str, str]
+    total: str | None = None
+    noise: float = 0.0
 
 
 class RoundRecord(BaseModel):
@@ -62,6 +91,7 @@ class RoundRecord(BaseModel):
         loss: the mean training loss over the sites that released theirs, by weight.
         model_sha256: of the committed model's file.
         weights: of each site that told its own; `losses` and `train_seconds` likewise.
+        epsilon: of each site that has signed what it has spent of its patients' privacy by now, in this run.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -83,6 +113,7 @@ class RoundRecord(BaseModel):
     model_sha256: str = ""
     secured: SecureRecord | None = None
     evaluation: Evaluated | None = None
+    epsilon: dict[str, float] = {}
 
 
 class RunSummary(BaseModel):

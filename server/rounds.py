@@ -12,6 +12,7 @@ Rules:
   * A round below quorum is void: nothing of it is committed, and it is tried again. Between hospitals a run that has
     used up its attempts pauses until sites return or somebody stops it; on one machine it ends with the reasons.
   * A round counts only once it is on disk. Whatever dies, the run goes on from the last committed round.
+  * What happens stands in the log; a round that is committed, once.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from flwr.app import Message
@@ -27,6 +29,7 @@ from flwr.serverapp import Grid
 
 from locum.common import build
 from locum.common.errors import MEANING, Code, RunError
+from locum.common.log.entries import MetricsEntry, RoundEntry, VoidEntry, written
 from locum.common.messages import (
     DESCRIBE,
     EVALUATE,
@@ -42,10 +45,12 @@ from locum.common.messages import (
     pack,
 )
 from locum.common.plan import Plan
+from locum.common.sums import CASES, Cell, cells_of, metric_lengths
 from locum.common.tensor_files import forget_part
 from locum.common.updates import l2_norm
-from locum.server.admission import Refused, Update, admit, read
+from locum.server.admission import Refused, Update, admit, read, reasons
 from locum.server.asking import (
+    LATE,
     Engine,
     Gathered,
     Measured,
@@ -60,8 +65,10 @@ from locum.server.asking import (
 from locum.server.checkpoints import Checkpoints, Committed
 from locum.server.fold import Fold
 from locum.server.link import Link
-from locum.server.records import Evaluated, Events, Number, RoundRecord
+from locum.server.records import Bounds, CellRecord, Evaluated, Events, Number, RoundRecord
+from locum.server.run_log import voided
 from locum.server.secure import SecureSums
+from locum.server.spending import Release, Statement, stated
 from locum.server.strategies import strategy_of
 
 #: Sums of metrics count cases, or add up fractions and millimetres over them.
@@ -72,13 +79,17 @@ _MOST_SHOWN = 80
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that reached its last round: the chosen model, its round, the final test, and what was lost."""
+    """A run that reached its last round: the chosen model, its round, the final test, and what was lost.
+
+    `tested` is what the log is told of the test.
+    """
 
     model: Arrays
     round: int
     history: tuple[RoundRecord, ...]
     test: Evaluated
     roster: Roster
+    tested: MetricsEntry | VoidEntry
 
     @property
     def losses(self) -> dict[str, list[int]]:
@@ -87,7 +98,7 @@ class Finished:
         return {site: rounds for site, rounds in lost.items() if rounds}
 
     @property
-    def status(self) -> str:
+    def status(self) -> Literal["completed", "completed with losses"]:
         """`completed`, or `completed with losses` if a site missed a round or the test, or could not take part."""
         complete = not (self.losses or self.roster.excluded or untested(self.test))
         return "completed" if complete else "completed with losses"
@@ -97,6 +108,7 @@ def run(engine: Engine) -> Finished:
     """Runs a plan from its last committed round to its end; raises RunError and keeps what is committed."""
     plan, events = engine.plan, engine.events
     committed = engine.checkpoints.latest() or commit_initial(plan, engine.checkpoints)
+    engine.log.begin(engine.checkpoints.entries(committed.round))
     events.emit("started", plan=plan.name, digest=plan.digest, rounds=plan.rounds, round=committed.round)
     roster = _gathered(engine, committed)
     committed = replace(committed, roster=tuple(roster.nodes))
@@ -105,8 +117,8 @@ def run(engine: Engine) -> Finished:
         committed = _next_round(engine, roster, _rolled_back(engine, committed))
         committed = _measured(engine, roster, committed)
     chosen = _chosen(engine, committed)
-    test = _tested(engine, roster, chosen)
-    finished = Finished(chosen.model, chosen.round, committed.history, test, roster)
+    test, tested = _tested(engine, roster, chosen)
+    finished = Finished(chosen.model, chosen.round, committed.history, test, roster, tested)
     events.emit("finished", status=finished.status, round=chosen.round, test=test.overall, lost=finished.losses)
     return finished
 
@@ -126,12 +138,16 @@ def commit_initial(plan: Plan, checkpoints: Checkpoints) -> Committed:
 
 def _gathered(engine: Engine, committed: Committed) -> Roster:
     """The roster, once there are sites enough for the quorum; raises RunError where nobody waits for more."""
-    expected = build.configuration(engine.plan, committed.model)
+    expected, log = build.configuration(engine.plan, committed.model), engine.log
     while True:
         try:
-            return _same_roster(engine, committed, open_roster(engine, expected, committed.roster))
+            roster = _same_roster(engine, committed, open_roster(engine, expected, committed.roster))
         except TooFewError as error:
             engine.link.wait(error, ())
+        else:
+            log.append(log.roster(roster, expected, number=committed.round, model=committed.model_sha256))
+            log.seal()
+            return roster
 
 
 def open_roster(engine: Engine, expected: Mapping[str, str], begun: Collection[str] = ()) -> Roster:
@@ -147,34 +163,35 @@ def open_roster(engine: Engine, expected: Mapping[str, str], begun: Collection[s
     names = {(name or f"node {node}"): node for node, name in certified.items()}
     content = pack(DescribeTask(plan_digest=plan.digest))
     described: dict[str, tuple[int, Description]] = {}
-    excluded = dict.fromkeys(names, "no answer by the deadline")
+    excluded = dict.fromkeys(names, LATE)
     for name, reply in exchange(engine, DESCRIBE, {name: (node, content) for name, node in names.items()}, group="0"):
         answer = read(reply, Description, plan)
         if isinstance(answer, Refused):
-            excluded[name] = answer.reason
+            excluded[name] = answer
             continue
         del excluded[name]
         node, found = names[name], answer[0]
         if certified[node] not in {None, found.site}:
-            excluded[name] = f"it calls itself '{found.site}', which is not the name in its certificate"
+            excluded[name] = Refused(f"it calls itself '{found.site}', which is not the name in its certificate")
             continue
         if found.site in described:
             raise RunError(f"two agents call themselves '{found.site}'", "give every site its own name")
         described[found.site] = (node, found)
     _agree(expected, {site: found for site, (_, found) in described.items() if site in begun or not begun})
-    excluded |= {site: found.reason for site, (_, found) in described.items() if not found.able}
+    excluded |= {site: Refused(found.reason, Code.NO_DATA) for site, (_, found) in described.items() if not found.able}
     able = {site: node for site, (node, found) in sorted(described.items()) if found.able}
     _announce(engine, described, excluded)
     if len(able) < least_sites(plan):
         reason = _too_few(able, plan, excluded)
         raise TooFewError(reason, "mend these sites, or lower participation.quorum in the plan")
-    return Roster(able, excluded)
+    policies = {site: found.policy for site, (_, found) in described.items() if site in able and found.policy}
+    return Roster(able, excluded, policies)
 
 
-def _too_few(able: Mapping[str, int], plan: Plan, excluded: Mapping[str, str]) -> str:
-    reasons = "".join(f"\n  {site}: {reason}" for site, reason in sorted(excluded.items()))
+def _too_few(able: Mapping[str, int], plan: Plan, excluded: Mapping[str, Refused]) -> str:
+    told = "".join(f"\n  {site}: {refused.reason}" for site, refused in sorted(excluded.items()))
     secure = ", and a secure sum is of three at least" if plan.secured else ""
-    return f"{len(able)} sites can take part, the plan's quorum is {plan.participation.quorum}{secure}{reasons}"
+    return f"{len(able)} sites can take part, the plan's quorum is {plan.participation.quorum}{secure}{told}"
 
 
 def _agree(expected: Mapping[str, str], described: Mapping[str, Description]) -> None:
@@ -197,7 +214,9 @@ def _shown(value: str) -> str:
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in value[:_MOST_SHOWN])
 
 
-def _announce(engine: Engine, described: Mapping[str, tuple[int, Description]], excluded: Mapping[str, str]) -> None:
+def _announce(
+    engine: Engine, described: Mapping[str, tuple[int, Description]], excluded: Mapping[str, Refused]
+) -> None:
     cases = {site: found.cases for site, (_, found) in sorted(described.items())}
     notices = {
         site: f"has no training case of {', '.join(found.missing_classes)}; set contract.single_class: exclude "
@@ -205,7 +224,7 @@ def _announce(engine: Engine, described: Mapping[str, tuple[int, Description]], 
         for site, (_, found) in sorted(described.items())
         if found.missing_classes and found.able
     }
-    engine.events.emit("roster", cases=cases, excluded=dict(excluded), notices=notices)
+    engine.events.emit("roster", cases=cases, excluded=reasons(excluded), notices=notices)
 
 
 def _same_roster(engine: Engine, committed: Committed, roster: Roster) -> Roster:
@@ -220,9 +239,11 @@ def _same_roster(engine: Engine, committed: Committed, roster: Roster) -> Roster
     lost = sorted(set(committed.roster) - set(nodes))
     if lost:
         raise RunError(f"the run was started with sites that are missing now: {', '.join(lost)}", "bring them back")
-    late = dict.fromkeys(sorted(set(roster.nodes) - set(committed.roster)), "was not there when the run began")
-    excluded = {site: reason for site, reason in roster.excluded.items() if site not in committed.roster}
-    return Roster({site: nodes[site] for site in committed.roster}, {**excluded, **late})
+    outside = Refused("was not there when the run began", why="OUTSIDE")
+    late = dict.fromkeys(sorted(set(roster.nodes) - set(committed.roster)), outside)
+    excluded = {site: refused for site, refused in roster.excluded.items() if site not in committed.roster}
+    policies = {site: policy for site, policy in roster.policies.items() if site in committed.roster}
+    return Roster({site: nodes[site] for site in committed.roster}, {**excluded, **late}, policies)
 
 
 # --- one round
@@ -241,12 +262,12 @@ def _next_round(engine: Engine, roster: Roster, committed: Committed) -> Committ
 
 
 def _below_quorum(plan: Plan, committed: Committed, missing: Mapping[str, Refused], attempts: int) -> RunError:
-    reasons = "".join(f"\n  {site}: {refused.reason}" for site, refused in sorted(missing.items()))
+    told = "".join(f"\n  {site}: {refused.reason}" for site, refused in sorted(missing.items()))
     codes = {refused.code for refused in missing.values() if refused.code is not None}
     remedy = "; ".join(sorted(MEANING[code][1] for code in codes)) or "bring the sites back"
     return TooFewError(
         f"round {committed.round + 1} stayed below its quorum of {plan.participation.quorum} in {attempts} "
-        f"attempts; {committed.round} committed rounds are kept{reasons}",
+        f"attempts; {committed.round} committed rounds are kept{told}",
         f"{remedy}; then resume",
     )
 
@@ -259,15 +280,34 @@ def one_round(engine: Engine, roster: Roster, committed: Committed, attempt: int
     found = gather(engine, roster, committed, attempt)
     if found.totals is None or len(found.told) < engine.plan.participation.quorum:
         engine.events.emit("void", round=number, attempt=attempt, admitted=len(found.told), reason=found.void)
-        return dict(found.refused)
+        return _void(engine, number, attempt, found.refused)
     model, strategy = engine.strategy.step(committed.model, found.totals, found.weight, committed.strategy)
     if not np.isfinite(l2_norm(model)):
         engine.events.emit("void", round=number, attempt=attempt, admitted=0, reason="the sum is not finite")
-        return {site: Refused("the sum is not finite", Code.UPDATE_REFUSED) for site in roster.nodes}
+        refused = Refused("the sum is not finite", Code.UPDATE_REFUSED)
+        return _void(engine, number, attempt, dict.fromkeys(roster.nodes, refused))
     record = _record(committed, model, found, began=began, attempt=attempt)
     after = Committed(number, model, strategy, committed.roster, (*committed.history, record))
-    after = engine.checkpoints.commit(after, keep=_best_round(engine.plan, after.history))
-    engine.events.emit("committed", round=number, loss=record.loss, seconds=record.seconds)
+    return _committed(engine, committed, after, found)
+
+
+def _void(engine: Engine, number: int, attempt: int, refused: Mapping[str, Refused]) -> dict[str, Refused]:
+    engine.log.append(engine.log.void(number, attempt, "train", refused))
+    return dict(refused)
+
+
+def _committed(engine: Engine, before: Committed, after: Committed, found: Gathered) -> Committed:
+    """Puts a round on the disk and into the log; what a crash leaves out between the two, `begin` writes."""
+    log, record, entries = engine.log, after.history[-1], list[RoundEntry]()
+
+    def entry(model: str) -> bytes:
+        entries.append(log.round(record, found, start=before.model_sha256, model=model))
+        return written(entries[0])
+
+    after = engine.checkpoints.commit(after, keep=_best_round(engine.plan, after.history), entry=entry)
+    log.append(*entries)
+    log.seal()
+    engine.events.emit("committed", round=after.round, loss=record.loss, seconds=record.seconds)
     return after
 
 
@@ -285,10 +325,13 @@ def gathered(engine: Engine, roster: Roster, committed: Committed, _attempt: int
     told: dict[str, Told] = {}
     for site, reply in exchange(engine, TRAIN, outgoing, group=str(number)):
         verdict = admit(reply, plan, round_number=number, model=committed.model, carrier=link.incoming(site))
+        spent = _spent(engine, site, verdict.header.spent, number, "train") if isinstance(verdict, Update) else None
+        if isinstance(spent, Refused):
+            verdict, spent = spent, None
         fold.offer(site, verdict if isinstance(verdict, Update) else None)
         if isinstance(verdict, Update):
             header = verdict.header
-            told[site] = Told(header.weight, header.loss, header.seconds)
+            told[site] = Told(header.weight, header.loss, header.seconds, spent)
             engine.events.emit("update", round=number, site=site, loss=header.loss)
         else:
             refused[site] = verdict
@@ -299,6 +342,12 @@ def gathered(engine: Engine, roster: Roster, committed: Committed, _attempt: int
         link.taken(site)
     size = sum(tensor.nbytes for tensor in committed.model.values())
     return Gathered(totals, fold.weight, mean_loss(told), told, refused, bytes_up=size * len(told))
+
+
+def _spent(engine: Engine, site: str, envelope: str | None, number: int, purpose: str) -> Statement | Refused | None:
+    """The statement of what a site has spent that came with its answer; or why the answer does not count."""
+    release = Release(engine.log.run, engine.plan.digest, number, purpose)
+    return stated(envelope, engine.link.certificate(site), site=site, release=release) if envelope else None
 
 
 def mean_loss(told: Mapping[str, Told]) -> float | None:
@@ -327,6 +376,7 @@ def _record(before: Committed, model: Arrays, found: Gathered, *, began: float, 
         bytes_up=found.bytes_up,
         seconds=time.monotonic() - began,
         secured=found.secured,
+        epsilon={site: each.spent.spent.epsilon for site, each in told.items() if each.spent is not None},
     )
 
 
@@ -348,22 +398,24 @@ def _measured(engine: Engine, roster: Roster, committed: Committed) -> Committed
     due = committed.round > 0 and (committed.round % every == 0 or committed.round in {1, last})
     if not due or committed.history[-1].evaluation is not None:
         return committed
-    found = evaluate(engine, roster, committed.model, round_number=committed.round, fold="validation")
-    engine.checkpoints.add_evaluation(found)
+    found, entry = evaluate(engine, roster, committed, "validation")
+    engine.checkpoints.add_evaluation(found, written(entry))
+    engine.log.append(entry)
     engine.events.emit("evaluated", round=found.round, overall=found.overall, per_site=found.per_site)
     record = committed.history[-1].model_copy(update={"evaluation": found})
     return replace(committed, history=(*committed.history[:-1], record))
 
 
-def _tested(engine: Engine, roster: Roster, chosen: Committed) -> Evaluated:
+def _tested(engine: Engine, roster: Roster, chosen: Committed) -> tuple[Evaluated, MetricsEntry | VoidEntry]:
     """The final test; raises RunError where fewer sites than the quorum answer and nobody waits for them."""
     quorum = engine.plan.participation.quorum
     while True:
-        test = evaluate(engine, roster, chosen.model, round_number=chosen.round, fold="test")
+        test, entry = evaluate(engine, roster, chosen, "test")
         if len(roster.nodes) - len(test.silent) >= quorum:
-            return test
-        reasons = "".join(f"\n  {site}: {test.excluded[site]}" for site in test.silent)
-        reason = f"fewer sites than the quorum of {quorum} answer in the final test; all rounds are kept{reasons}"
+            return test, entry
+        engine.log.append(voided(entry))
+        told = "".join(f"\n  {site}: {test.excluded[site]}" for site in test.silent)
+        reason = f"fewer sites than the quorum of {quorum} answer in the final test; all rounds are kept{told}"
         engine.link.wait(TooFewError(reason, "bring the sites back; then resume"), test.silent)
 
 
@@ -372,47 +424,66 @@ def untested(test: Evaluated) -> dict[str, str]:
     return {site: reason for site, reason in test.excluded.items() if reason != MEANING[Code.NO_DATA][0]}
 
 
-def evaluate(engine: Engine, roster: Roster, model: Arrays, *, round_number: int, fold: MeasuredFold) -> Evaluated:
-    """The plan's metrics of a model on one fold, over all sites by adding up their sums, and per site where told."""
-    plan = engine.plan
-    task = EvaluateTask(plan_digest=plan.digest, round=round_number, fold=fold)
+def evaluate(
+    engine: Engine, roster: Roster, committed: Committed, fold: MeasuredFold
+) -> tuple[Evaluated, MetricsEntry | VoidEntry]:
+    """The plan's metrics of a model on one fold, over all sites by adding up their sums, and per site where told.
+
+    With them what the log is told, once they count.
+    """
+    plan, number = engine.plan, committed.round
+    task = EvaluateTask(plan_digest=plan.digest, round=number, fold=fold)
     measure = measured if engine.secure is None else engine.secure.measured
-    found = measure(engine, roster, model, task)
-    return Evaluated(
-        round=round_number,
+    found = measure(engine, roster, committed.model, task)
+    evaluated = Evaluated(
+        round=number,
         fold=fold,
         overall=_values(plan, found.sums),
         per_site={site: _values(plan, found.per_site[site]) for site in sorted(found.per_site)},
         cases=dict(found.cases),
         sites=tuple(sorted(found.cases)),
         total=found.total,
-        excluded=dict(found.excluded),
+        excluded=reasons(found.excluded),
         silent=found.silent,
+        intervals=_intervals(plan, found.sums),
+        site_intervals={site: _intervals(plan, found.per_site[site]) for site in sorted(found.per_site)},
+        cells=tuple(_cell(plan, cell, found.sums) for cell in cells_of(plan, fold)) if found.sums else (),
     )
+    if not found.cases:
+        return evaluated, engine.log.void(number, 1, fold, found.excluded)
+    return evaluated, engine.log.metrics(evaluated, found, model=committed.model_sha256)
 
 
 def measured(engine: Engine, roster: Roster, model: Arrays, task: EvaluateTask) -> Measured:
     """Sends the model and adds up what comes back, in the clear."""
     plan = engine.plan
     content = pack(task, model, engine.link.outgoing(model))
-    excluded = {site: refused.reason for site, refused in away_of(engine, roster, task.round).items()}
+    excluded = away_of(engine, roster, task.round)
     outgoing = addressed(engine, roster, {site: content for site in roster.nodes if site not in excluded})
     sums: dict[str, Arrays] = {}
     cases: dict[str, int | None] = {}
+    spent: dict[str, Statement] = {}
     answered: set[str] = set()
     for site, reply in exchange(engine, EVALUATE, outgoing, group=str(task.round)):
         answered.add(site)
         answer = _read_sums(reply, task, plan, engine.link.incoming(site))
         if isinstance(answer, Refused):
-            excluded[site] = answer.reason
-        else:
-            cases[site], sums[site] = answer[0].cases, answer[1]
+            excluded[site] = answer
+            continue
+        statement = _spent(engine, site, answer[0].spent, task.round, task.fold)
+        if isinstance(statement, Refused):
+            excluded[site] = statement
+            continue
+        cases[site], sums[site] = answer[0].cases, answer[1]
+        if statement is not None:
+            spent[site] = statement
     late = [site for site in roster.nodes if site not in sums and site not in excluded]
     silent = tuple(sorted({*excluded, *late} - answered))
-    excluded |= dict.fromkeys(late, "no answer by the deadline")
+    excluded |= dict.fromkeys(late, LATE)
     for site in outgoing:
         engine.link.taken(site)
-    return Measured(_added([sums[site] for site in sorted(sums)]), sums, cases, total_of(cases), excluded, silent)
+    added = _added([sums[site] for site in sorted(sums)])
+    return Measured(added, sums, cases, total_of(cases), excluded, silent, spent)
 
 
 def total_of(cases: Mapping[str, int | None]) -> int | None:
@@ -432,6 +503,32 @@ def _values(plan: Plan, sums: Arrays) -> dict[str, Number]:
     return {name: build.metric_of(name).value(sums[name], classes) if sums else None for name in plan.released_metrics}
 
 
+def _intervals(plan: Plan, sums: Arrays) -> dict[str, Bounds]:
+    """The 95 % intervals of the released metrics that have one; none of sums with noise, which they do not know of."""
+    if not sums or plan.private is not None:
+        return {}
+    classes, found = len(plan.contract.classes), {}
+    for name in plan.released_metrics:
+        of = build.metric_of(name).interval
+        bounds = of(sums[name], classes) if of is not None else None
+        if bounds is not None:
+            found[name] = bounds
+    return found
+
+
+def _cell(plan: Plan, cell: Cell, sums: Arrays) -> CellRecord:
+    """A cell's metrics, from the sums of those sites that have cases enough in it."""
+    own = {name: sums[cell.of(name)] for name in plan.released_metrics}
+    count = sums.get(cell.of(CASES))
+    return CellRecord(
+        by=cell.by,
+        value=cell.value,
+        cases=None if count is None else round(float(count[0])),
+        overall=_values(plan, own),
+        intervals=_intervals(plan, own),
+    )
+
+
 def _read_sums(
     reply: Message | None, task: EvaluateTask, plan: Plan, carrier: Carrier
 ) -> tuple[EvaluateResult, Arrays] | Refused:
@@ -439,14 +536,14 @@ def _read_sums(
     answer = read(reply, EvaluateResult, plan, carrier)
     if isinstance(answer, Refused):
         return answer
-    header, sums, classes = *answer, len(plan.contract.classes)
+    (header, sums), lengths = answer, metric_lengths(plan, task.fold)
     if (header.round, header.fold) != (task.round, task.fold):
         return Refused(f"metrics of the {header.fold} fold in round {header.round}")
-    if set(sums) != set(plan.released_metrics):
+    if set(sums) != set(lengths):
         return Refused("the metrics are not those that the plan releases")
     if not all(array.dtype == np.float64 and ((array >= 0) & (array <= _MOST_SUM)).all() for array in sums.values()):
         return Refused(f"a metric's sums are not float64 numbers from 0 to {_MOST_SUM:g}")
-    if any(array.shape != (build.metric_of(name).length(classes),) for name, array in sums.items()):
+    if any(array.shape != (lengths[name],) for name, array in sums.items()):
         return Refused("a metric's sums have another length")
     return answer
 
@@ -494,4 +591,4 @@ def _rolled_back(engine: Engine, committed: Committed) -> Committed:
 def open_engine(plan: Plan, grid: Grid, checkpoints: Checkpoints, events: Events, link: Link) -> Engine:
     """Everything a run of `plan` needs."""
     secure = SecureSums(link.signer()) if plan.secured else None
-    return Engine(plan, grid, strategy_of(plan), checkpoints, events, link, secure)
+    return Engine(plan, grid, strategy_of(plan), checkpoints, events, link, link.log(plan), secure)

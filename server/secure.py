@@ -52,6 +52,7 @@ from locum.common.messages import (
 from locum.common.plan import Plan
 from locum.common.secagg import LEAST_SITES, MOST_SITES, keys
 from locum.common.secagg.aggregator import SecureSum
+from locum.common.secagg.calibration import HEADROOM
 from locum.common.secagg.ring import Ring, read_scalars
 from locum.common.secagg.roster import (
     Context,
@@ -81,6 +82,7 @@ from locum.server.checkpoints import Committed
 from locum.server.records import SecureRecord
 from locum.server.setup import Party, SetUp
 from locum.server.signer import Signer
+from locum.server.spending import Release, Statement, stated
 
 _BLOCK = 1 << 16
 #: What rounding and floating point may add to a norm.
@@ -163,7 +165,10 @@ class SecureSums:
             model,
         )
         void = asked.unmask() or _bad_update(asked.total, plan)
-        told = {site: Told(loss=header.loss, weight=_weight(plan, header)) for site, (header, _) in asked.told.items()}
+        told = {
+            site: Told(loss=header.loss, weight=_weight(plan, header), spent=asked.spent.get(site))
+            for site, (header, _) in asked.told.items()
+        }
         if void:
             session.give_up(asked.refused)
             return Gathered(None, 0.0, None, told, asked.missing(void), void)
@@ -179,9 +184,8 @@ class SecureSums:
         of, plan = _mapped(model), engine.plan
         session = self._ready(engine, roster, task.round)
         if not isinstance(session, Session):
-            excluded = {site: refused.reason for site, refused in session.items()}
-            return Measured({}, {}, {}, None, excluded, tuple(sorted(excluded)))
-        context, layout = session.next(task.fold, task.round, 1, of), metrics_layout(plan, session.roster)
+            return Measured({}, {}, {}, None, session, tuple(sorted(session)))
+        context, layout = session.next(task.fold, task.round, 1, of), metrics_layout(plan, session.roster, task.fold)
         asked = self._opened(engine, roster, session, context, layout)
         asked.collect(EVALUATE, task.model_copy(update={"secured": asked.secured(of)}), of)
         void = asked.unmask() or _bad_metrics(asked)
@@ -190,7 +194,7 @@ class SecureSums:
                 "void", round=task.round, attempt=1, admitted=len(asked.told), reason=void, fold=task.fold
             )
             session.give_up(asked.refused)
-            excluded = {site: refused.reason for site, refused in asked.missing(void).items()}
+            excluded = asked.missing(void)
             # The same sum over other sites is refused again, however often it is asked for.
             silent = asked.silent if asked.refused_for_good else tuple(sorted(excluded))
             return Measured({}, {}, {}, None, excluded, silent)
@@ -201,8 +205,9 @@ class SecureSums:
             per_site={site: told for site, (_, told) in asked.told.items() if told},
             cases={site: header.cases for site, (header, _) in asked.told.items()},
             total=None if count is None else round(float(count[0])),
-            excluded={site: refused.reason for site, refused in asked.refused.items()},
+            excluded=asked.refused,
             silent=asked.silent,
+            spent=asked.spent,
         )
 
     def _opened(self, engine: Engine, roster: Roster, session: Session, context: Context, layout: Layout) -> _Asked:
@@ -249,12 +254,13 @@ class SecureSums:
         if len(roster.nodes.keys() - outside.keys() - lost.keys()) >= least:
             outside |= lost
         beyond = [site for site in roster.nodes if site not in outside][MOST_SITES:]
-        outside |= dict.fromkeys(beyond, Refused(f"a secure sum has at most {MOST_SITES} sites"))
+        outside |= dict.fromkeys(beyond, Refused(f"a secure sum has at most {MOST_SITES} sites", why="OUTSIDE"))
         while True:
             steps = SetUp(engine, roster, self._signer, str(number))
             parties = steps.keys([site for site in roster.nodes if site not in outside])
             if len(parties) < least:
-                alone = dict.fromkeys(parties, Refused(f"{len(parties)} sites have set up keys, {least} are needed"))
+                few = Refused(f"{len(parties)} sites have set up keys, {least} are needed", why="OUTSIDE")
+                alone = dict.fromkeys(parties, few)
                 return {**outside, **steps.refused, **alone}
             found = steps.roster(parties)
             if not steps.refused.keys() & parties.keys():
@@ -273,6 +279,7 @@ class _Asked:
         context: the signed envelope of the sum's context.
         told: by site in the sum, what it tells of itself: its header, and its own metric sums.
         refused: by site that is not in the sum, why.
+        spent: by site in the sum, its signed statement of what it has spent.
         answered: the sites that have answered the first exchange.
         refused_for_good: whether so many sites refused to unmask that it makes no difference who else answers.
     """
@@ -284,6 +291,7 @@ class _Asked:
     context: str
     told: dict[str, tuple[MaskedResult, Arrays]] = field(default_factory=dict)
     refused: dict[str, Refused] = field(default_factory=dict)
+    spent: dict[str, Statement] = field(default_factory=dict)
     answered: set[str] = field(default_factory=set)
     refused_for_good: bool = False
 
@@ -313,9 +321,32 @@ class _Asked:
         contents = {site: content for site in self.session.parties if site not in away}
         for site, reply in exchange(engine, kind, addressed(engine, self.sites, contents), group=str(number)):
             self.answered.add(site)
-            self._take(site, _admitted(engine, self.total, site, reply))
+            self._take(site, self._admitted(site, reply))
             engine.link.taken(site)
         self.refused |= unanswered(engine, [site for site in contents if site not in self.answered])
+
+    def _admitted(self, site: str, reply: Message | None) -> tuple[MaskedResult, Arrays] | Refused:
+        """A masked upload that was folded in, with what the site tells of itself; or why not."""
+        plan, context = self.engine.plan, self.total.context
+        answer = read(reply, MaskedResult, plan, self.engine.link.incoming(site))
+        if isinstance(answer, Refused) or reply is None:
+            return answer if isinstance(answer, Refused) else Refused("no reply")
+        header, tensors = answer
+        told = {name.removeprefix(TOLD): array for name, array in tensors.items() if name.startswith(TOLD)}
+        reason = _beyond_release(plan, self.total, header, told)
+        if reason:
+            return Refused(reason, Code.MESSAGE_UNREADABLE)
+        release = Release(self.engine.log.run, plan.digest, context.round, context.purpose)
+        spent = stated(header.spent, self.session.parties[site].certificate, site=site, release=release)
+        if isinstance(spent, Refused):
+            return spent
+        try:
+            self.total.fold(site, header.upload, body_of(reply.content), tensors)
+        except SecureRefusal as refusal:
+            return Refused(str(refusal), Code.SECURE_SUM_REFUSED)
+        if spent is not None:
+            self.spent[site] = spent
+        return header, {name: np.array(array) for name, array in told.items()}
 
     def _take(self, site: str, admitted: tuple[MaskedResult, Arrays] | Refused) -> None:
         number, events = self.total.context.round, self.engine.events
@@ -373,29 +404,9 @@ class _Asked:
         return True
 
 
-def _admitted(
-    engine: Engine, total: SecureSum, site: str, reply: Message | None
-) -> tuple[MaskedResult, Arrays] | Refused:
-    """A masked upload that was folded in, with what the site tells of itself; or why not."""
-    plan = engine.plan
-    answer = read(reply, MaskedResult, plan, engine.link.incoming(site))
-    if isinstance(answer, Refused) or reply is None:
-        return answer if isinstance(answer, Refused) else Refused("no reply")
-    header, tensors = answer
-    told = {name.removeprefix(TOLD): array for name, array in tensors.items() if name.startswith(TOLD)}
-    reason = _beyond_release(plan, total, header, told)
-    if reason:
-        return Refused(reason, Code.MESSAGE_UNREADABLE)
-    try:
-        total.fold(site, header.upload, body_of(reply.content), tensors)
-    except SecureRefusal as refusal:
-        return Refused(str(refusal), Code.SECURE_SUM_REFUSED)
-    return header, {name: np.array(array) for name, array in told.items()}
-
-
 def _beyond_release(plan: Plan, total: SecureSum, header: MaskedResult, told: Arrays) -> str:
     """Why what a site tells of itself beside its upload is not what the plan releases; empty if it is."""
-    lengths = metric_lengths(plan) if total.context.purpose != "train" and plan.tells("metrics") else {}
+    lengths = metric_lengths(plan, "validation") if total.context.purpose != "train" and plan.tells("metrics") else {}
     if (header.loss is not None and not plan.tells("training_loss")) or (
         header.cases is not None and not plan.tells("case_counts")
     ):
@@ -470,8 +481,19 @@ def _bad_update(total: SecureSum, plan: Plan) -> str:
     ring = total.layout.ring
     norm = math.sqrt(sum(map(_squares, (ring.read(total.update[piece]) for piece in _blocks(total.update.size)))))
     # Each ‖wᵢ·Δᵢ‖ is at most wᵢ·C; rounding adds less than a step to each coordinate of each site.
-    most = plan.admission.norm_bound * weight * (1 + _SLACK) + given * math.sqrt(total.update.size) / ring.scale
+    bound, root = _bound(plan), math.sqrt(total.update.size)
+    most = bound * weight * (1 + _SLACK) + given * root / ring.scale
+    if total.layout.noise:
+        # ‖Σ + N‖² ≤ ‖Σ‖² + 2·x·σ‖Σ‖ + (σ√d + x·σ)² but for x standard deviations, and that is below this.
+        deviation = math.sqrt(given * total.layout.noise) / ring.scale
+        most = math.hypot(most, deviation * root) + math.sqrt(2) * HEADROOM * deviation
     return "" if norm <= most else f"the sum failed its check: its norm is {norm:.4g}, and {most:.4g} is the most"
+
+
+def _bound(plan: Plan) -> float:
+    """The largest norm of what a site gives."""
+    noise = plan.protection.site_noise
+    return plan.admission.norm_bound if noise is None else noise.clip
 
 
 def _blocks(size: int) -> Iterator[slice]:
@@ -489,6 +511,7 @@ def _record(total: SecureSum) -> SecureRecord:
         sites=len(total.layout.roster.members),
         threshold=total.layout.roster.threshold,
         uploads={site: sha256_hex(header.encode()) for site, header in total.headers.items()},
+        total=sha256_hex(total.update.data),
     )
 
 

@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
+from cryptography import x509
 from flwr.app import Message
 from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError
@@ -30,6 +31,7 @@ from google.protobuf.message import DecodeError
 from locum.common.blobs import SHA256
 from locum.common.durable import replace_file
 from locum.common.errors import LocumError
+from locum.common.log.entries import Entry
 from locum.common.messages import BLOB_THRESHOLD, INLINE, Arrays, Carrier, Fields, MessageError, Sealer
 from locum.common.plan import Plan
 from locum.common.proto import locum_pb2 as pb
@@ -40,13 +42,15 @@ from locum.common.tensor_files import Mapped, Sendable, map_tensors, write_tenso
 from locum.server.gateway.hints import HEADER
 from locum.server.gateway.live import read_live
 from locum.server.home import Home, ServerConfig
+from locum.server.log import NotLoggedError, open_log
 from locum.server.records import Events
 from locum.server.registry import Registry, RegistryError
+from locum.server.run_log import Event, RunLog
 from locum.server.runs import Run
 from locum.server.signer import Signer, signer_of
 from locum.server.superlink import wait_for_objects
 
-log = logging.getLogger("locum.server")
+logger = logging.getLogger("locum.server")
 
 SILENT_SECONDS = 300.0
 #: An agent that is there is heard every 5 s.
@@ -96,6 +100,7 @@ class Wire:
         self._hints = _Hints(config, (home.superlink / "hints.secret").read_text())
         self._pause, self._calm_after = _FIRST_PAUSE, 0.0
         self._since = time.time()
+        self._log: RunLog | None = None
 
     # --- who
 
@@ -129,6 +134,17 @@ class Wire:
     def signer(self) -> Signer:
         """The federation's log key and authority."""
         return signer_of(self._home, self._run.id)
+
+    def log(self, plan: Plan) -> RunLog:
+        """The federation's."""
+        if self._log is None:
+            self._log = RunLog(open_log(self._home), self._run.id, plan.digest)
+        return self._log
+
+    def certificate(self, site: str) -> x509.Certificate | None:
+        """The newest one of an enrolled site; its key is that of all before it."""
+        row = self._registry.site(site)
+        return None if row is None else row.certificate
 
     # --- tensors
 
@@ -180,22 +196,44 @@ class Wire:
                     continue
                 reply = found[0]
             except _UNREADABLE:
-                log.exception("a reply cannot be read")
+                logger.exception("a reply cannot be read")
             yield number, reply
 
     def wait(self, refusal: LocumError, missing: Collection[str]) -> None:
         """Pauses the run until a site comes back, or for a while; raises StoppedError."""
         if time.monotonic() > self._calm_after:
             self._pause = _FIRST_PAUSE
-        before, until = self._present(), time.monotonic() + self._pause
+        before = self._present()
         self._events.emit("paused", reason=refusal.message, missing=sorted(missing or self._missing(before)))
+        unlogged = self._said([], "paused")
+        while True:
+            self._rest()
+            unlogged = self._said(unlogged, "resumed")
+            if not unlogged:
+                break
+            unlogged.pop()  # it is not resumed: what has no room for a line has none for a round
+        self._calm_after = time.monotonic() + self._pause
+        self._events.emit("resumed")
+
+    def _rest(self) -> None:
+        """Until a site comes back, or for a while; raises StoppedError."""
+        before, until = self._present(), time.monotonic() + self._pause
         self._pause = min(self._pause * 2, _LONGEST_PAUSE)
         while time.monotonic() < until and not (now := self._present()) - before:
             before = now  # who goes while the run is paused is back when it is heard again
             self._check()
             time.sleep(_LOOK_SECONDS)
-        self._calm_after = time.monotonic() + self._pause
-        self._events.emit("resumed")
+
+    def _said(self, unlogged: list[Entry], event: Event) -> list[Entry]:
+        """Logs that the run is paused or goes on, after what could not be logged before; what still cannot be."""
+        log = self.log(self._plan)
+        entries = [*unlogged, log.said(event)]
+        try:
+            log.append(*entries)
+        except NotLoggedError as error:
+            logger.warning("%s", error)
+            return entries
+        return []
 
     def _missing(self, present: set[tuple[str, str]]) -> set[str]:
         try:
@@ -208,7 +246,7 @@ class Wire:
         try:
             asked, now = self._asked(), time.time()
         except RegistryError as error:
-            log.warning("%s", error)
+            logger.warning("%s", error)
             return set()
         heard = read_live(self._home.live).items()
         return {(site, said.instance) for site, said in heard if site in asked and now - said.at < _PRESENT_SECONDS}
@@ -221,7 +259,7 @@ class Wire:
 
 def _bytes_of_sums(plan: Plan) -> int:
     """Of the metric sums that a site sends for one fold."""
-    return 8 * sum(metric_lengths(plan).values())
+    return 8 * sum(metric_lengths(plan, "test").values())
 
 
 def _heard(live: Path) -> dict[str, float]:

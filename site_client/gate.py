@@ -42,7 +42,7 @@ from locum.common.secagg import LEAST_SITES
 from locum.common.secagg.upload import TOLD, Given
 from locum.common.sums import CASES, LOSS, WEIGHT, metric_lengths, weight_cap
 from locum.common.tensor_files import Sendable
-from locum.common.updates import update_problem
+from locum.common.updates import l2_norm, update_problem
 from locum.site_client.hours import Hours, open_at
 
 
@@ -202,8 +202,8 @@ class Made(NamedTuple):
 
     Attributes:
         tensors: the update, or the sums of the metrics by name.
-        told: what it says of it: `cases`; of an update `steps`, `loss` and `seconds` too; of metrics `cells`, by cell of
-            the plan's subgroups the numbers of the patients who have cases in it.
+        told: what it says of it: `cases`; of an update `steps`, `loss` and `seconds` too; of metrics `cells`, by
+            cell of the plan's subgroups the numbers of the patients who have cases in it.
         spent: makes the statement of what was spent.
     """
 
@@ -319,11 +319,21 @@ def mask_update(policy: Policy, plan: Plan, *, model: Arrays, made: Made) -> Mas
     _check_update(plan, model, made.tensors)
     done = made.told
     weight = _weight(plan, done["cases"]) / weight_cap(plan)
+    factor = weight * _shrunk(plan, made.tensors)
     loss = done["loss"] if plan.private is None else 0.0
     scalars = {WEIGHT: np.array([weight]), LOSS: np.array([weight * loss])}
     cases = done["cases"] if _counts(policy, plan) else None
     header = partial(MaskedResult, plan_digest=plan.digest, loss=_loss(policy, plan, done), cases=cases)
-    return Masked(Given(made.tensors, weight, scalars), lambda upload: header(upload=upload, spent=made.spent()))
+    return Masked(Given(made.tensors, factor, scalars), lambda upload: header(upload=upload, spent=made.spent()))
+
+
+def _shrunk(plan: Plan, update: Arrays) -> float:
+    """By what an update is multiplied so that its norm is at most the clip of the site noise: 1 where it is."""
+    noise = plan.protection.site_noise
+    if noise is None:
+        return 1.0
+    norm = l2_norm(update)
+    return 1.0 if norm <= noise.clip else noise.clip / norm
 
 
 def mask_metrics(policy: Policy, plan: Plan, task: EvaluateTask, made: Made) -> Masked:

@@ -9,10 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from locum.common.build import metric_of
 from locum.common.errors import Code, SiteFailure
 from locum.common.messages import Arrays, Tensors
-from locum.common.plan import parse_plan
+from locum.common.metrics import Outcomes
+from locum.common.plan import Fold, parse_plan
+from locum.common.plan_checks import OTHER
+from locum.common.sums import CASES, cells_of
 from locum.site_client.session import (
     Session,
     at_model,
@@ -51,9 +57,30 @@ def _train(session: Session, request: Mapping[str, Any], tensors: Arrays) -> tup
 def _evaluate(session: Session, request: Mapping[str, Any], tensors: Arrays) -> tuple[dict[str, Any], Tensors]:
     at_model(session, tensors, request["round"])
     found = measure(session, request["fold"])
+    cells = _cells(session, request["fold"])
+    sums = _sums(session, found)
+    for key, rows in cells.items():
+        own = {**_sums(session, found.take(rows)), CASES: np.array([float(len(rows))])}
+        sums |= {f"{name}@{key}": array for name, array in own.items()}
+    patients = np.unique(found.patients, return_inverse=True)[1]
+    return {
+        "cases": len(found.patients),
+        "cells": {key: sorted({int(patients[row]) for row in rows}) for key, rows in cells.items()},
+    }, sums
+
+
+def _sums(session: Session, found: Outcomes) -> Tensors:
     classes = len(session.plan.contract.classes)
-    sums: Tensors = {name: metric_of(name).sums(found, classes) for name in session.plan.evaluation.metrics}
-    return {"cases": len(found.patients)}, sums
+    return {name: metric_of(name).sums(found, classes) for name in session.plan.evaluation.metrics}
+
+
+def _cells(session: Session, fold: Fold) -> dict[str, NDArray[np.intp]]:
+    """By cell of the plan's subgroups, which of a fold's cases are its own, by their place."""
+    named = {cell: cell.value.casefold() for cell in cells_of(session.plan, fold)}
+    values = [case.manufacturer.strip().casefold() for case in session.cases[fold]]
+    known = set(named.values())
+    own = [value if value in known else OTHER for value in values]
+    return {cell.key: np.flatnonzero([value == name for value in own]) for cell, name in named.items()}
 
 
 def _stand_at(session: Session, request: Mapping[str, Any], tensors: Arrays) -> None:

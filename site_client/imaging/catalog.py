@@ -56,6 +56,7 @@ class Case:
         image: a .nii file.
         mask: a .nii file on the same grid, or None.
         label: the plan's class, or None.
+        manufacturer: of the scanner; empty if it is not stated.
     """
 
     id: str
@@ -64,6 +65,7 @@ class Case:
     mask: Path | None
     label: str | None
     fold: Fold
+    manufacturer: str = ""
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,8 @@ class Catalog:
         self._check_complete()
         table_folds = self._meta("folds", [])
         rows = self._db.execute(
-            "SELECT id, patient, image, mask, label, u, max(fold) OVER (PARTITION BY patient) FROM cases ORDER BY id"
+            "SELECT id, patient, image, mask, label, u, max(fold) OVER (PARTITION BY patient), manufacturer FROM cases"
+            " ORDER BY id"
         )
         return tuple(
             Case(
@@ -235,8 +238,9 @@ class Catalog:
                 mask=self._store / mask if mask else None,
                 label=label,
                 fold=fold_of(u, stated, split, table_folds=table_folds),
+                manufacturer=manufacturer,
             )
-            for name, patient, image, mask, label, u, stated in rows
+            for name, patient, image, mask, label, u, stated, manufacturer in rows
         )
 
     def facts(self) -> tuple[Facts, ...]:

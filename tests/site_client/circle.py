@@ -100,7 +100,9 @@ class Hands:
             return dict(self.done), {name: np.full_like(tensor, self.value) for name, tensor in (tensors or {}).items()}
         if self.cases == 0:
             raise SiteFailure(Code.NO_DATA, "no case of the fold")
-        return {"cases": self.cases}, {name: np.full(n, float(self.cases)) for name, n in metric_lengths(plan).items()}
+        return {"cases": self.cases}, {
+            name: np.full(n, float(self.cases)) for name, n in metric_lengths(plan, "validation").items()
+        }
 
 
 @dataclass
@@ -249,7 +251,11 @@ class Circle:
     def open_sum(self, context: Context) -> SecureSum:
         """A sum to which nobody has given."""
         size = sum(tensor.size for tensor in self.model.values())
-        layout = partial(training_layout, size=size) if context.purpose == "train" else metrics_layout
+        layout = (
+            partial(training_layout, size=size)
+            if context.purpose == "train"
+            else partial(metrics_layout, fold=context.purpose)
+        )
         certificates = {name: self.credentials[name].certificate for name in self.roster.places}
         return SecureSum(context, layout(self.of, self.roster), certificates, self.private)
 

@@ -69,7 +69,7 @@ def value_of(site: str, number: int) -> np.float32:
 
 def sums_of(site: str, plan: Plan) -> Tensors:
     """A site's metric sums."""
-    return {name: np.full(length, GIFTS[site].metric) for name, length in metric_lengths(plan).items()}
+    return {name: np.full(length, GIFTS[site].metric) for name, length in metric_lengths(plan, "validation").items()}
 
 
 @dataclass(frozen=True)
