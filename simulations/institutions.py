@@ -1,7 +1,7 @@
 """An emulated institution: its folder, its data, its agent. The code behind the agent is a hospital's own.
 
 Each site has `sites/NAME/` in the run's folder: `raw/` (the DICOM that an emulated hospital wrote), `store/` (the
-volume store and catalog), `run/` (local tensors) and `site.log`.
+volume store and catalog), `run/` (local tensors), `ledger.sqlite` and `site.log`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from locum.server.checkpoints import Checkpoints
 from locum.server.home import Home
 from locum.simulations.preparation import Prepared
 from locum.site_client.agent import Agent
+from locum.site_client.configuration import LEDGER
 from locum.site_client.gate import Policy
+from locum.site_client.privacy.budget import Budget, Signer
+from locum.site_client.privacy.ledger import Ledger
 from locum.site_client.secure import Credentials, SecureSite, seeded
 from locum.site_client.settings import Settings
 from locum.site_client.worker import Worker, process_context
@@ -75,15 +78,33 @@ def open_agent(site: Prepared, policy: Policy, federation: Federation, *, cache_
     settings = Settings(site.name, (site.store,), site.folder / "run", cache_bytes=cache_bytes)
     worker = Worker(settings, log)
     worker.start()
-    return Agent(site.name, policy, worker, log, secure_site(site.folder / "secagg", site.name, federation))
+    credentials = _credentials(site.name, federation)
+    secure = _secure(site.folder / "secagg", credentials)
+    return Agent(site.name, policy, worker, log, secure, budget=_budget(site.folder, policy, credentials))
 
 
 def secure_site(folder: Path, name: str, federation: Federation) -> SecureSite:
-    """A site's part in secure sums: a key of its own, and rounding by the plan's seed."""
+    """A site's part in secure sums, for one that has no agent of ours."""
+    return _secure(folder, _credentials(name, federation))
+
+
+def _secure(folder: Path, credentials: Credentials) -> SecureSite:
+    """Rounding is by the plan's seed, so that a simulation gives the same bits again."""
+    return SecureSite(folder, lambda: credentials, utc_now, seeded)
+
+
+def _credentials(name: str, federation: Federation) -> Credentials:
+    """A site's key of its own, and its certificate."""
     key, authority = new_key(), federation.authority
     trust = Trust(authority.federation, authority.certificate, federation.log)
-    credentials = Credentials(name, key, authority.issue_site(name, key.public_key()), trust)
-    return SecureSite(folder, lambda: credentials, utc_now, seeded)
+    return Credentials(name, key, authority.issue_site(name, key.public_key()), trust)
+
+
+def _budget(folder: Path, policy: Policy, credentials: Credentials) -> Budget:
+    """An emulated hospital's patients are its run's alone, and so is the ledger."""
+    ledger = Ledger(folder / LEDGER)
+    ledger.begin()
+    return Budget(ledger, "patients", policy, lambda: Signer(credentials.site, credentials.key), utc_now)
 
 
 def site_log(path: Path, name: str) -> logging.Logger:

@@ -5,7 +5,7 @@ Rules:
     :mod:`locum.site_client.imaging.sources`) may stand in the same file, so that `ingest` reads it too; without
     `stores` the catalog is then `store` beside the file.
   * Unknown keys are fatal, with the line and the nearest key. Nothing here can loosen a plan.
-  * Relative stores start at the folder of the file.
+  * Relative paths start at the folder of the file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
@@ -26,7 +26,7 @@ from locum.site_client.gate import Policy
 from locum.site_client.imaging.sources import SiteData, load_site, mistake, read_site_file
 from locum.site_client.settings import Settings
 
-FILE = "site.yaml"
+FILE, LEDGER = "site.yaml", "ledger.sqlite"
 _STRICT = ConfigDict(extra="forbid", frozen=True)
 _GIB = 1 << 30
 _CACHE = 2 * _GIB
@@ -91,6 +91,8 @@ class _Agent(BaseModel):
 
     stores: Annotated[tuple[Path, ...], Field(min_length=1)] | None = None
     policy: Policy = Policy()
+    population: str = Field("patients", pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}$")
+    ledger: Path = Path(LEDGER)
     resources: Resources = Resources()
     proxy: str | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -107,6 +109,18 @@ _KEYS = (*_Agent.model_fields, *_DATA_KEYS)
 _PARTS: Mapping[str, type[BaseModel]] = {"policy": Policy, "resources": Resources}
 
 
+class Accounts(NamedTuple):
+    """Where it stands what was spent of whose privacy.
+
+    Attributes:
+        ledger: the ledger's file, absolute; agents that share patients share it.
+        population: the steward's name for the patients behind this site's stores.
+    """
+
+    ledger: Path
+    population: str
+
+
 @dataclass(frozen=True)
 class SiteConfiguration:
     """What an agent is told by its hospital.
@@ -114,6 +128,7 @@ class SiteConfiguration:
     Attributes:
         stores: folders of catalogs, absolute.
         policy: what the site allows.
+        accounts: where it stands what was spent of whose privacy.
         resources: what the worker may take.
         proxy: the HTTP proxy on the way out, `http://host:port`.
         log_level: how much the agent writes into its log.
@@ -122,6 +137,7 @@ class SiteConfiguration:
     """
 
     stores: tuple[Path, ...]
+    accounts: Accounts = field(default_factory=lambda: Accounts(Path(LEDGER), "patients"))
     policy: Policy = field(default_factory=Policy)
     resources: Resources = field(default_factory=Resources)
     proxy: str | None = field(default=None, repr=False)  # it may hold a password
@@ -154,6 +170,7 @@ def read_configuration(path: Path) -> SiteConfiguration:
     data = _data(document, path) if _names_data(document) else None
     return SiteConfiguration(
         stores=_stores(document, own.stores, path),
+        accounts=_accounts(own, path),
         policy=own.policy,
         resources=own.resources,
         proxy=own.proxy,
@@ -166,6 +183,11 @@ def read_configuration(path: Path) -> SiteConfiguration:
 def read_policy(path: Path) -> Policy:
     """The policy alone: a steward reviews plans at a desk that need not reach the images. Raises DataError."""
     return _read(path)[1].policy
+
+
+def read_accounts(path: Path) -> Accounts:
+    """Where the ledger is, and whose patients it is about here; raises DataError."""
+    return _accounts(_read(path)[1], path)
 
 
 def read_data(path: Path) -> SiteData:
@@ -186,6 +208,10 @@ def _read(path: Path) -> tuple[Document, _Agent]:
         return document, _Agent.model_validate(own)
     except ValidationError as error:
         raise mistake(document, error, _keys_beside) from None
+
+
+def _accounts(own: _Agent, path: Path) -> Accounts:
+    return Accounts(path.parent.absolute() / own.ledger.expanduser(), own.population)
 
 
 def _keys_beside(location: tuple[int | str, ...]) -> tuple[str, ...]:

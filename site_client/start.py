@@ -1,7 +1,7 @@
 """`locum site start`: puts an agent together from its folder, and runs it until it is told to end.
 
 home/  site.yaml  identity/  proposals/  approvals/  journal/  work/ (blobs on their way)  run/ (local tensors)
-       secagg/ (keys of secure sums)  site.log  agent.json  agent.lock
+       secagg/ (keys of secure sums)  ledger.sqlite  site.log  agent.json  agent.lock
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ctypes
 import fcntl
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
@@ -29,6 +29,8 @@ from locum.site_client.configuration import FILE, SiteConfiguration, read_config
 from locum.site_client.enrolment import connection_error, needs_renewal, open_channel, renew
 from locum.site_client.gate import Policy
 from locum.site_client.identity import SiteIdentity, load_identity
+from locum.site_client.privacy.budget import Budget, Signer
+from locum.site_client.privacy.ledger import Ledger, LedgerError
 from locum.site_client.pulse import News, Pulse
 from locum.site_client.secure import Credentials, SecureSite, drawn, seeded
 from locum.site_client.service import Service
@@ -99,7 +101,8 @@ def open_service(home: Path, configuration: SiteConfiguration, log: logging.Logg
         lambda: datetime.fromtimestamp(service.pulse.now(), UTC),
         seeded if configuration.rehearsal else drawn,
     )
-    agent = Agent(identity.site, configuration.policy, worker, log, secure, admit)
+    budget = open_budget(home, configuration, log, lambda: datetime.fromtimestamp(service.pulse.now(), UTC))
+    agent = Agent(identity.site, configuration.policy, worker, log, secure, admit, budget)
     news = News(
         receive=lambda envelope: approvals().receive(envelope),
         decisions=lambda: approvals().decisions(),
@@ -121,6 +124,25 @@ def credentials_of(identity: SiteIdentity) -> Credentials:
     """What secure sums need of a site's identity."""
     trust = Trust(identity.membership.federation, identity.authority, identity.log_key)
     return Credentials(identity.site, identity.key, identity.certificate, trust)
+
+
+def open_budget(
+    home: Path, configuration: SiteConfiguration, log: logging.Logger, now: Callable[[], datetime]
+) -> Budget:
+    """What the site's patients may still give; of a ledger that cannot be used the log says so, and the agent runs."""
+    ledger = Ledger(configuration.accounts.ledger)
+    try:
+        if ledger.begin():
+            log.warning("a new ledger begins in %s: nothing counts as spent", ledger.path)
+        ledger.rows()
+    except LedgerError as error:
+        log.warning("plans with differential privacy are refused: %s; %s", error, error.remedy)
+
+    def signer() -> Signer:
+        identity = load_identity(home)
+        return Signer(identity.site, identity.key)
+
+    return Budget(ledger, configuration.accounts.population, configuration.policy, signer, now)
 
 
 def open_log(home: Path, site: str, configuration: SiteConfiguration) -> logging.Logger:

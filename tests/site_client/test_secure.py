@@ -264,7 +264,7 @@ def test_a_site_without_a_case_gives_zeros_and_its_reply_looks_like_any_other(ci
     assert _scalars(circle.unmasked(total), circle)["cases"].tolist() == [8.0]
     forms = [_form(reply) for reply in replies.values()]
     assert forms[0] == forms[1] == forms[2]
-    assert forms[0][0] == {"plan_digest": circle.of.digest, "loss": None, "cases": None}
+    assert forms[0][0] == {"plan_digest": circle.of.digest, "loss": None, "cases": None, "spent": None}
 
 
 def _form(reply: Any) -> Any:
