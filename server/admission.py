@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from flwr.app import Message
 
@@ -12,6 +14,9 @@ from locum.common.messages import INLINE, Arrays, Carrier, H, Header, MessageErr
 from locum.common.plan import Plan
 from locum.common.updates import update_problem
 
+#: What the log says of a refusal that has no code (see :data:`locum.common.log.entries.Word`).
+Why = Literal["NOT_ADMITTED", "AWAY", "LATE", "OUTSIDE", "INTERNAL"]
+
 
 @dataclass(frozen=True)
 class Refused:
@@ -19,6 +24,17 @@ class Refused:
 
     reason: str
     code: Code | None = None
+    why: Why = "NOT_ADMITTED"
+
+    @property
+    def word(self) -> str:
+        """The one word that stands in the log."""
+        return self.why if self.code is None else self.code.name
+
+
+def reasons(refused: Mapping[str, Refused]) -> dict[str, str]:
+    """By site, why, as people read it."""
+    return {site: found.reason for site, found in refused.items()}
 
 
 @dataclass(frozen=True)
@@ -53,7 +69,7 @@ def _failure(number: int, reason: str | None) -> Refused:
     try:
         code = Code(number)
     except ValueError:
-        return Refused(f"the site failed with code {number}")
+        return Refused(f"the site failed with code {number}", why="INTERNAL")
     clause = (reason or "").removeprefix(code.name).strip()
     shown = f" ({clause})" if code is Code.POLICY_REFUSED and clause.isidentifier() and len(clause) < 40 else ""
     return Refused(MEANING[code][0] + shown, code)

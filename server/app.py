@@ -2,25 +2,38 @@
 
 Run configuration: `run-dir`, the folder of a run on one machine, or `run`, the name of a run of the coordinator whose
 folder the environment variable `LOCUM_SERVER_HOME` names. Checkpoints that are there are continued.
+
+A run ends in three steps, and whoever finds some of them done does the rest: the folder `ending/` is there whole, with
+what the log is told; the log is told it, once; `run.json` is moved to its place, and the run is at its end.
 """
 
 from __future__ import annotations
 
+import logging
+import shutil
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from locum.common.blobs import DISK_FULL
-from locum.common.durable import replace_file
+from locum.common.blobs import DISK_FULL, Blob
+from locum.common.durable import create_folder, flush, replace_file
 from locum.common.errors import LocumError, RunError
+from locum.common.log.entries import written
 from locum.common.plan import Plan, load_plan
 from locum.common.tensor_files import write_tensors
+from locum.server.admission import reasons
 from locum.server.checkpoints import Checkpoints, DiskFullError
 from locum.server.home import Home
 from locum.server.link import Direct, Link
+from locum.server.log import NotLoggedError
 from locum.server.records import Events, RunSummary
 from locum.server.rounds import Finished, open_engine, run
+from locum.server.run_log import Event, RunLog
+
+logger = logging.getLogger("locum.server")
+
+_ENDING = "ending"
 
 app = ServerApp()
 
@@ -56,23 +69,35 @@ def _between_hospitals(name: str, grid: Grid) -> None:
             while not _went_on(found.folder, found.plan, grid, wire, events):
                 pass
         except StoppedError:
+            _log_end(wire, found.plan, "stopped")
             events.emit("stopped")
         except LocumError as error:
             found.fail(error.message, error.remedy)
             events.emit("failed", reason=error.message, remedy=error.remedy)
+            _log_end(wire, found.plan, "failed")
         finally:
             events.close()
 
 
+def _log_end(link: Link, plan: Plan, event: Event) -> None:
+    """Logs that a run has ended without a result; one that cannot be logged now is by the supervisor, at its next look."""
+    try:
+        log = link.log(plan)
+        log.append(log.said(event))
+        log.seal()
+    except LocumError as error:
+        logger.warning("%s", error)
+
+
 def _went_on(folder: Path, plan: Plan, grid: Grid, link: Link, events: Events) -> bool:
-    """Whether the run has reached its end; False if the disk or the registry failed, and trying again is worth it."""
+    """Whether the run has reached its end; False if disk, log or registry failed, and trying again is worth it."""
     from locum.server.begin import begin
     from locum.server.registry import RegistryError
 
     try:
         begin(folder)
         _run(folder, plan, grid, link, events)
-    except (DiskFullError, RegistryError) as error:
+    except (DiskFullError, NotLoggedError, RegistryError) as error:
         link.wait(error, ())
         return False
     return True
@@ -80,24 +105,43 @@ def _went_on(folder: Path, plan: Plan, grid: Grid, link: Link, events: Events) -
 
 def _run(folder: Path, plan: Plan, grid: Grid, link: Link, events: Events) -> None:
     try:
-        engine = open_engine(plan, grid, Checkpoints(folder / "checkpoints", plan), events, link)
-        write_result(folder, run(engine))
+        log = link.log(plan)
+        if not (folder / _ENDING).exists():
+            engine = open_engine(plan, grid, Checkpoints(folder / "checkpoints", plan), events, link)
+            write_result(folder, run(engine), log)
+        end(folder, log)
     except OSError as error:
         reason = f"{folder} cannot be written: {error.strerror}; committed rounds are kept"
         kind = DiskFullError if error.errno in DISK_FULL else RunError
         raise kind(reason, "free space or mend the disk, then resume") from error
 
 
-def write_result(folder: Path, finished: Finished) -> None:
-    """Writes `model.safetensors` and `run.json` (status, rounds, test metrics) durably; raises OSError."""
-    replace_file(folder / "model.safetensors", lambda path: write_tensors(path, finished.model, flush=True))
+def write_result(folder: Path, finished: Finished, log: RunLog) -> None:
+    """Writes `model.safetensors`, and in `ending/` the status, rounds and test metrics; raises OSError."""
+    blobs: list[Blob] = []
+    replace_file(
+        folder / "model.safetensors", lambda path: blobs.append(write_tensors(path, finished.model, flush=True))
+    )
     summary = RunSummary(
         status=finished.status,
         round=finished.round,
         sites=tuple(finished.roster.nodes),
-        excluded=dict(finished.roster.excluded),
+        excluded=reasons(finished.roster.excluded),
         lost=finished.losses,
         test=finished.test,
         history=finished.history,
     )
-    replace_file(folder / "run.json", summary.model_dump_json(indent=1).encode())
+    entries = (finished.tested, log.end(finished.status, finished.round, blobs[0].sha256))
+    files = {"run.json": summary.model_dump_json(indent=1).encode(), "entries": b"\n".join(map(written, entries))}
+    create_folder(folder / _ENDING, files)
+
+
+def end(folder: Path, log: RunLog) -> None:
+    """Tells the log of the end that lies in `ending/`, and then the run's folder; raises OSError or NotLoggedError."""
+    ending = folder / _ENDING
+    if (ending / "run.json").exists():
+        log.begin((ending / "entries").read_bytes().split(b"\n"))
+        log.seal()
+        (ending / "run.json").replace(folder / "run.json")
+        flush(folder)
+    shutil.rmtree(ending)

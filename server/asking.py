@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flwr.app import Message, RecordDict
@@ -17,21 +17,30 @@ from locum.server.admission import Refused
 from locum.server.checkpoints import Checkpoints
 from locum.server.link import Link
 from locum.server.records import Events, SecureRecord
+from locum.server.run_log import RunLog
+from locum.server.spending import Statement
 from locum.server.strategies import Strategy, Totals
 
 if TYPE_CHECKING:
     from locum.server.secure import SecureSums
 
 
+LATE = Refused("no answer by the deadline", why="LATE")
+
+
 @dataclass(frozen=True)
 class Roster:
     """The sites of a run: node id by name, in the fixed order in which their updates are summed.
 
-    `excluded` names sites that were asked but cannot take part, with the reason.
+    Attributes:
+        nodes: node id by name.
+        excluded: by site that was asked but cannot take part, why.
+        policies: by site that told it, the digest of its policy.
     """
 
     nodes: Mapping[str, int]
-    excluded: Mapping[str, str]
+    excluded: Mapping[str, Refused]
+    policies: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,16 +53,21 @@ class Engine:
     checkpoints: Checkpoints
     events: Events
     link: Link
+    log: RunLog
     secure: SecureSums | None = None
 
 
 @dataclass(frozen=True)
 class Told:
-    """What a site whose update counts tells of itself: weight, mean training loss, seconds. None: not told."""
+    """What a site whose update counts tells of itself: weight, mean training loss, seconds. None: not told.
+
+    `spent` is its signed statement of what it has spent, checked.
+    """
 
     weight: float | None = None
     loss: float | None = None
     seconds: float | None = None
+    spent: Statement | None = None
 
 
 @dataclass(frozen=True)
@@ -92,14 +106,16 @@ class Measured:
         total: the number of cases over all sites.
         excluded: by site that is not in the sums, why.
         silent: those of them that did not answer at all.
+        spent: by site in the sums, its signed statement of what it has spent.
     """
 
     sums: Arrays
     per_site: Mapping[str, Arrays]
     cases: Mapping[str, int | None]
     total: int | None
-    excluded: Mapping[str, str]
+    excluded: Mapping[str, Refused]
     silent: tuple[str, ...]
+    spent: Mapping[str, Statement] = field(default_factory=dict)
 
 
 def least_sites(plan: Plan) -> int:
@@ -112,7 +128,7 @@ def away_of(engine: Engine, roster: Roster, number: int) -> dict[str, Refused]:
     away = engine.link.away(roster.nodes)
     for site, reason in away.items():
         engine.events.emit("refused", round=number, site=site, reason=reason)
-    return {site: Refused(reason) for site, reason in away.items()}
+    return {site: Refused(reason, why="AWAY") for site, reason in away.items()}
 
 
 def addressed(engine: Engine, roster: Roster, contents: Mapping[str, RecordDict]) -> dict[str, tuple[int, RecordDict]]:
@@ -124,7 +140,7 @@ def addressed(engine: Engine, roster: Roster, contents: Mapping[str, RecordDict]
 def unanswered(engine: Engine, sites: Collection[str]) -> dict[str, Refused]:
     """Why these sites have not answered."""
     away = engine.link.away(sites)
-    return {site: Refused(away.get(site, "no answer by the deadline")) for site in sites}
+    return {site: Refused(away[site], why="AWAY") if site in away else LATE for site in sites}
 
 
 def exchange(

@@ -1,15 +1,16 @@
 """Committed rounds on disk: one folder a round, complete or absent.
 
 `round-000012/` holds `model.safetensors`, `strategy.safetensors`, `state.json` (round, plan digest, SHA-256 of both and
-the history) and, once measured, `evaluation.json`. Round 0 is the model that the plan's seed gives. A folder is written
-beside, flushed and renamed, so a crash at any byte leaves the round before it. The last two and the best one are kept.
+the history), `round.entry` (what the log is told of it) and, once measured, `evaluation.json` and `evaluation.entry`.
+Round 0 is the model that the plan's seed gives. A folder is written beside, flushed and renamed, so a crash at any byte
+leaves the round before it. The last two and the best one are kept.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,11 +21,12 @@ from locum.common.durable import Write, create_folder, replace_file, write_synce
 from locum.common.errors import RunError
 from locum.common.messages import Arrays
 from locum.common.plan import Plan
-from locum.common.tensor_files import TensorFileError, map_tensors, write_tensors
+from locum.common.tensor_files import Mapped, TensorFileError, map_tensors, write_tensors
 from locum.server.records import Evaluated, RoundRecord
 
 _KEPT = 2
 _MODEL, _STRATEGY = "model.safetensors", "strategy.safetensors"
+_ENTRY, _EVALUATION, _EVALUATION_ENTRY = "round.entry", "evaluation.json", "evaluation.entry"
 
 
 class DiskFullError(RunError):
@@ -56,6 +58,13 @@ class Committed:
     history: tuple[RoundRecord, ...]
     start: int | None = None
 
+    @property
+    def model_sha256(self) -> str:
+        """Of the model's file; raises TypeError for a model that is in none."""
+        if not isinstance(self.model, Mapped):
+            raise TypeError("only a committed model has a file")
+        return self.model.sha256
+
 
 class Checkpoints:
     """The checkpoints of one run."""
@@ -75,10 +84,13 @@ class Checkpoints:
         names = (path.name.removeprefix("round-") for path in self._folder.glob("round-*"))
         return sorted(int(name) for name in names if name.isdigit())
 
-    def commit(self, committed: Committed, *, keep: int | None = None) -> Committed:
+    def commit(
+        self, committed: Committed, *, keep: int | None = None, entry: Callable[[str], bytes] | None = None
+    ) -> Committed:
         """Writes a round durably, then forgets rounds that are neither recent nor `keep`; raises OSError.
 
-        Returns the round with its tensors mapped from the disk: what is committed takes no memory.
+        `entry` makes what the log is told of the round, of the SHA-256 of its model's file. Returns the round with its
+        tensors mapped from the disk: what is committed takes no memory.
         """
         blobs: dict[str, Blob] = {}
 
@@ -90,6 +102,8 @@ class Checkpoints:
 
         parts = {_MODEL: committed.model, _STRATEGY: committed.strategy}
         files = {name: tensors(name, arrays) for name, arrays in parts.items()} | {"state.json": state}
+        if entry is not None:
+            files[_ENTRY] = lambda path: write_synced(path, entry(blobs[_MODEL].sha256))
         folder = self._path(committed.round)
         create_folder(folder, files)
         for old in self.rounds()[:-_KEPT]:
@@ -108,10 +122,17 @@ class Checkpoints:
             history=_named(committed, blobs),
         )
 
-    def add_evaluation(self, evaluated: Evaluated) -> None:
-        """Adds the metrics of a committed round; raises OSError."""
-        content = evaluated.model_dump_json(indent=1).encode()
-        replace_file(self._path(evaluated.round) / "evaluation.json", content)
+    def add_evaluation(self, evaluated: Evaluated, entry: bytes) -> None:
+        """Adds the metrics of a committed round, and what the log is told of them; raises OSError."""
+        folder, content = self._path(evaluated.round), evaluated.model_dump_json(indent=1).encode()
+        replace_file(folder / _EVALUATION_ENTRY, entry)
+        replace_file(folder / _EVALUATION, content)  # last: from here on they count
+
+    def entries(self, round_number: int) -> list[bytes]:
+        """What the log is told of a round on disk, in order; raises OSError."""
+        folder = self._path(round_number)
+        known = [folder / _ENTRY] + [folder / _EVALUATION_ENTRY] * (folder / _EVALUATION).exists()
+        return [path.read_bytes() for path in known if path.exists()]
 
     def latest(self) -> Committed | None:
         """The newest committed round, or None before the first; raises RunError if it is damaged or foreign."""
@@ -125,7 +146,7 @@ class Checkpoints:
         try:
             state = _State.model_validate_json((folder / "state.json").read_bytes())
             digests = _sha256_of(folder / _MODEL), _sha256_of(folder / _STRATEGY)
-            history = _with_evaluation(folder / "evaluation.json", state.history)
+            history = _with_evaluation(folder / _EVALUATION, state.history)
         except (OSError, ValidationError) as error:
             raise RunError(f"the checkpoint {folder} cannot be read", remedy) from error
         if state.plan_digest != self._plan.digest:

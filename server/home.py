@@ -3,6 +3,7 @@
 server.yaml        name, host, ports, quotas
 authority/         ca.key ca.pem server.key server.pem log.key log.pem        (keys 0600)
 registry.sqlite    invitations, sites, certificates, proposals, approvals
+log/               the federation's log: entries, tree, checkpoints with the cosignatures of the sites
 superlink/         Flower's own state: FLWR_HOME, database, secrets, loopback certificate
 runs/RUN/          plan.yaml, events.jsonl, checkpoints/, run.json and what was wanted of the run
 spool/RUN/         blobs: down/SHA256, up/SITE/SHA256, and the unfinished up/SITE/SHA256.part
@@ -68,10 +69,19 @@ class Home:
         """Keys and certificates."""
         return self.path / "authority"
 
+    def certificate_of(self, site: str) -> Path:
+        """A site's certificate in a simulation, which has no registry."""
+        return self.authority / "sites" / f"{site}.pem"
+
     @property
     def registry(self) -> Path:
         """The registry's database."""
         return self.path / "registry.sqlite"
+
+    @property
+    def log(self) -> Path:
+        """The federation's log."""
+        return self.path / "log"
 
     @property
     def superlink(self) -> Path:

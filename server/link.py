@@ -11,12 +11,17 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from cryptography import x509
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from locum.common.errors import LocumError, RunError
+from locum.common.errors import LocumError
+from locum.common.identity import load_certificate
 from locum.common.messages import INLINE, LOCAL, Arrays, Carrier, Sealer
+from locum.common.plan import Plan
 from locum.server.home import Home
+from locum.server.log import open_log
+from locum.server.run_log import RunLog
 from locum.server.signer import Signer, signer_of
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.001, 0.2
@@ -33,6 +38,12 @@ class Link(Protocol):
 
     def signer(self) -> Signer:
         """What the coordinator signs with; raises LocumError."""
+
+    def log(self, plan: Plan) -> RunLog:
+        """What is logged of this run of a plan; the same one in one process. Raises LocumError."""
+
+    def certificate(self, site: str) -> x509.Certificate | None:
+        """A site's certificate, if it is known."""
 
     def outgoing(self, model: Arrays) -> Sealer:
         """How `model` goes out."""
@@ -66,10 +77,11 @@ class Link(Protocol):
 class Direct:
     """Agents in this process: tensors inside the messages, replies polled with a growing pause.
 
-    `home` is the folder in which the authority of a simulation lies.
+    `home` is the run's folder, in which the authority of the simulation and its log lie.
     """
 
-    home: Home | None = None
+    home: Home
+    _log: RunLog | None = None
     _pause: float = field(default=_FIRST_WAIT)
 
     def nodes(self, known: Iterable[int]) -> Mapping[int, str | None]:
@@ -83,9 +95,18 @@ class Direct:
 
     def signer(self) -> Signer:
         """The simulation's own."""
-        if self.home is None:
-            raise RunError("this simulation has no authority", "give the link a home")
         return signer_of(self.home, LOCAL)
+
+    def log(self, plan: Plan) -> RunLog:
+        """The simulation's own, in the run's folder."""
+        if self._log is None or self._log.plan != plan.digest:
+            self._log = RunLog(open_log(self.home), LOCAL, plan.digest)
+        return self._log
+
+    def certificate(self, site: str) -> x509.Certificate | None:
+        """The one that the simulation has issued."""
+        path = self.home.certificate_of(site)
+        return load_certificate(path) if path.exists() else None
 
     def outgoing(self, model: Arrays) -> Sealer:
         """Inside the message."""

@@ -512,6 +512,7 @@ def _record(total: SecureSum) -> SecureRecord:
         threshold=total.layout.roster.threshold,
         uploads={site: sha256_hex(header.encode()) for site, header in total.headers.items()},
         total=sha256_hex(total.update.data),
+        noise=math.sqrt(total.layout.noise / len(total.survivors)) / total.layout.ring.scale,
     )
 
 

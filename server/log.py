@@ -1,0 +1,156 @@
+"""The federation's log: what happened, an entry each, written where it happens.
+
+Rules:
+  * The gateway, the commands and every run append to one log, each from its own process.
+  * What cannot be written down does not happen: an approval is refused, and a run waits.
+  * The first entry says whose log it is. A coordinator that had no log begins one with what its registry knows.
+  * A checkpoint is signed with the log key. A site that asks is given the newest, and the proof that the log which it
+    has seen is the beginning of this one; what it signs is kept if its certificate's key signed it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric import ed25519
+
+from locum.common.errors import LocumError
+from locum.common.identity import PublicKey, fingerprint_of, load_certificate, subject_of, utc_now
+from locum.common.log.entries import Entry, FederationEntry, moment, written
+from locum.common.log.note import NoteError, check_cosignature, opened, sign, with_lines
+from locum.common.log.origins import federation_origin, site_origin
+from locum.common.log.store import Log
+from locum.server.authority import load_log_certificate, load_log_key
+from locum.server.home import Home
+
+
+class NotLoggedError(LocumError):
+    """The log cannot be written, so what should stand in it must not happen."""
+
+
+@dataclass(frozen=True)
+class FederationLog:
+    """A coordinator's log, in one of its processes; threads may share it.
+
+    Every method raises LogError if the log is damaged, and those that write NotLoggedError if it cannot be written.
+
+    Attributes:
+        federation: whose log it is.
+        store: the log itself.
+        key: the log key.
+    """
+
+    federation: str
+    store: Log
+    folder: Path
+    key: ed25519.Ed25519PrivateKey = field(repr=False)
+
+    def append(self, *entries: Entry) -> None:
+        """Appends all of these entries or none; they are on the disk when it returns."""
+        with self._written():
+            self.store.append(*entries)
+
+    def append_once(self, *entries: Entry) -> None:
+        """Appends those of these entries that are not there, to the byte; looks through the whole log."""
+        wanted = {written(entry): entry for entry in entries}
+        if wanted:
+            for leaf in self.store.entries():
+                wanted.pop(leaf, None)
+            self.append(*wanted.values())
+
+    def seal(self) -> str:
+        """Signs a checkpoint of the log as it is, unless one is signed; returns the newest."""
+        with self._written():
+            return self.store.checkpoint(lambda checkpoint: sign(checkpoint, checkpoint.origin, self.key))
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = f"the log in {self.folder} cannot be written: {os.strerror(error.errno or errno.EIO)}"
+            raise NotLoggedError(reason, "free space or mend the disk; what waits for it goes on by itself") from error
+
+    # --- witnesses
+
+    def show(self, seen: int) -> tuple[bytes, list[bytes]]:
+        """The newest checkpoint, empty if there is none, and the proof that a log of `seen` entries is its beginning.
+
+        A log that is shorter than what was seen has no such proof.
+        """
+        note = self.store.latest()
+        if note is None:
+            return b"", []
+        size = opened(note)[0].size
+        return _bare(note).encode(), self.store.consistency(seen, size) if seen <= size else []
+
+    def cosigned(self, site: str, key: PublicKey, line: str, size: int) -> bool:
+        """Keeps what a site signed of the checkpoint of `size` entries; returns whether it is new.
+
+        Raises NoteError if there is no such checkpoint, or the site's key did not sign it.
+        """
+        note = self.store.checkpoint_of(size)
+        if note is None:
+            raise NoteError(f"there is no checkpoint of {size} entries")
+        check_cosignature(with_lines(_bare(note), [line]), site_origin(self.federation, site), key)
+        with self._written():
+            return self.store.add_cosignature(size, line)
+
+    def witnesses(self) -> dict[str, int]:
+        """By key's name, the size of the newest checkpoint that it cosigned."""
+        found: dict[str, int] = {}
+        for note in self.store.checkpoints():
+            checkpoint, lines = opened(note)
+            found |= {line.name: checkpoint.size for line in lines if line.name != checkpoint.origin}
+        return found
+
+
+def _bare(note: str) -> str:
+    """A checkpoint with the first of its lines, which is the log's own."""
+    checkpoint, (own, *_) = opened(note)
+    return f"{checkpoint.text()}\n{own.text()}\n"
+
+
+def open_log(home: Home) -> FederationLog:
+    """The log of a coordinator, begun if there is none; raises LogError, NotLoggedError or DataError."""
+    authority, key = load_certificate(home.authority / "ca.pem"), load_log_key(home)
+    federation = subject_of(authority).federation
+    try:
+        home.log.mkdir(mode=0o700, exist_ok=True)
+        store = Log(home.log, federation_origin(federation))
+    except OSError as error:
+        reason = f"the log in {home.log} cannot be opened: {error.strerror}"
+        raise NotLoggedError(reason, "free space or mend the disk") from error
+    log = FederationLog(federation, store, home.log, key)
+    if store.size == 0:
+        entry = FederationEntry(
+            at=now(),
+            name=federation,
+            authority=fingerprint_of(authority),
+            log_key=fingerprint_of(load_log_certificate(home)),
+        )
+        with _alone(home.log):
+            if store.size == 0:
+                log.append(entry)
+    return log
+
+
+def now() -> str:
+    """The time, as it stands in an entry."""
+    return moment(utc_now())
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
