@@ -9,7 +9,6 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,9 +25,9 @@ from locum.common.durable import replace_file
 from locum.common.errors import Code, DataError, SiteFailure
 from locum.common.messages import Arrays
 from locum.common.metrics import Outcomes
-from locum.common.plan import Contract, Fold, Plan
-from locum.site_client.imaging.catalog import FILE_NAME, Case, Catalog, Facts
-from locum.site_client.imaging.split import FOLDS
+from locum.common.plan import Fold, Plan
+from locum.site_client.imaging.catalog import Case
+from locum.site_client.imaging.fitting import fitting_cases
 from locum.site_client.settings import Settings
 from locum.site_client.training import data, evaluate, train
 
@@ -88,31 +87,10 @@ def _device_name(asked: str) -> str:
 
 
 def _cases(settings: Settings, plan: Plan) -> dict[Fold, tuple[Case, ...]]:
-    found = [case for store in settings.stores for case in _fitting(store, plan)]
-    return {fold: tuple(case for case in found if case.fold == fold) for fold in FOLDS}
-
-
-def _fitting(store: Path, plan: Plan) -> list[Case]:
-    """The cases of a store that the contract asks for; none of one that nothing was ingested into yet."""
-    if store.is_dir() and not (store / FILE_NAME).is_file():
-        return []
     try:
-        with closing(Catalog.open(store)) as catalog:
-            fits = {fact.id for fact in catalog.facts() if _fits(fact, plan.contract)}
-            return [case for case in catalog.cases(plan.contract.split.fractions) if case.id in fits]
+        return fitting_cases(settings.stores, plan)
     except DataError as error:
         raise SiteFailure(Code.DATA_UNREADABLE, str(error)) from error
-
-
-def _fits(fact: Facts, contract: Contract) -> bool:
-    """Whether an image has the contract's modality and dimensions, and a spacing within its range on every axis."""
-    flat = len(fact.shape) == 2 or fact.shape[2] == 1
-    sizes = fact.spacing[: contract.dimensions]
-    return (
-        (not contract.modality or fact.modality in contract.modality)
-        and contract.dimensions == (2 if flat else 3)
-        and all(contract.spacing.least <= size <= contract.spacing.most for size in sizes)
-    )
 
 
 def describe(session: Session) -> dict[str, object]:
