@@ -272,7 +272,7 @@ def _network_problems(plan: Plan) -> list[Problem]:
     found = _attempt(("network",), plan.network, lambda: built.append(skeleton(plan)))
     if found:
         return found
-    found = _optimiser_problems(plan, built[0]) + _tensor_problems(plan, built[0])
+    found = [*_optimiser_problems(plan, built[0]), *_tensor_problems(plan, built[0]), *_noise_problems(plan, built[0])]
     shapes: list[tuple[int, ...]] = []
     with torch.no_grad():
         probe = torch.empty((2, plan.contract.channels, *plan.training.input_size), device="meta")
@@ -293,6 +293,29 @@ def _tensor_problems(plan: Plan, built: nn.Module) -> list[Problem]:
         for index, glob in enumerate(globs)
         if not any(fnmatchcase(name, glob) for name in existing)
     ]
+
+
+def coordinates(plan: Plan, built: nn.Module) -> int:
+    """How many numbers an update has."""
+    state = built.state_dict()
+    return sum(state[name].numel() for name, role in tensor_roles(plan, built).items() if role == "shared")
+
+
+def _noise_problems(plan: Plan, built: nn.Module) -> list[Problem]:
+    """Whether a ring holds the site noise of every roster that the plan may have."""
+    from locum.common.secagg import LEAST_SITES, MOST_SITES
+    from locum.common.secagg.ring import RingError
+    from locum.common.sums import site_noise  # it needs the metrics of this module
+
+    least = max(LEAST_SITES, plan.participation.quorum)
+    # The bits that are left to the sum grow at 2^k + 1 sites; in between, more sites make room.
+    for sites in {least, *(n for n in (5, 9, 17, 33, 65, MOST_SITES) if n > least)}:
+        try:
+            site_noise(plan, sites=sites, size=coordinates(plan, built))
+        except RingError as error:
+            remedy = "set protection.ring: 64" if plan.protection.ring == 32 else "ask for a larger epsilon"
+            return [Problem(("protection", "site_noise"), str(error), remedy)]
+    return []
 
 
 def _optimiser_problems(plan: Plan, built: nn.Module) -> list[Problem]:

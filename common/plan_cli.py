@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -58,9 +59,44 @@ def notes(plan: Plan) -> list[str]:
         found.append("updates are not encrypted against the aggregator (protection.secure_aggregation: off)")
     if plan.protection.differential_privacy is None:
         found.append("no differential privacy: what the model remembers of a patient is not bounded")
+    if plan.protection.site_noise is not None:
+        found += _without_noise(plan)
     if importlib.util.find_spec("torch") is not None:
-        found += _local_tensors_note(plan)
+        found += _local_tensors_note(plan) + _site_noise_note(plan)
     return found
+
+
+def _without_noise(plan: Plan) -> list[str]:
+    """What is summed beside updates that have site noise."""
+    release = plan.release
+    told = [
+        *plan.released_metrics,
+        *(["the training loss"] if release.training_loss else []),
+        *(["the numbers of cases"] if release.case_counts else []),
+    ]
+    if not told:
+        return []
+    return [
+        f"site noise is on updates only: the sums of {', '.join(told)} have none, and its epsilon does not cover them"
+    ]
+
+
+def _site_noise_note(plan: Plan) -> list[str]:
+    """How large the noise is beside what it is added to."""
+    from locum.common.build import coordinates, skeleton
+    from locum.common.secagg import LEAST_SITES
+    from locum.common.sums import site_noise
+
+    sites, size = max(LEAST_SITES, plan.participation.quorum), coordinates(plan, skeleton(plan))
+    calibration, noise = site_noise(plan, sites=sites, size=size), plan.protection.site_noise
+    if calibration is None or noise is None:
+        return []
+    norm = calibration.deviation(sites) * math.sqrt(size)
+    note = (
+        f"site noise: in the mean of {sites} sites the noise has a norm of {norm:.3g}, and an update one of at most "
+        f"{noise.clip:g}; more sites, a larger epsilon, fewer rounds or a smaller network make it less"
+    )
+    return [note]
 
 
 def _local_tensors_note(plan: Plan) -> list[str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from locum.common.plan import Part, Plan, Told
+from locum.common.plan import Part, Plan, SiteNoise, Told
 from locum.common.secagg.ring import Ring, mean_error
 from locum.common.secagg.roster import tolerated
 from locum.common.sums import weight_cap
@@ -297,11 +297,24 @@ def _secure_aggregation(plan: Plan, history: Sequence[RoundRecord]) -> list[tupl
         "Secure aggregation hides who gave what. It does not make the sum private, nor the model: only differential "
         "privacy does. This combination needs outside cryptographic review before it protects real patients."
     )
+    noise = plan.protection.site_noise
     return [
         ("Secure aggregation", masked),
-        ("Rounding", _rounding(plan, history)),
+        ("Rounding", _rounding(plan, history)) if noise is None else ("Site noise", _site_noise(noise, history)),
         ("What a sum still tells", still),
     ]
+
+
+def _site_noise(noise: SiteNoise, history: Sequence[RoundRecord]) -> str:
+    """What the noise of the sites hides, what it does not, and how large it was."""
+    sizes = [record.secured.noise for record in history if record.secured is not None]
+    large = f"; in a round's mean its standard deviation was up to {max(sizes):.2g} a number" if sizes else ""
+    return (
+        f"Each site clipped its update to a norm of {noise.clip:g} and added noise of Skellam's distribution before it "
+        f"masked it{large}. It hides which site gave what: of all updates of this run, epsilon {noise.epsilon:g} at "
+        f"delta {noise.delta:g} for one site. Sums of losses, metrics and counts have no such noise. It is no "
+        "differential privacy of patients, and not in place of it."
+    )
 
 
 def _rosters(history: Sequence[RoundRecord]) -> str:

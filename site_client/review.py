@@ -293,7 +293,27 @@ def _privacy(plan: Plan, policy: Policy) -> Words:
     return _kept(
         budget,
         *(_secure(policy) if plan.secured else (_PLAIN,)),
+        *_site_noise(plan),
         "Gradients are clipped; that is not differential privacy." if clipped else "",
+    )
+
+
+def _site_noise(plan: Plan) -> Words:
+    """What noise on the site's own update hides, and what it does not."""
+    noise = plan.protection.site_noise
+    if noise is None:
+        return ()
+    bare = [
+        *plan.released_metrics,
+        *(["the training loss"] if plan.release.training_loss else []),
+        *(["the numbers of cases"] if plan.release.case_counts else []),
+    ]
+    return _kept(
+        f"Noise that hides which site gave what: epsilon {noise.epsilon:g}, delta {noise.delta:g} for this site, of "
+        f"all its updates of one run together; more runs add up. Its update is clipped to a norm of {noise.clip:g}.",
+        f"NOT covered by that noise: the sums of {_listed(bare)}." if bare else "",
+        "NOT a protection of patients: it hides this site among the sites. Of patients only differential privacy per "
+        "patient says anything.",
     )
 
 

@@ -44,6 +44,7 @@ from locum.common.secagg.ring import RingError
 from locum.common.secagg.roster import Context, Roster, SecureRefusal, Trust, verified
 from locum.common.secagg.site import Announced, Joined, Offer, Ready, Request
 from locum.common.secagg.upload import Given, Layout, masked
+from locum.common.sums import most_noised
 from locum.common.tensor_files import Sendable
 from locum.site_client.vault import Vault
 
@@ -58,7 +59,8 @@ class Credentials:
     trust: Trust
 
 
-#: The random numbers by which an update is rounded: of a plan's site, context and nothing else, or of the system.
+#: The random numbers by which an update is rounded and of which its noise is made: of a plan's site, context and
+#: nothing else, or of the system.
 Rounding = Callable[[Plan, str, Context], Stream]
 
 
@@ -81,7 +83,7 @@ class SecureSite:
         folder: where its state lies.
         credentials: reads key and certificates; renewal replaces the certificate.
         now: the time, by the coordinator's clock.
-        rounding: where the random numbers for rounding come from.
+        rounding: where the random numbers for rounding and noise come from.
     """
 
     folder: Path
@@ -158,18 +160,29 @@ class SecureSite:
     ) -> tuple[Sendable, Callable[[str], str]]:
         """The tensors of an upload, and what signs its header for the SHA-256 of their file.
 
-        The step's keys are spent before this returns. Raises SiteFailure (UPDATE_REFUSED) for a number beyond its
-        bound, before anything is spent.
+        The step's keys are spent before this returns, and an update with site noise is counted. Raises SiteFailure:
+        UPDATE_REFUSED for a number beyond its bound, BUDGET_SPENT for one update more than the noise is for; nothing is
+        spent then.
         """
         we, state = self.credentials(), self._ready(run, plan.digest, context)
         with _refusals():
             spent, masking = site.mask(state, context)
             try:
-                tensors = masked(layout(state.roster), given, masking, self.rounding(plan, we.site, context))
+                form = layout(state.roster)
+                tensors = masked(form, given, masking, self.rounding(plan, we.site, context))
             except RingError as error:
                 raise SiteFailure(Code.UPDATE_REFUSED, str(error)) from error
+        if form.noise:
+            self._count(run, plan, context)
         self.vault.keep(run, spent)
         return tensors, lambda body: site.header(spent, context, body, we.key)
+
+    def _count(self, run: str, plan: Plan, context: Context) -> None:
+        """One more update with noise leaves: one that is never unmasked counts too, for this site cannot know it."""
+        given, most = self.vault.noised(run), most_noised(plan)
+        if given >= most:
+            raise SiteFailure(Code.BUDGET_SPENT, f"{given} updates were given, and the site noise is for {most}")
+        self.vault.add_noised(run, context.digest)
 
     def unmask(
         self, run: str, plan: Plan, task: UnmaskTask, tensors: Arrays, least: int

@@ -2,8 +2,9 @@
 
 state.json       keys of the set-up that holds (mode 0600); replaced whole, so that spent keys are gone from the file
 answered.jsonl   for each sum of the run, under whatever roster, the survivors for whom this site gave its shares
+noised.jsonl     the digest of each context under which this site gave an update with its noise
 
-Both are on the disk before anything made with them leaves the site. A file system or a disk may keep what was replaced;
+All are on the disk before anything made with them leaves the site. A file system or a disk may keep what was replaced;
 who must rule that out encrypts the disk.
 """
 
@@ -13,6 +14,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -58,19 +60,21 @@ class Vault:
         known = self._of(run)
         if total in known:
             return
-        path = self._folder / run / "answered.jsonl"
-        line = json.dumps([total, list(survivors)]).encode() + b"\n"
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
-            write_all(descriptor, memoryview(line))
-            os.fsync(descriptor)
+            _append(self._folder / run / "answered.jsonl", [total, list(survivors)])
         except OSError:
             self._answered.pop(run)  # what stands in the file is read anew, for a part of a line may
             raise
-        finally:
-            os.close(descriptor)
-        flush(path.parent)
         known[total] = tuple(survivors)
+
+    def noised(self, run: str) -> int:
+        """Updates with noise that were given to a run, counted before they left."""
+        path = self._folder / run / "noised.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    def add_noised(self, run: str, context: str) -> None:
+        """Writes down that one more leaves."""
+        _append(self._folder / run / "noised.jsonl", context)
 
     def _of(self, run: str) -> dict[str, tuple[str, ...]]:
         """What was answered; a last line that was cut off by a crash was never acted on, and is removed."""
@@ -89,6 +93,17 @@ class Vault:
         states = sorted(self._folder.glob("*/state.json"), key=lambda path: path.stat().st_mtime)
         for path in states[: -(_MOST_RUNS - 1)]:
             path.unlink(missing_ok=True)
+
+
+def _append(path: Path, value: Any) -> None:
+    """Writes a line to the end of a file, on the disk before this returns."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        write_all(descriptor, memoryview(json.dumps(value).encode() + b"\n"))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    flush(path.parent)
 
 
 def _private(content: bytes) -> Write:

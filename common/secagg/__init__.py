@@ -8,6 +8,8 @@ masks        key streams that are added to a vector, and taken away again
 shares       Shamir's secret sharing
 keys         key encapsulation, key derivation, sealed boxes
 roster       signed statements: run keys, the roster, the context of a sum, an upload
+skellam      noise, drawn exactly from a key stream
+calibration  how much of it keeps a promise to each site, and the scale that leaves room for it
 site         a site's part, step by step
 upload       the tensors in which a site gives to a sum
 model        the model on its way down, sealed to the roster

@@ -64,7 +64,7 @@ class Ring:
     @property
     def scale(self) -> float:
         """Steps per unit: (2^(b−1) − 2) / C."""
-        return _largest(self.bits, self.sites) / self.bound
+        return largest(self.bits, self.sites) / self.bound
 
     def write(
         self,
@@ -91,7 +91,7 @@ class Ring:
         return found
 
 
-def _largest(bits: int, sites: int) -> int:
+def largest(bits: int, sites: int) -> int:
     """2^(b−1) − 2, the step at which a site's bound stands; for 64 bits less, as far as a float can tell."""
     left = bits - (sites - 1).bit_length()
     # A float64 has 53 bits: of a larger power eight floats are left above. Scale, weight, product and draw each round.

@@ -123,7 +123,7 @@ class Skellam:
 
 
 @lru_cache(maxsize=8)
-def skellam(variance: float) -> Skellam:
+def of(variance: float) -> Skellam:
     """The distribution of a variance; its tables take some tenths of a second and are kept."""
     return Skellam(variance)
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from locum.common.secagg import keys
+from locum.common.secagg import keys, skellam
 from locum.common.secagg.masks import Masks, Stream
 from locum.common.secagg.ring import CHUNK, Floats, Ring, Scalar, write_scalars
 from locum.common.secagg.roster import Roster
@@ -40,12 +40,14 @@ class Layout:
         ring: how the coordinates of an update are written.
         size: how many coordinates an update has; 0 where no update is summed.
         lane: the scalars, in their order.
+        noise: variance of the Skellam noise that a site adds to each coordinate of its update, in steps²; 0 for none.
     """
 
     roster: Roster
     ring: Ring
     size: int
     lane: tuple[Scalar, ...]
+    noise: float = 0.0
 
     @property
     def scalars(self) -> int:
@@ -79,7 +81,7 @@ class Given:
 
     Attributes:
         update: the update's tensors, within the plan's norm bound; none where only metrics are summed.
-        weight: w' = min(w, W_max) / W_max, by which the update is multiplied.
+        weight: w' = min(w, W_max) / W_max, by which the update is multiplied; less where it is clipped.
         scalars: the numbers of the scalars' lane by name.
     """
 
@@ -91,7 +93,8 @@ class Given:
 def masked(layout: Layout, given: Given, masking: Masking, rounding: Stream) -> dict[str, Tensor]:
     """The tensors of an upload; the update is quantised and masked when it is written, and can be written once.
 
-    Raises RingError for a scalar beyond its bound.
+    `rounding` is what the update is rounded by, and what its noise is drawn from. Raises RingError for a scalar beyond
+    its bound.
     """
     scalars = write_scalars(layout.lane, given.scalars, len(layout.roster.members))
     Masks(SCALAR_LANE, add=masking.add, subtract=masking.subtract).apply(scalars)
@@ -101,7 +104,7 @@ def masked(layout: Layout, given: Given, masking: Masking, rounding: Stream) -> 
         COMMITMENTS: _rows(masking.commitments),
     }
     if layout.size:
-        pieces = _pieces(layout.ring, given, masking, rounding)
+        pieces = _pieces(layout, given, masking, rounding)
         tensors[UPDATE] = Lazy(layout.ring.dtype, (layout.size,), pieces)
     return tensors
 
@@ -110,10 +113,12 @@ def _rows(rows: tuple[bytes, ...]) -> NDArray[np.uint8]:
     return np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), -1)
 
 
-def _pieces(ring: Ring, given: Given, masking: Masking, rounding: Stream) -> Iterator[NDArray[Any]]:
+def _pieces(layout: Layout, given: Given, masking: Masking, rounding: Stream) -> Iterator[NDArray[Any]]:
     """The masked coordinates; each piece lies where the one before it lay."""
+    ring, noise = layout.ring, skellam.of(layout.noise) if layout.noise else None
     masks = Masks(UPDATE_LANE, add=masking.add, subtract=masking.subtract)
     random, out, scratch = np.empty(CHUNK, np.uint32), np.empty(CHUNK, ring.dtype), np.empty((2, CHUNK))
+    drawn = np.empty(CHUNK if noise else 0, np.int64)
     for name in sorted(given.update):
         flat = given.update[name].reshape(-1)
         for start in range(0, flat.size, CHUNK):
@@ -122,6 +127,9 @@ def _pieces(ring: Ring, given: Given, masking: Masking, rounding: Stream) -> Ite
             rounding.fill(draws)
             ring.write(part, given.weight, draws, piece, scratch[:, : part.size])
             forget_part(part)
+            if noise is not None:
+                noise.fill(drawn[: part.size], rounding)
+                skellam.add(piece, drawn[: part.size])
             masks.apply(piece)
             yield piece
         forget_part(flat)  # once more: the kernel maps pages around each one that is read, also behind it
