@@ -140,7 +140,7 @@ def _so_far(committed: _Committed, status: Status, events: Sequence[Event]) -> R
 
 
 def metrics_of(outcome: Outcome) -> dict[str, Any]:
-    """The content of `metrics.json`: as a simulation's, without intervals, and with the history of the rounds."""
+    """The content of `metrics.json`: as a simulation's, with intervals from sums, and the history of the rounds."""
     summary, history = outcome.summary, outcome.summary.history
     return {
         "run": outcome.run.id,
@@ -164,11 +164,12 @@ def metrics_of(outcome: Outcome) -> dict[str, Any]:
 
 
 def entry_of(measured: Evaluated) -> dict[str, Any]:
-    """One measurement in the form of `metrics.json`; released sums have no intervals."""
+    """One measurement in the form of `metrics.json`."""
     return {
         "all": measured.overall,
         "per_site": measured.per_site,
-        "intervals": {"all": {}, "per_site": {}},
+        "intervals": {"all": measured.intervals, "per_site": measured.site_intervals},
+        "subgroups": [cell.model_dump(mode="json") for cell in measured.cells],
         "sites": list(measured.sites),
         "cases": measured.cases,
         "total": measured.total,

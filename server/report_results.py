@@ -8,11 +8,12 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from locum.common.build import metric_of
+from locum.common.calibration import Reliability, error_of, reliability
 from locum.common.metrics import Metric
 from locum.common.plan import Plan
 
@@ -30,7 +31,7 @@ class Score:
 
     Attributes:
         value: None where the metric does not exist.
-        interval: 95 % bootstrap interval over patients, or None.
+        interval: of 95 %, or None.
     """
 
     metric: Metric
@@ -113,6 +114,34 @@ class SiteRow:
 
 
 @dataclass(frozen=True)
+class CellRow:
+    """The federated model on the test cases of one value of a subgroup.
+
+    Attributes:
+        by: what tells the cases apart, for example `manufacturer`.
+        value: as the plan has it, or `other`.
+        cases: of the sites that have enough of them; None if it is not told.
+        scores: one a scalar metric.
+    """
+
+    by: str
+    value: str
+    cases: int | None
+    scores: tuple[Score, ...]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How the probabilities of the federated model stand to what is the case.
+
+    `error` is the expected calibration error over the bins.
+    """
+
+    bins: tuple[Reliability, ...]
+    error: float
+
+
+@dataclass(frozen=True)
 class Results:
     """The content of `metrics.json` as rows; `models` starts with the federated one, `sites` with the worst.
 
@@ -127,6 +156,8 @@ class Results:
     confusion: list[list[float]] | None
     site_confusions: dict[str, list[list[float]]]
     same_cases: bool
+    cells: tuple[CellRow, ...] = ()
+    calibration: Calibration | None = None
 
     @property
     def federated(self) -> ModelRow:
@@ -178,7 +209,26 @@ def results_of(
             if values.get("confusion") is not None
         },
         same_cases=test.get("pooled", test["federated"])["cases"] == test["federated"]["cases"],
+        cells=tuple(
+            CellRow(cell["by"], cell["value"], cell["cases"], _scores(scalars, cell["overall"], cell["intervals"]))
+            for cell in test["federated"].get("subgroups", ())
+        ),
+        calibration=_calibration(test["federated"]["all"].get("calibration")),
     )
+
+
+def _calibration(table: list[list[float]] | None) -> Calibration | None:
+    error = error_of(table) if table else None
+    return Calibration(tuple(reliability(table)), error) if table and error is not None else None
+
+
+def methods(metrics: Iterable[Metric]) -> str:
+    """By which method each metric's interval comes from sums, in words; empty if none has one."""
+    found: dict[str, list[str]] = {}
+    for metric in metrics:
+        if metric.method:
+            found.setdefault(metric.method, []).append(metric.name.replace("_", " "))
+    return "; ".join(f"{', '.join(names)}: {method}" for method, names in found.items())
 
 
 def _scores(

@@ -6,7 +6,7 @@ the sums that its sites release; under secure aggregation those over all sites.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from locum.common.build import Model
 from locum.common.errors import SiteFailure
 from locum.common.metrics import Outcomes, bootstrap, join
 from locum.common.plan import Fold, Plan
+from locum.server.records import CellRecord
 from locum.site_client.worker import Worker
 
 
@@ -130,10 +131,17 @@ def baselines(
 
 
 def as_metrics(
-    plan: Plan, federated: Tested, found: Baselines | None, *, seconds: float, round_seconds: list[float]
+    plan: Plan,
+    federated: Tested,
+    found: Baselines | None,
+    *,
+    seconds: float,
+    round_seconds: list[float],
+    cells: Sequence[CellRecord] = (),
 ) -> dict[str, Any]:
-    """The content of `metrics.json`."""
-    test: dict[str, Any] = {"federated": _entry(federated)}
+    """The content of `metrics.json`; `cells` are the plan's subgroups, of the sums that the sites released."""
+    subgroups = [cell.model_dump(mode="json") for cell in cells]
+    test: dict[str, Any] = {"federated": {**_entry(federated), "subgroups": subgroups}}
     if found is not None:
         test["pooled"] = _entry(found.pooled)
         test["local"] = _local_entry(plan, found.local)

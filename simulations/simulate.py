@@ -1,7 +1,7 @@
 """A simulation from plan and sites to results: prepare every site, run the rounds, test, compare, report.
 
 The run's folder holds everything: `plan.yaml`, `simulation.json` (what was asked), `sites/`, `checkpoints/`,
-`events.jsonl`, `run.json`, and at the end `model.safetensors`, `metrics.json`, `report.html`, `model_card.md`.
+`events.jsonl`, `log/`, `run.json`, and at the end `model.safetensors`, `metrics.json`, `report.html`, `model_card.md`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from locum.common.secagg import LEAST_SITES, MOST_SITES
 from locum.server.watch import Watch
 from locum.simulations.institutions import begin, found_federation, open_agent, site_log
 from locum.simulations.preparation import Prepared, cores, prepare
+from locum.simulations.record import PROPOSAL, begin_log
 from locum.simulations.sites import Site
 from locum.site_client.agent import Agent
 from locum.site_client.gate import Policy
@@ -38,9 +39,9 @@ _PLAN, _ASKED = "plan.yaml", "simulation.json"
 #: What a run's folder holds besides these two.
 _FILES = (
     *("events.jsonl", "run.json", "model.safetensors", "metrics.json", "report.html", "model_card.md"),
-    *("rehearsal.json", "coordinator.log"),
+    *("rehearsal.json", "coordinator.log", PROPOSAL),
 )
-_FOLDERS = ("checkpoints", "sites", "coordinator", "authority")
+_FOLDERS = ("checkpoints", "ending", "sites", "coordinator", "authority", "log")
 
 
 #: `local`: agents in this process. `rehearse`: a real coordinator and real agents, on loopback.
@@ -175,6 +176,7 @@ def _run(simulation: Simulation, agents: Mapping[str, Agent], console: Console) 
 
     nodes = {number: agents[name] for number, name in enumerate(sorted(agents), start=2)}
     bundle = build_bundle(simulation.plan)
+    begin_log(simulation.folder, found_federation(simulation.folder), simulation.plan, agents)
     try:
         with Watch(simulation.folder / "events.jsonl", console):
             run_local(nodes, bundle, simulation.folder, min(cores(), len(nodes)))
@@ -224,6 +226,7 @@ def _finish(
         found,
         seconds=time.monotonic() - began,
         round_seconds=[record.seconds for record in summary.history],
+        cells=summary.test.cells,
     )
     replace_file(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
     count = report.pictures_each(len(workers))
