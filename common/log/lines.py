@@ -52,6 +52,11 @@ class Lines:
         """Bytes of the file; raises OSError."""
         return self._path.stat().st_size
 
+    def lost(self) -> int | None:
+        """The first of the known lines that the file has not got any more, if it became shorter; raises OSError."""
+        there = self.there()
+        return bisect_right(self._ends, there) if there < self.end else None
+
     def unread(self) -> Iterator[list[bytes]]:
         """The whole appends after what is known, each as its lines; nothing of it is known by that.
 

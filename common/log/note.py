@@ -40,8 +40,8 @@ _KEY_HASH_BYTES, _TIME_BYTES = 4, 8
 _ECDSA = ec.ECDSA(hashes.SHA384())
 _DASH = "— "
 _SIZE = re.compile(r"0|[1-9][0-9]{0,18}")
-_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")
-_NO_NAME = re.compile(r"[\s+\x00-\x1f\x7f]")
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_NO_NAME = re.compile(r"[\s+\x00-\x1f\x7f\ud800-\udfff]")
 #: Seconds since 1970: up to the year 9999.
 _MOST_TIME = 253_402_300_799
 
@@ -192,7 +192,11 @@ def with_lines(note: str, lines: Iterable[str]) -> str:
 
 def opened(note: str) -> tuple[Checkpoint, tuple[Line, ...]]:
     """What a note says and who signed it; no signature is checked. Raises NoteError."""
-    if len(note) > MOST_BYTES:
+    try:
+        size = len(note.encode())
+    except UnicodeEncodeError as error:
+        raise NoteError("a note is UTF-8") from error
+    if size > MOST_BYTES:
         raise NoteError(f"a note is at most {MOST_BYTES} bytes")
     text, blank, signatures = note.partition("\n\n")
     if not blank:

@@ -196,6 +196,9 @@ class Log:
 
     def _catch_up(self) -> None:
         """Reads what is new, checks it, and then puts right what a crash has left; what is damaged is not touched."""
+        for lines, what in ((self._entries, "entry {}"), (self._signed, f"line {{}} of {CHECKPOINTS}")):
+            if (lost := lines.lost()) is not None:
+                raise self._damaged(f"at {what.format(lost)}, which was there before")
         entries, signed, frontier = len(self._entries), len(self._signed), self._frontier
         notes = {size: list(lines) for size, lines in self._notes.items()}
         try:
@@ -213,24 +216,27 @@ class Log:
             number = len(self._signed)
             self._signed.take(append)
             try:
-                for line in append:
-                    self._index(number, json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
-                raise self._damaged(f"at line {number + 1} of {CHECKPOINTS}") from error
+                (line,) = append
+                self._index(number, json.loads(line))
+            except ValueError as error:
+                raise self._damaged(f"at line {number} of {CHECKPOINTS}") from error
 
-    def _index(self, number: int, found: dict[str, Any]) -> None:
-        """Files a line under its size; raises ValueError, KeyError or TypeError for one that is none of ours."""
-        if "cosignature" in found:
-            Line.parse(found["cosignature"])
-            self._notes[found["size"]].append(number)
-            return
-        checkpoint, _ = opened(found["checkpoint"])
-        if checkpoint.origin != self.origin:
-            message = f"the log in {self._folder} is that of {checkpoint.origin}, not of {self.origin}"
-            raise LogError(message, "name the folder of this log")
-        if self._notes and checkpoint.size <= self._newest():
-            raise ValueError("a checkpoint is not larger than the one before")
-        self._notes[checkpoint.size] = [number]
+    def _index(self, number: int, found: object) -> None:
+        """Files a line under its size; raises ValueError for one that is none of ours."""
+        match found:
+            case {"checkpoint": str(note)}:
+                checkpoint, _ = opened(note)
+                if checkpoint.origin != self.origin:
+                    message = f"the log in {self._folder} is that of {checkpoint.origin}, not of {self.origin}"
+                    raise LogError(message, "name the folder of this log")
+                if self._notes and checkpoint.size <= self._newest():
+                    raise ValueError("a checkpoint is not larger than the one before")
+                self._notes[checkpoint.size] = [number]
+            case {"cosignature": str(line), "size": int(size)} if size in self._notes:
+                Line.parse(line)
+                self._notes[size].append(number)
+            case _:
+                raise ValueError("neither a checkpoint nor a line under one")
 
     def _newest(self) -> int:
         """The size of the newest checkpoint; 0 if there is none."""
@@ -380,11 +386,13 @@ class Log:
 
 
 def _make(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (ENTRIES, TREE, CHECKPOINTS):
-        (folder / name).touch()
-    flush(folder)
-    flush(folder.parent)
+    missing = [name for name in (ENTRIES, TREE, CHECKPOINTS) if not (folder / name).exists()]
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in missing:
+            (folder / name).touch()
+        flush(folder)
+        flush(folder.parent)
 
 
 def _line(entry: Entry) -> bytes:
