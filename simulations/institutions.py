@@ -12,8 +12,18 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from locum.common.durable import replace_file
 from locum.common.errors import RunError
-from locum.common.identity import PublicKey, certified_key, new_key, utc_now
+from locum.common.identity import (
+    PublicKey,
+    certificate_pem,
+    certified_key,
+    load_certificate,
+    load_ec_key,
+    new_key,
+    save_key,
+    utc_now,
+)
 from locum.common.plan import Plan, parse_plan
 from locum.common.secagg.roster import Trust
 from locum.server.authority import Authority, found, load_log_certificate
@@ -29,7 +39,8 @@ from locum.site_client.secure import Credentials, SecureSite, seeded
 from locum.site_client.settings import Settings
 from locum.site_client.worker import Worker, process_context
 
-_CERTIFICATES = timedelta(days=90)
+#: Longer than anybody resumes a run: nothing renews a certificate here.
+_CERTIFICATES = timedelta(days=10 * 365)
 
 
 def begin(folder: Path, plan: Plan) -> None:
@@ -59,17 +70,21 @@ def _begin(folder: Path, plan: bytes) -> None:
 class Federation:
     """Who signs for a simulation: its authority, and the key that verifies what the coordinator signs."""
 
+    home: Home
     authority: Authority
     log: PublicKey
 
 
 def found_federation(folder: Path) -> Federation:
-    """A new authority in a run's folder, for as long as this process runs: who resumes the run sets up anew."""
+    """The authority of a run's folder, made if there is none: who resumes the run goes on with its log."""
     home = Home(folder)
-    shutil.rmtree(home.authority, ignore_errors=True)
-    home.authority.mkdir(parents=True, mode=0o700)
-    authority = found(home, "simulation", _CERTIFICATES, now=utc_now())
-    return Federation(authority, certified_key(load_log_certificate(home)))
+    if not (home.authority / "log.pem").exists():  # the last that is written of it
+        shutil.rmtree(home.authority, ignore_errors=True)
+        home.authority.mkdir(parents=True, mode=0o700)
+        found(home, "simulation", _CERTIFICATES, now=utc_now())
+    key, certificate = load_ec_key(home.authority / "ca.key"), load_certificate(home.authority / "ca.pem")
+    authority = Authority(key, certificate, _CERTIFICATES)
+    return Federation(home, authority, certified_key(load_log_certificate(home)))
 
 
 def open_agent(site: Prepared, policy: Policy, federation: Federation, *, cache_bytes: int) -> Agent:
@@ -78,14 +93,14 @@ def open_agent(site: Prepared, policy: Policy, federation: Federation, *, cache_
     settings = Settings(site.name, (site.store,), site.folder / "run", cache_bytes=cache_bytes)
     worker = Worker(settings, log)
     worker.start()
-    credentials = _credentials(site.name, federation)
+    credentials = credentials_of(site.name, federation)
     secure = _secure(site.folder / "secagg", credentials)
     return Agent(site.name, policy, worker, log, secure, budget=_budget(site.folder, policy, credentials))
 
 
 def secure_site(folder: Path, name: str, federation: Federation) -> SecureSite:
     """A site's part in secure sums, for one that has no agent of ours."""
-    return _secure(folder, _credentials(name, federation))
+    return _secure(folder, credentials_of(name, federation))
 
 
 def _secure(folder: Path, credentials: Credentials) -> SecureSite:
@@ -93,11 +108,18 @@ def _secure(folder: Path, credentials: Credentials) -> SecureSite:
     return SecureSite(folder, lambda: credentials, utc_now, seeded)
 
 
-def _credentials(name: str, federation: Federation) -> Credentials:
-    """A site's key of its own, and its certificate."""
-    key, authority = new_key(), federation.authority
+def credentials_of(name: str, federation: Federation) -> Credentials:
+    """A site's key of its own, and its certificate; made if there are none. Both lie in the run's folder."""
+    authority, certificate = federation.authority, federation.home.certificate_of(name)
+    key = certificate.with_suffix(".key")
+    if not certificate.exists():
+        certificate.parent.mkdir(mode=0o700, exist_ok=True)
+        key.unlink(missing_ok=True)
+        save_key(key, new_key())
+        issued = authority.issue_site(name, load_ec_key(key).public_key())
+        replace_file(certificate, certificate_pem(issued))
     trust = Trust(authority.federation, authority.certificate, federation.log)
-    return Credentials(name, key, authority.issue_site(name, key.public_key()), trust)
+    return Credentials(name, load_ec_key(key), load_certificate(certificate), trust)
 
 
 def _budget(folder: Path, policy: Policy, credentials: Credentials) -> Budget:

@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,7 @@ from locum.common.errors import DataError, RunError
 from locum.site_client.doctor_cli import doctor
 from locum.site_client.enrol_cli import enrol
 from locum.site_client.identity import usable
+from locum.site_client.ledger_cli import ledger
 from locum.site_client.options import Home, Json
 from locum.site_client.start_cli import start
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from locum.site_client.approvals import Approvals
     from locum.site_client.imaging import ingest as imaging
     from locum.site_client.imaging.catalog import Catalog, Counts
+    from locum.site_client.review import Review
 
 app = typer.Typer(
     help="At a hospital: join, ingest images, review and approve plans, run the agent.",
@@ -38,6 +41,7 @@ app = typer.Typer(
 app.command()(enrol)
 app.command()(start)
 app.command()(doctor)
+app.command()(ledger)
 
 _SITE_HELP = "A site.yaml: where the images and labels are."
 _SiteFile = Annotated[Path, typer.Argument(metavar="SITE.yaml", show_default=False, help=_SITE_HELP)]
@@ -115,7 +119,7 @@ def review(
 
     with _approvals(home) as approvals:
         if digest is not None:
-            found = approvals.review(approvals.find(digest))
+            found = _reviewed(approvals, approvals.find(digest))
             typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else found.text())
             return
         listed = [proposal_as_dict(approvals, held) for held in approvals.proposals()]
@@ -141,7 +145,7 @@ def approve(
     with _approvals(home) as approvals:
         whole, name = approvals.find(digest), _steward_name(steward)
         if not yes:
-            typer.echo(approvals.review(whole).text() + "\n")
+            typer.echo(_reviewed(approvals, whole).text() + "\n")
             typer.confirm(f"{name}, shall this plan run here?", abort=True)
         standing = approvals.approve(whole, name)
         _tell_clock(home)
@@ -197,6 +201,14 @@ def _approvals(home: Path) -> Iterator[Approvals]:
     with usable(home):
         load_identity(home)  # who is not enrolled should hear that first
         yield open_approvals(home, read_policy(home / FILE))
+
+
+def _reviewed(approvals: Approvals, digest: str) -> Review:
+    """A review with what the ledger would say."""
+    from locum.site_client.privacy.projection import in_review
+
+    found = approvals.review(digest)
+    return replace(found, ledger=in_review(approvals.home, found.held.plan))
 
 
 def _tell_clock(home: Path) -> None:

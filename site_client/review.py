@@ -94,17 +94,21 @@ class Review:
         held: the proposal.
         standing: what this site said to it.
         policy: what the site allows.
+        ledger: what the site's privacy ledger would say of a run; empty if it was not asked.
     """
 
     held: Held
     standing: Standing
     policy: Policy
+    ledger: Words = ()
 
     @property
     def sections(self) -> dict[str, Words]:
-        """What the plan does, and what the policy says to it, under headings."""
+        """What the plan does, and what policy and ledger say to it, under headings."""
         plan = self.held.plan
-        return {**plan_in_words(plan, self.policy), "This site's policy": policy_in_words(self.policy, plan)}
+        ledger = {"This site's ledger": self.ledger} if self.ledger else {}
+        policy = {"This site's policy": policy_in_words(self.policy, plan)}
+        return {**plan_in_words(plan, self.policy), **ledger, **policy}
 
     def text(self) -> str:
         """All of it, for a terminal."""
