@@ -12,7 +12,7 @@ changes what a statement says under a key of one's choice.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -65,13 +65,17 @@ class Site:
 
 @dataclass
 class Federation:
-    """Sites and an aggregator; :meth:`set_up` makes the roster."""
+    """Sites and an aggregator; :meth:`set_up` makes the roster.
+
+    `drawn` is what a site rounds by and makes its noise of.
+    """
 
     names: Sequence[str]
     least: int = 3
     root: Authority = field(default_factory=authority)
     log: ed25519.Ed25519PrivateKey = field(default_factory=ed25519.Ed25519PrivateKey.generate)
     private: bytes = field(default_factory=keys.new_private)
+    drawn: Callable[[str], Stream] = lambda _name: Stream(_ROUNDING)
     sites: dict[str, Site] = field(init=False)
     roster: Roster = field(init=False)
 
@@ -154,7 +158,7 @@ class Federation:
         """A site's upload: its header, its body's digest and its tensors."""
         found = self.sites[name]
         found.state, masking = site.mask(found.ready, context)
-        tensors = in_memory(masked(layout, given, masking, Stream(_ROUNDING)))
+        tensors = in_memory(masked(layout, given, masking, self.drawn(name)))
         body = body_of(tensors)
         return site.header(found.ready, context, body, found.key), body, tensors
 
