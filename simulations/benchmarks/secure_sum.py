@@ -15,13 +15,11 @@ Rules:
 
 from __future__ import annotations
 
-import multiprocessing
 import secrets
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,6 +43,7 @@ from locum.common.tensor_files import Lazy, Sendable, map_tensors, write_tensors
 from locum.server.authority import initialise, load_log_key
 from locum.server.home import Home, ServerConfig
 from locum.simulations.benchmarks.flower_secagg import MAX_WEIGHT, SecAggPlus
+from locum.simulations.benchmarks.memory import above, alone
 from locum.simulations.benchmarks.rows import Row
 
 _SIZE, _LARGE, _SITES, _REPEATS = 10_000_000, 100_000_000, (5, 10, 20), 5
@@ -296,42 +295,23 @@ def _median(values: Iterable[float]) -> float:
 
 def _memory() -> Iterator[Row]:
     what = f"{_SIZE / 1e6:g} M"
-    yield Row(f"{what}, 5 sites: client, Locum, above the vector, its copy included", _alone(_mask_peak, 5), "MiB")
-    yield Row(f"{what}, 5 sites: client, Locum, above the vector, as a file", _alone(_upload_peak, 5), "MiB")
-    yield Row(f"{what}, 5 sites: client, Flower, above the vector", _alone(_flower_peak, 5), "MiB")
+    yield Row(f"{what}, 5 sites: client, Locum, above the vector, its copy included", alone(_mask_peak, 5), "MiB")
+    yield Row(f"{what}, 5 sites: client, Locum, above the vector, as a file", alone(_upload_peak, 5), "MiB")
+    yield Row(f"{what}, 5 sites: client, Flower, above the vector", alone(_flower_peak, 5), "MiB")
     for sites in _SITES:
-        yield Row(f"{what}, {sites} sites: server, Locum", _alone(_server_peak, sites), "MiB")
-
-
-def _alone(peak: Callable[[int], float], sites: int) -> float:
-    """What a function finds in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(peak, sites).result()
-
-
-def _above(call: Callable[[], Any]) -> float:
-    """The most memory that this process has during a call, above what it has before, in MiB."""
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is set to what there is now (proc(5))
-    before = _high_water()
-    call()
-    return (_high_water() - before) / 1024
-
-
-def _high_water() -> int:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1])
+        yield Row(f"{what}, {sites} sites: server, Locum", alone(_server_peak, sites), "MiB")
 
 
 def _mask_peak(sites: int) -> float:
     with tempfile.TemporaryDirectory(prefix="locum-secure-") as folder:
         ours = Locum(Path(folder), vector_of(_SIZE), sites=sites)
-        return _above(lambda: ours.mask(ours.names[0], np.empty(_SIZE, np.uint32)))
+        return above(lambda: ours.mask(ours.names[0], np.empty(_SIZE, np.uint32)))
 
 
 def _upload_peak(sites: int) -> float:
     with tempfile.TemporaryDirectory(prefix="locum-secure-") as folder:
         ours = Locum(Path(folder), vector_of(_SIZE), sites=sites)
-        return _above(lambda: ours.upload(ours.names[0]))
+        return above(lambda: ours.upload(ours.names[0]))
 
 
 def _server_peak(sites: int) -> float:
@@ -342,7 +322,7 @@ def _server_peak(sites: int) -> float:
         folded = ours.fold(ours.names)
         answers = {name: ours.answer(name, folded) for name in ours.names}
         del folded
-        return _above(lambda: _ours(ours, ours.names, answers))
+        return above(lambda: _ours(ours, ours.names, answers))
 
 
 def _flower_peak(sites: int) -> float:
@@ -351,4 +331,4 @@ def _flower_peak(sites: int) -> float:
         theirs.set_up(client)
     for client in range(1, sites + 1):
         theirs.share(client)
-    return _above(lambda: theirs.collect(1, 200))
+    return above(lambda: theirs.collect(1, 200))
