@@ -46,6 +46,8 @@ CREATE TABLE ledger (
     noise REAL, rate REAL, steps INTEGER, of INTEGER UNIQUE REFERENCES ledger (id),
     previous TEXT NOT NULL, hash TEXT NOT NULL
 ) STRICT;
+CREATE TRIGGER no_replacement BEFORE INSERT ON ledger WHEN NEW.id <= (SELECT max(id) FROM ledger)
+    BEGIN SELECT RAISE(ABORT, 'rows are only added'); END;
 CREATE TRIGGER no_change BEFORE UPDATE ON ledger BEGIN SELECT RAISE(ABORT, 'rows are only added'); END;
 CREATE TRIGGER no_removal BEFORE DELETE ON ledger BEGIN SELECT RAISE(ABORT, 'rows are only added'); END;
 """
