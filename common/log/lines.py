@@ -88,7 +88,12 @@ class Lines:
         return max(more, 0)
 
     def write(self, append: Sequence[bytes]) -> None:
-        """Writes lines behind the known ones, and flushes them; raises OSError and then leaves the file as it was."""
+        """Writes lines behind the known ones, and flushes them; raises OSError and then leaves the file as it was.
+
+        Raises ValueError for what is not one line, or ends in a space.
+        """
+        if any(b"\n" in line or line.endswith(_MORE) for line in append):
+            raise ValueError("a line has no line feed in it and no space at its end")
         content = (_MORE + b"\n").join(append) + b"\n"
         with self._path.open("r+b", buffering=0) as file:
             file.seek(self.end)
