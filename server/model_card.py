@@ -1,12 +1,13 @@
 """The model card: what the model is, what it was trained on, how it did, and what nobody should assume of it.
 
-After Mitchell et al., Model Cards for Model Reporting (FAT* 2019). What the plan does not state is listed as not
-stated; nothing is filled in.
+After Mitchell et al., Model Cards for Model Reporting (FAT* 2019), with the items of CLAIM and TRIPOD+AI that a run can
+answer (:mod:`locum.server.guidelines`). What the plan does not state is listed as not stated; nothing is filled in.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,21 +17,14 @@ from typing import Any
 from safetensors import safe_open
 
 from locum.common import build
+from locum.common.durable import replace_file
+from locum.common.log.note import opened
+from locum.common.log.store import CHECKPOINTS
 from locum.common.plan import Plan
+from locum.server.guidelines import NOT_STATED, PARTS
 from locum.server.templates import markdown
 
-MODEL_FILE = "model.safetensors"
-
-#: What a plan has no place for, and a person must add before anybody uses the model.
-NOT_STATED = (
-    "who is responsible for the model, and how to reach them",
-    "the licence of the model, and of the data it was trained on",
-    "ethical approval or the legal basis of using the images",
-    "the patients: age, sex, ethnicity, indication, period of acquisition",
-    "how the labels or masks were made, by whom, and how well readers agree",
-    "uses that the model was not made for",
-    "tests on patients of hospitals that took no part in training",
-)
+MODEL_FILE, CARD_FILE, FACTS_FILE = "model.safetensors", "model_card.md", "model_card.json"
 
 
 @dataclass(frozen=True)
@@ -72,6 +66,20 @@ def _tensor_names(plan: Plan) -> list[str]:
     return [name for name, tensor in state.items() if tensor.is_floating_point()]
 
 
-def model_card(template: str, context: Mapping[str, Any]) -> bytes:
-    """The card from a report's context, by a template that extends `card.md.j2`."""
-    return markdown(template, {**context, "not_stated": NOT_STATED})
+def write_card(folder: Path, template: str, context: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Writes the card and its facts, by a template that extends `card.md.j2`; raises OSError."""
+    items = {name: part.text for name, part in PARTS.items()}
+    content = markdown(template, {**context, "card": facts, "items": items, "not_stated": NOT_STATED})
+    replace_file(folder / CARD_FILE, content)
+    replace_file(folder / FACTS_FILE, json.dumps(facts, indent=1, ensure_ascii=False).encode())
+
+
+def newest_checkpoint(log: Path) -> dict[str, Any] | None:
+    """What the newest signed checkpoint of a log says; None if there is none. The log is only read."""
+    path = log / CHECKPOINTS
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # what follows the last newline is not whole
+    notes = [row["checkpoint"] for row in map(json.loads, lines) if "checkpoint" in row]
+    if not notes:
+        return None
+    checkpoint, _ = opened(notes[-1])
+    return {"origin": checkpoint.origin, "size": checkpoint.size, "root": checkpoint.root.hex()}

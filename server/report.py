@@ -20,8 +20,9 @@ from typing import Any
 from locum.common.durable import replace_file
 from locum.server import report_charts as charts
 from locum.server import report_words as words
+from locum.server.card_facts import Known, facts_of, intervals
 from locum.server.event_file import Event
-from locum.server.model_card import MODEL_FILE, model_card, model_file
+from locum.server.model_card import MODEL_FILE, model_file, newest_checkpoint, write_card
 from locum.server.outcome import Outcome, entry_of, seconds_total
 from locum.server.records import Evaluated, RoundRecord, RunSummary
 from locum.server.report_charts import Chart
@@ -33,37 +34,54 @@ _PAGE, _CARD = "locum.server/report.html.j2", "locum.server/model_card.md.j2"
 
 
 def write(folder: Path, outcome: Outcome) -> None:
-    """Writes `report.html` and `model_card.md` into a folder that holds the model; raises OSError."""
+    """Writes `report.html`, `model_card.md` and its facts into a folder that holds the model; raises OSError."""
     context = _context(folder, outcome)
     replace_file(folder / "report.html", html(_PAGE, {**context, **_charts(context)}))
-    replace_file(folder / "model_card.md", model_card(_CARD, context))
+    write_card(folder, _CARD, context, facts_of(context["known"]))
 
 
 def _context(folder: Path, outcome: Outcome) -> dict[str, Any]:
     """What both templates show."""
     plan, summary, measured = outcome.plan, outcome.summary, outcome.measured
-    results = _results(outcome)
+    results, cases = _results(outcome), _cases(outcome.events)
+    status = words.status_of(summary) if outcome.final else unfinished(outcome.status, summary)
+    known = Known(
+        plan=plan,
+        run=outcome.run.id,
+        final=outcome.final,
+        status=status,
+        summary=summary,
+        measured=measured,
+        results=results,
+        exact=False,
+        folds=cases,
+        emulated=(),
+        model=model_file(folder / MODEL_FILE, plan),
+        log=newest_checkpoint(outcome.run.folder.parents[1] / "log"),
+    )
     return {
+        "known": known,
+        "intervals": intervals(known),
         "plan": plan,
         "plan_words": words.plan_words(plan),
         "plan_yaml": plan.to_yaml(),
         "run": outcome.run.id,
         "summary": summary,
         "final": outcome.final,
-        "status": words.status_of(summary) if outcome.final else unfinished(outcome.status, summary),
+        "status": status,
         "repeated": words.repeated(summary),
         "results": results,
         "measured": measured,
         "measured_words": _measured_words(measured),
         "headline": words.headline(results, measured.fold) if measured and results.metrics else "",
         "contributions": contributions(summary),
-        "cases": _cases(outcome.events),
+        "cases": cases,
         "losses": words.losses_of(summary),
         "timeline": timeline(outcome.run.created.created_at, outcome.events),
         "notices": _notices(outcome.events),
         "protection": words.protection_words(plan, summary.history),
         "versions": words.versions(),
-        "model": model_file(folder / MODEL_FILE, plan),
+        "model": known.model,
         "seconds_total": seconds_total(outcome),
         "written": datetime.now(UTC),
         "say": words,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from locum.common.plan import Part, Plan, SiteNoise, Told
+from locum.common.plan import DifferentialPrivacy, Part, Plan, SiteNoise, Told
 from locum.common.secagg.ring import Ring, mean_error
 from locum.common.secagg.roster import tolerated
 from locum.common.sums import weight_cap
@@ -275,7 +275,7 @@ def protection_words(plan: Plan, history: Sequence[RoundRecord]) -> list[tuple[s
     return [
         ("Images stay at the site", f"Only {update}, and the numbers that the plan releases, leave a site."),
         *(_secure_aggregation(plan, history) if plan.secured else [("No secure aggregation", _NOT_SECURED)]),
-        _differential_privacy(plan),
+        _differential_privacy(plan, history),
         ("Admission", _admission(plan)),
     ]
 
@@ -355,18 +355,42 @@ def _admission(plan: Plan) -> str:
     )
 
 
-def _differential_privacy(plan: Plan) -> tuple[str, str]:
-    privacy = plan.protection.differential_privacy
+#: The source of noise of every site of this version.
+NOISE = "a Gaussian by Box–Muller from AES-256-CTR, seeded by the operating system"
+
+
+def _differential_privacy(plan: Plan, history: Sequence[RoundRecord]) -> tuple[str, str]:
+    privacy = plan.private
     if privacy is None:
+        clip = plan.training.gradient_clip
+        clipped = f" Gradients are clipped at norm {clip:g}: clipping, not differential privacy." if clip else ""
         sentence = (
             "Nothing bounds what the model, or an update, reveals of a single patient. Whether a patient was in the "
-            "training data may be inferred from the model."
+            f"training data may be inferred from the model.{clipped}"
         )
         return "No differential privacy", sentence
+    return "Differential privacy, by PATIENT", _bounded(privacy, spent_of(history))
+
+
+def _bounded(privacy: DifferentialPrivacy, spent: Mapping[str, float]) -> str:
+    metrics = (
+        "no metric is released" if privacy.metrics_epsilon is None else
+        f"the released metrics of a fold epsilon {privacy.metrics_epsilon:g}"
+    )  # fmt: skip
+    stated = listed(f"{site} {epsilon:.3g}" for site, epsilon in sorted(spent.items()))
+    told = f" What the sites have signed to have spent in this run: {stated}." if spent else ""
     return (
-        "Differential privacy",
-        f"The plan asks for ε = {privacy.epsilon:g}, δ = {privacy.delta:g} per patient, clipping at {privacy.clip:g}.",
+        f"The unit is the PATIENT, with all images of one. All updates of this run together cost a patient of a site "
+        f"at most epsilon {privacy.epsilon:g} at delta {privacy.delta:g}, or at 1/(10·N) for N patients of the site "
+        f"where that is less; {metrics}. The gradient of each patient was clipped at norm {privacy.clip:g} (DP-SGD, "
+        f"Abadi 2016; a patient's images count as none), and the noise was {NOISE}. The numbers of patients are not "
+        f"protected.{told}"
     )
+
+
+def spent_of(history: Sequence[RoundRecord]) -> dict[str, float]:
+    """By site, the last epsilon that it has signed to have spent on updates."""
+    return {site: epsilon for record in history for site, epsilon in record.epsilon.items()}
 
 
 def versions() -> Mapping[str, str]:

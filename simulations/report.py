@@ -17,7 +17,8 @@ from locum.common.durable import replace_file
 from locum.common.plan import Plan
 from locum.server import report_charts as charts
 from locum.server import report_words as words
-from locum.server.model_card import MODEL_FILE, model_card, model_file
+from locum.server.card_facts import Known, facts_of, intervals
+from locum.server.model_card import MODEL_FILE, model_file, newest_checkpoint, write_card
 from locum.server.records import RunSummary
 from locum.server.report_charts import Chart
 from locum.server.report_results import Results, label, number, results_of, scalar_metrics, undefined
@@ -37,7 +38,7 @@ def write(
     data: list[SiteData],
     pictures: Sequence[Picture],
 ) -> None:
-    """Writes `report.html` and `model_card.md` into a run's folder that holds `model.safetensors`.
+    """Writes `report.html`, `model_card.md` and its facts into a run's folder that holds `model.safetensors`.
 
     Args:
         folder: the run's folder; `simulation.json` is used where it is.
@@ -53,7 +54,7 @@ def write(
     context = _context(folder, plan, summary, metrics, data)
     page = {**context, **_charts(context), "pictures": [shown(picture) for picture in pictures]}
     replace_file(folder / "report.html", html("locum.simulations/report.html.j2", page))
-    replace_file(folder / "model_card.md", model_card("locum.simulations/model_card.md.j2", context))
+    write_card(folder, "locum.simulations/model_card.md.j2", context, facts_of(context["known"]))
 
 
 def _context(
@@ -61,12 +62,28 @@ def _context(
 ) -> dict[str, Any]:
     """What both templates show."""
     results = results_of(plan, metrics, summary.sites)
+    known = Known(
+        plan=plan,
+        run="",
+        final=True,
+        status=words.status_of(summary),
+        summary=summary,
+        measured=summary.test,
+        results=results,
+        exact=True,
+        folds={site.site: site.folds or None for site in data},
+        emulated=tuple(site.site for site in data if site.emulated),
+        model=model_file(folder / MODEL_FILE, plan),
+        log=newest_checkpoint(folder / "log"),
+    )
     return {
+        "known": known,
+        "intervals": intervals(known),
         "plan": plan,
         "plan_words": words.plan_words(plan),
         "plan_yaml": plan.to_yaml(),
         "summary": summary,
-        "status": words.status_of(summary),
+        "status": known.status,
         "headline": words.headline(results),
         "comparison": words.comparison(results),
         "results": results,
@@ -78,7 +95,7 @@ def _context(
         "asked": asked_words(folder) | {"Baselines": "trained" if results.pooled else "not trained"},
         "protection": words.protection_words(plan, summary.history),
         "versions": words.versions(),
-        "model": model_file(folder / MODEL_FILE, plan),
+        "model": known.model,
         "seconds_total": metrics["seconds_total"],
         "written": datetime.now(UTC),
         "say": words,

@@ -1,7 +1,8 @@
 """A simulation from plan and sites to results: prepare every site, run the rounds, test, compare, report.
 
 The run's folder holds everything: `plan.yaml`, `simulation.json` (what was asked), `sites/`, `checkpoints/`,
-`events.jsonl`, `log/`, `run.json`, and at the end `model.safetensors`, `metrics.json`, `report.html`, `model_card.md`.
+`events.jsonl`, `log/`, `run.json`, and at the end `model.safetensors`, `metrics.json`, `report.html` and the model
+card, `model_card.md` and `model_card.json`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ _PLAN, _ASKED = "plan.yaml", "simulation.json"
 #: What a run's folder holds besides these two.
 _FILES = (
     *("events.jsonl", "run.json", "model.safetensors", "metrics.json", "report.html", "model_card.md"),
+    *("model_card.json",),
     *("rehearsal.json", "coordinator.log", PROPOSAL),
 )
 _FOLDERS = ("checkpoints", "ending", "sites", "coordinator", "authority", "log")
