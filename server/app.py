@@ -80,7 +80,7 @@ def _between_hospitals(name: str, grid: Grid) -> None:
 
 
 def _log_end(link: Link, plan: Plan, event: Event) -> None:
-    """Logs that a run has ended without a result; one that cannot be logged now is by the supervisor, at its next look."""
+    """Logs that a run has ended without a result; what cannot be logged now, the supervisor logs later."""
     try:
         log = link.log(plan)
         log.append(log.said(event))
@@ -140,7 +140,7 @@ def end(folder: Path, log: RunLog) -> None:
     """Tells the log of the end that lies in `ending/`, and then the run's folder; raises OSError or NotLoggedError."""
     ending = folder / _ENDING
     if (ending / "run.json").exists():
-        log.begin((ending / "entries").read_bytes().split(b"\n"))
+        log.append_once((ending / "entries").read_bytes().split(b"\n"))
         log.seal()
         (ending / "run.json").replace(folder / "run.json")
         flush(folder)

@@ -60,20 +60,22 @@ class RunLog:
         """Appends entries; raises NotLoggedError."""
         self.log.append(*entries)
 
+    def append_once(self, left: Iterable[bytes]) -> None:
+        """Appends those of these entries that are not there yet; raises NotLoggedError."""
+        self.log.append_once(*map(read_entry, left))
+
     def seal(self) -> None:
         """Signs a checkpoint of what is written; raises NotLoggedError."""
         self.log.seal()
 
     def begin(self, left: Iterable[bytes]) -> None:
         """Says that the run has started or goes on, once a process, after what the process before has `left` out."""
-        if self._begun:
-            self.log.append_once(*map(read_entry, left))
-            return
         mine = f'"run":"{self.run}"'.encode()
-        known = any(mine in leaf for leaf in self.log.store.entries())
-        self.log.append_once(*map(read_entry, left))
-        self.append(self.said("resumed" if known else "started"))
-        self._begun = True
+        known = self._begun or any(mine in leaf for leaf in self.log.store.entries())
+        self.append_once(left)
+        if not self._begun:
+            self.append(self.said("resumed" if known else "started"))
+            self._begun = True
 
     # --- the entries
 

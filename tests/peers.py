@@ -28,10 +28,12 @@ from locum.common.messages import (
 )
 from locum.common.plan import Plan
 from locum.server.checkpoints import Checkpoints
+from locum.server.home import Home
 from locum.server.link import Direct
 from locum.server.records import Events
 from locum.server.rounds import Finished, open_engine, run
 from locum.simulations.engines.local import LocalGrid
+from locum.simulations.institutions import found_federation
 from tests.plans import initial
 
 Answer = RecordDict | Error
@@ -129,13 +131,14 @@ class Failing(Peer):
 
 
 def run_peers(plan: Plan, peers: list[Peer], folder: Path) -> Finished:
-    """Runs the real round engine over peers, with checkpoints and events in `folder`."""
+    """Runs the real round engine over peers, with checkpoints, events and log in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
+    found_federation(folder)
     agents = dict(enumerate(peers, start=2))
     grid = LocalGrid(agents, build_bundle(plan), len(peers))  # type: ignore[arg-type]
     events = Events(folder / "events.jsonl")
     try:
-        return run(open_engine(plan, grid, Checkpoints(folder / "checkpoints", plan), events, Direct()))
+        return run(open_engine(plan, grid, Checkpoints(folder / "checkpoints", plan), events, Direct(Home(folder))))
     finally:
         events.close()
         grid.close()

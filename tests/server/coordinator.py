@@ -15,10 +15,11 @@ from typing import Any
 
 from locum.common.identity import fingerprint_of, new_key, utc_now
 from locum.common.plan import Plan
-from locum.server.app import write_result
+from locum.server.app import end, write_result
 from locum.server.authority import initialise, load_authority
 from locum.server.gateway.live import Heard
 from locum.server.home import Home, ServerConfig, read_config
+from locum.server.link import Direct
 from locum.server.proposals import propose
 from locum.server.registry import Registry
 from locum.server.runs import Run, create_run
@@ -64,7 +65,10 @@ def go_on(run: Run, peers: Sequence[Peer], *, rounds: int | None = None) -> None
     """Lets the real engine go on with a run; to its end, or as if it died after committing `rounds`."""
     with run.hold():
         if rounds is None:
-            write_result(run.folder, run_peers(run.plan, list(peers), run.folder))
+            finished = run_peers(run.plan, list(peers), run.folder)
+            log = Direct(Home(run.folder)).log(run.plan)
+            write_result(run.folder, finished, log)
+            end(run.folder, log)
             return
         try:
             run_peers(run.plan, [_Dying(peer, rounds) for peer in peers], run.folder)

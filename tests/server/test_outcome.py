@@ -18,8 +18,9 @@ from locum.common.errors import Code, RunError
 from locum.common.messages import Description, EvaluateTask, Tensors
 from locum.common.plan import Plan, load_plan
 from locum.common.secagg.ring import Ring, mean_error
-from locum.server.app import write_result
+from locum.server.app import end, write_result
 from locum.server.home import Home
+from locum.server.link import Direct
 from locum.server.outcome import _with_model, outcome_of, pull
 from locum.server.records import RunSummary
 from locum.server.report_words import ranges, spans
@@ -265,7 +266,10 @@ def _secure_run(home: Home, folder: Path, **changes: Any) -> tuple[Run, Path]:
     peers = [SkilledInSecret("north", 400), SkilledInSecret("riverside", 385, fails_in=(2, 3), cases=24),
              SkilledInSecret("st-anne", 410), SkilledInSecret("lakeview", 395)]  # fmt: skip
     with run.hold():
-        write_result(run.folder, run_secure(plan, peers, run.folder))
+        finished = run_secure(plan, peers, run.folder)
+        log = Direct(Home(run.folder)).log(plan)
+        write_result(run.folder, finished, log)
+        end(run.folder, log)
     pull(run, folder)
     return run, folder
 

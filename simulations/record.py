@@ -1,0 +1,56 @@
+"""What a simulation's log says beside its run: its hospitals, and that they approve the plan."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from locum.common.canonical import sha256_hex
+from locum.common.durable import replace_file
+from locum.common.envelope import Approval, Proposal, seal_approval, seal_proposal
+from locum.common.identity import fingerprint_of
+from locum.common.log.entries import ApprovalEntry, Entry, ProposalEntry, SiteEntry
+from locum.common.plan import Plan
+from locum.server.authority import load_log_key
+from locum.server.home import Home
+from locum.server.log import FederationLog, now, open_log
+from locum.simulations.institutions import Federation, credentials_of
+from locum.site_client.secure import Credentials
+
+PROPOSAL = "proposal.json"
+_BY = "simulation"
+
+
+def begin_log(folder: Path, federation: Federation, plan: Plan, sites: Iterable[str]) -> FederationLog:
+    """The log in a run's folder; one that is new says first who is in it, and that all of them approve the plan.
+
+    The signed proposal is beside it. Raises LogError or NotLoggedError, and OSError.
+    """
+    log = open_log(Home(folder))
+    if log.store.size == 1:  # whose log it is, and nothing else
+        members = [credentials_of(site, federation) for site in sorted(sites)]
+        body = Proposal(digest=plan.digest, plan=plan.model_dump(mode="json"), proposed_at=time.time(), by=_BY)
+        proposal = seal_proposal(body, load_log_key(federation.home))
+        replace_file(folder / PROPOSAL, proposal)
+        log.append(
+            *map(_enrolled, members),
+            ProposalEntry(at=now(), plan=plan.digest, statement=sha256_hex(proposal)),
+            *(_approved(member, plan.digest) for member in members),
+        )
+    return log
+
+
+def _enrolled(member: Credentials) -> Entry:
+    return SiteEntry(at=now(), site=member.site, event="enrolled", certificate=fingerprint_of(member.certificate))
+
+
+def _approved(member: Credentials, digest: str) -> Entry:
+    approval = Approval(site=member.site, digest=digest, at=time.time(), decision="approve", steward=_BY)
+    return ApprovalEntry(
+        at=now(),
+        site=member.site,
+        plan=digest,
+        statement=seal_approval(approval, member.key).decode(),
+        certificate=fingerprint_of(member.certificate),
+    )
