@@ -103,7 +103,7 @@ def _parts(known: Known) -> dict[str, Facts]:
         "eligibility": _eligibility(plan, told),
         "partitions": _partitions(told),
         "preparation": {"Preparation": told["Preparation"]},
-        "training": {topic: told[topic] for topic in _TRAINING} | {"Classes of unequal size": _imbalance(plan)},
+        "training": {topic: told[topic] for topic in _TRAINING} | _made_of(plan),
         "results": _measures(known),
         "subgroups": _subgroups(known),
         "calibration": {"Calibration": _calibration_words(plan)} if known.results.calibration else {},
@@ -134,11 +134,17 @@ def _model(known: Known, told: Mapping[str, str]) -> Facts:
     per = "class" if plan.contract.task == "classification" else "class and voxel"
     return {
         "Network": told["Network"],
-        "Input": told["Task"],
+        "Input": _input(plan),
         "Output": f"one probability per {per}: {', '.join(plan.contract.classes)}",
         "First weights": f"drawn at random from the seed {plan.seed}, or as the network's own code sets them",
         "Of round": f"{known.summary.round} of {plan.rounds}",
     }
+
+
+def _input(plan: Plan) -> str:
+    contract, size = plan.contract, " × ".join(map(str, plan.training.input_size))
+    kind = " or ".join(contract.modality) or "any modality"
+    return f"{contract.dimensions}D images, {words.many(contract.channels, 'channel')}, {kind}; prepared, {size} voxels"
 
 
 def _source(known: Known) -> str:
@@ -166,10 +172,13 @@ def _partitions(told: Mapping[str, str]) -> Facts:
     }
 
 
-def _imbalance(plan: Plan) -> str:
-    if plan.training.sampling == "balanced":
-        return "in training every class is drawn with equal chance; tests are of the cases as they are"
-    return "no measure taken: cases are drawn as they are"
+def _made_of(plan: Plan) -> Facts:
+    balanced = "in training every class is drawn with equal chance; tests are of the cases as they are"
+    plain = "no measure taken: cases are drawn as they are"
+    return {
+        "Classes of unequal size": balanced if plan.training.sampling == "balanced" else plain,
+        "Ensemble": "none: one model",
+    }
 
 
 def _measures(known: Known) -> Facts:

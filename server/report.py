@@ -234,6 +234,7 @@ def _charts(context: Mapping[str, Any]) -> dict[str, Any]:
     metrics = released_metrics(context["plan"])
     return {
         "sites_charts": _sites_charts(results) if context["measured"] and results.told else [],
+        "reliability_chart": charts.reliability_chart(results.calibration.bins) if results.calibration else None,
         "contributions_chart": charts.contributions_chart(history, summary.sites),
         "curves": charts.all_curves(history, summary.sites, metrics),
         "costs": [charts.time_chart(history), charts.bytes_chart(history)],

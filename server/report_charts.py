@@ -20,6 +20,7 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from locum.common.calibration import Reliability
 from locum.common.metrics import Metric
 from locum.server.records import RoundRecord
 from locum.server.report_results import ModelRow, Score, SiteRow, label, number
@@ -181,6 +182,27 @@ def sites_chart(rows: Sequence[SiteRow], index: int, overall: Score) -> Chart:
             f"the {_MOST_ROWS} worst of {len(rows) + left_out} sites" if left_out else "each site"
         )
         return _chart(figure, f"sites{index}", title, f"{label(metric)} by site: {told}")
+
+
+# --- calibration
+
+
+def reliability_chart(bins: Sequence[Reliability]) -> Chart:
+    """The share of cases that are so against the probability given to them, with 95 % intervals, and the diagonal."""
+    known = [row for row in bins if row.chance is not None and row.share is not None]
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(3.6)
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (3, 3)), zorder=1)
+        for row in known:
+            axes.plot([row.chance] * 2, row.interval, color=FEDERATED, linewidth=2.2, solid_capstyle="round", zorder=2)
+        axes.plot([row.chance for row in known], [row.share for row in known], color=FEDERATED, marker="o",
+                  markersize=6.5, linewidth=1.2, zorder=3)  # fmt: skip
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_xlabel("mean probability that the model gives")
+        axes.set_ylabel("share that is so")
+        told = "; ".join(f"{row.chance:.2f} given, {row.share:.2f} so, {row.cases} cases" for row in known)
+        return _chart(figure, "reliability", "Reliability; dashed: perfect calibration", f"Reliability: {told}")
 
 
 # --- curves over the rounds

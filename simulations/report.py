@@ -122,6 +122,7 @@ def _charts(context: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "models_charts": _models_charts(results),
         "sites_charts": _sites_charts(results),
+        "reliability_chart": charts.reliability_chart(results.calibration.bins) if results.calibration else None,
         "curves": charts.all_curves(summary.history, summary.sites, results.metrics),
         "costs": [charts.time_chart(summary.history), charts.bytes_chart(summary.history)] if summary.history else [],
         "legend": charts.legend(summary.history, summary.sites, results.metrics),
