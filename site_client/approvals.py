@@ -9,6 +9,8 @@ Rules:
   * Nothing is remembered between two questions, so a revocation by another process counts at the next message.
   * An approval is the plan's digest signed with the site's key, under a steward's name. It stands while as many
     different stewards as the policy asks for have approved since the last revocation. One revocation ends it.
+  * An approval is in the site's own log before it counts; if it cannot be written there, it does not count. A
+    revocation counts first.
   * The coordinator is told only what stands: the newest approval once they are enough, or the revocation. What it has
     heard is not remembered here: it keeps the newest word, and may have been restored from a backup.
   * A coordinator cannot fill the disk: of proposals that nobody has decided on, a number is kept, and no more taken.
@@ -43,6 +45,7 @@ from locum.common.identity import SiteName
 from locum.site_client import gate
 from locum.site_client.gate import Policy
 from locum.site_client.identity import SiteIdentity, load_identity
+from locum.site_client.releases import open_releases
 from locum.site_client.review import Held, Review, Standing
 
 _KIND = "decisions"
@@ -78,12 +81,14 @@ class Approvals:
         home: the agent's folder.
         policy: what the site allows, and how many stewards must approve.
         identity: the site's key, and the key that verifies proposals.
+        decided: writes a decision on the plan with this digest into the site's own log.
         clock: seconds since 1970.
     """
 
     home: Path
     policy: Policy
     identity: SiteIdentity = field(repr=False)
+    decided: Callable[[str, bytes], None]
     clock: Callable[[], float] = time.time
 
     # --- proposals
@@ -232,9 +237,15 @@ class Approvals:
         before = self._approvals(known)
         at = max([self.clock(), *(one.at + _TICK for one in before)])  # a clock set back must not undo a decision
         made = Approval(site=self.identity.site, digest=digest, at=at, decision=decision, steward=steward)
-        envelope = seal_approval(made, self.identity.key).decode()
+        envelope = seal_approval(made, self.identity.key)
         kept = known.envelopes if decision == "approve" else ()
-        self._write(known.model_copy(update={"envelopes": (*kept, envelope)}))
+        after = known.model_copy(update={"envelopes": (*kept, envelope.decode())})
+        if decision == "approve":
+            self.decided(digest, envelope)
+            self._write(after)
+        else:
+            self._write(after)
+            self.decided(digest, envelope)
 
     def _write(self, decisions: _Decisions) -> None:
         path = self._approval_file(decisions.digest)
@@ -263,7 +274,11 @@ class Approvals:
 
 def open_approvals(home: Path, policy: Policy) -> Approvals:
     """The approvals of an enrolled site; raises DataError if it is not enrolled."""
-    return Approvals(home, policy, load_identity(home))
+
+    def decided(plan: str, envelope: bytes) -> None:
+        open_releases(home).decided(plan, envelope)
+
+    return Approvals(home, policy, load_identity(home), decided)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ Rules:
   * The key is made here, before anything is asked, in a folder that is the invitation's own; so an enrolment whose
     reply was lost is finished by the same command, with the same key.
   * Nothing is believed that the root of the invitation has not signed: neither the gateway, nor the certificates.
+  * What leaves goes through `releases.py`, which writes it down first: the log of a site begins with its enrolment.
   * `identity/` appears whole or not at all. One that is there is moved aside only when asked to.
 """
 
@@ -54,6 +55,8 @@ from locum.site_client.identity import (
     load_identity,
     save_identity,
 )
+from locum.site_client.releases import FOLDER as RELEASES
+from locum.site_client.releases import Releases, begin_releases, set_aside
 
 CALL_SECONDS = 30.0
 _PENDING = ".enrolling"
@@ -96,7 +99,9 @@ def enrol(path: Path, home: Path, *, proxy: str | None = None, replace: bool = F
         if (home / FOLDER).exists() and not replace:
             raise DataError(f"{home} is enrolled already", "to join anew and keep the old key aside: --replace")
         pending = home / f"{_PENDING}-{token_sha256(invitation.token_bytes).hex()[:16]}"
-        identity = _asked(invitation, _pending_key(pending), proxy)
+        set_aside(home, invitation.federation, invitation.site)
+        releases = begin_releases(home / RELEASES, invitation.federation, invitation.site)
+        identity = _asked(invitation, _pending_key(pending), proxy, releases)
         save_identity(pending, identity)
         _establish(home, pending)
     return load_identity(home)
@@ -135,7 +140,9 @@ def _pending_key(folder: Path) -> ec.EllipticCurvePrivateKey:
     return load_ec_key(path)
 
 
-def _asked(invitation: Invitation, key: ec.EllipticCurvePrivateKey, proxy: str | None) -> SiteIdentity:
+def _asked(
+    invitation: Invitation, key: ec.EllipticCurvePrivateKey, proxy: str | None, releases: Releases
+) -> SiteIdentity:
     request = certificate_request(Subject(invitation.federation, "site", invitation.site), key)
     mac = request_mac(token_sha256(invitation.token_bytes), request)
     tls = grpc.ssl_channel_credentials(
@@ -143,7 +150,8 @@ def _asked(invitation: Invitation, key: ec.EllipticCurvePrivateKey, proxy: str |
     )
     with _channel(invitation.address, tls, proxy) as channel:
         try:
-            reply = RegistryStub(channel).Enrol(pb.EnrolRequest(request=request, mac=mac), timeout=CALL_SECONDS)
+            asked, stub = pb.EnrolRequest(request=request, mac=mac), RegistryStub(channel)
+            reply = releases.enrolment(request, lambda: stub.Enrol(asked, timeout=CALL_SECONDS))
         except grpc.RpcError as error:
             raise connection_error(error, invitation.address) from error
     membership = Membership(federation=invitation.federation, site=invitation.site, address=invitation.address)
@@ -179,7 +187,9 @@ def needs_renewal(identity: SiteIdentity, now: datetime | None = None) -> bool:
     return renewal_due(identity.certificate, now or utc_now())
 
 
-def renew(identity: SiteIdentity, home: Path, channel: grpc.Channel, now: datetime | None = None) -> SiteIdentity:
+def renew(
+    identity: SiteIdentity, home: Path, channel: grpc.Channel, releases: Releases, now: datetime | None = None
+) -> SiteIdentity:
     """The identity with a new certificate of the same key, on the disk; open the channel again to use it.
 
     `now` is the time by the coordinator's clock, if this machine's is not to be trusted.
@@ -188,8 +198,9 @@ def renew(identity: SiteIdentity, home: Path, channel: grpc.Channel, now: dateti
         grpc.RpcError: the coordinator was not reached or refused; the old certificate goes on to count.
         IdentityError: its answer is not a certificate of this site.
     """
-    request = pb.RenewRequest(request=certificate_request(identity.subject, identity.key))
-    reply = RegistryStub(channel).Renew(request, timeout=CALL_SECONDS)
+    request = certificate_request(identity.subject, identity.key)
+    asked, stub = pb.RenewRequest(request=request), RegistryStub(channel)
+    reply = releases.renewal(request, lambda: stub.Renew(asked, timeout=CALL_SECONDS))
     renewed = changed(
         identity,
         certificate=parse_certificate(reply.certificate),

@@ -292,6 +292,12 @@ def dated(reply: Message, message: Message) -> Message:
     return reply
 
 
+def travelling(reply: Message) -> tuple[str, int]:
+    """The SHA-256 of a reply as it is pushed, which names its parts by theirs, and the bytes of it and them."""
+    parts = get_all_nested_objects(reply)
+    return str(reply.object_id), sum(len(part.deflate()) for part in parts.values())
+
+
 def to_bytes(message: Message) -> bytes:
     """A message whole, for the journal."""
     content: bytes = message_to_proto(message).SerializeToString()

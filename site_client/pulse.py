@@ -6,6 +6,7 @@ Rules:
   * Nothing here holds up the work.
   * A step that fails costs itself, and is made again after a pause. A decision that the coordinator refuses costs no
     other, nor does a proposal that cannot be used here.
+  * What leaves goes through `releases.py`, which writes it down first.
   * The coordinator hears the decisions anew over each connection, and when its registry has changed: one that was
     restored from a backup must not go on without them.
 """
@@ -27,6 +28,7 @@ from locum.common.errors import LocumError
 from locum.common.proto import locum_pb2 as pb
 from locum.common.proto import locum_pb2_grpc as rpc
 from locum.site_client.fleet import AwayError, Fleet, RefusedError, guarded
+from locum.site_client.releases import Releases
 from locum.site_client.status import CLOCK_WARNING
 
 _BEAT_SECONDS, _NODE_SECONDS, _RENEWAL_SECONDS = 5.0, 20.0, 3600.0
@@ -98,11 +100,13 @@ class Pulse:
 
     Attributes:
         news: what is done with what is heard.
+        releases: the way out.
         log: the site's own log.
         offset: seconds by which the coordinator's clock is ahead of this one.
     """
 
     news: News
+    releases: Releases
     log: logging.Logger
     offset: float = 0.0
     _said: Said = Said()
@@ -213,7 +217,8 @@ class Pulse:
     def _tell(self, stub: rpc.RegistryStub, envelope: bytes) -> None:
         """Hands a decision over; raises AwayError. One that is refused is told here, and offered again later."""
         try:
-            guarded(lambda: stub.Approve(pb.ApproveRequest(envelope=envelope), timeout=_CALL_SECONDS))
+            request = pb.ApproveRequest(envelope=envelope)
+            self.releases.decision(envelope, lambda: guarded(lambda: stub.Approve(request, timeout=_CALL_SECONDS)))
         except RefusedError as error:
             self.log.warning("the coordinator does not take a steward's decision: %s", error)
 
@@ -249,7 +254,13 @@ class Pulse:
             version=version("locum"),
             clock=before,
         )
-        reply = guarded(lambda: stub.Report(request, timeout=_CALL_SECONDS))
+        reply = self.releases.report(
+            said.activity,
+            said.run,
+            said.round,
+            request.SerializeToString(),
+            lambda: guarded(lambda: stub.Report(request, timeout=_CALL_SECONDS)),
+        )
         self.offset = reply.clock - (before + time.time()) / 2
         if abs(self.offset) > CLOCK_WARNING and not self._warned:
             self._warned = True

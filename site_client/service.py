@@ -5,6 +5,7 @@ Rules:
     quarter of a minute.
   * A message is written down before it is confirmed, its reply before it is sent. After a cut or a crash a finished
     reply is delivered, and work that was not finished is done again; nothing is trained twice for one reply.
+  * What leaves goes through `releases.py`, which writes it down first.
   * What is finished leaves only if approval and policy still allow it, asked before each attempt to send it. The hours
     are for work, not for what is done.
   * A message has a time, by the coordinator's clock. When it is over, nothing is done for it and nothing is sent.
@@ -35,10 +36,11 @@ from locum.site_client import gate
 from locum.site_client.agent import Agent
 from locum.site_client.blobs import BlobClient, Stopping
 from locum.site_client.carrier import SiteCarrier
-from locum.site_client.fleet import AwayError, Fleet, Incoming, RefusedError, dated, deadline
+from locum.site_client.fleet import AwayError, Fleet, Incoming, RefusedError, dated, deadline, travelling
 from locum.site_client.identity import SiteIdentity
 from locum.site_client.journal import Entry, Journal
 from locum.site_client.pulse import Pulse, Said
+from locum.site_client.releases import Releases, Sent
 from locum.site_client.status import WORD
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 15.0
@@ -58,6 +60,7 @@ class Service:
         identity: reads the site's key and certificate; renewal replaces the certificate.
         log: the site's own log.
         pulse: tells the coordinator that the site lives and what it does, and brings news back.
+        releases: the way out.
         may_leave: raises SiteFailure if what was made for a bundle's plan may not leave now.
     """
 
@@ -67,6 +70,7 @@ class Service:
     identity: Callable[[], SiteIdentity]
     log: logging.Logger
     pulse: Pulse
+    releases: Releases
     may_leave: Callable[[bytes], None]
     stop: threading.Event = field(default_factory=threading.Event)
     instance: str = field(init=False)
@@ -224,25 +228,29 @@ class Service:
         return reply
 
     def _deliver(self, fleet: Fleet, carrier: SiteCarrier, entry: Entry, reply: Message) -> None:
-        """Sends a reply's blob, then the reply, or what goes in its place."""
-        outgoing = self._outgoing(carrier, entry, reply)
-        self.doing("delivering", self._round)
-        fleet.push(outgoing)
-
-    def _outgoing(self, carrier: SiteCarrier, entry: Entry, reply: Message) -> Message:
-        """The reply, once its blob has arrived; in its place a failure, if it may not leave or is not wanted.
+        """Sends a reply; in its place a failure, if it may not leave or is not wanted.
 
         Raises _LateError, and FileNotFoundError if its blob is gone.
         """
-        if not reply.has_content():
-            return reply
         try:
-            self._check(entry)
-            carrier.deliver(_fields(reply))
+            self._send(fleet, carrier, entry, reply)
         except SiteFailure as failure:
             self.log.warning("an answer does not leave: %s", failure)
-            return dated(Message(gate.release_failure(failure), reply_to=entry.message), entry.message)
-        return reply
+            instead = dated(Message(gate.release_failure(failure), reply_to=entry.message), entry.message)
+            self._send(fleet, carrier, entry, instead)
+
+    def _send(self, fleet: Fleet, carrier: SiteCarrier, entry: Entry, reply: Message) -> None:
+        """Writes down a reply that may leave, then sends its blob, and then the reply itself."""
+        fields = _fields(reply)
+        if reply.has_content():
+            self._check(entry)
+
+        def send() -> None:
+            carrier.deliver(fields)
+            self.doing("delivering", self._round)
+            fleet.push(reply)
+
+        self.releases.answer(entry.run.name, entry.message, reply, _sent(reply, fields), send)
 
     def _check(self, entry: Entry) -> None:
         """Raises _LateError, or SiteFailure if what was made for a message may not leave any more."""
@@ -303,6 +311,12 @@ def _number_in(path: Path) -> int | None:
         return int(path.read_text())
     except (FileNotFoundError, ValueError):
         return None
+
+
+def _sent(reply: Message, blob: dict[str, Any]) -> Sent:
+    """A reply as it travels, with the blob that it names."""
+    sha256, size = travelling(reply)
+    return Sent(sha256, size + int(blob.get("size", 0)), blob.get("sha256"))
 
 
 def _fields(reply: Message) -> dict[str, Any]:

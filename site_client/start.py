@@ -1,7 +1,7 @@
 """`locum site start`: puts an agent together from its folder, and runs it until it is told to end.
 
 home/  site.yaml  identity/  proposals/  approvals/  journal/  work/ (blobs on their way)  run/ (local tensors)
-       secagg/ (keys of secure sums)  ledger.sqlite  site.log  agent.json  agent.lock
+       secagg/ (keys of secure sums)  ledger.sqlite  log/ (what left)  site.log  agent.json  agent.lock
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from locum.site_client.enrolment import connection_error, needs_renewal, open_ch
 from locum.site_client.gate import Policy
 from locum.site_client.identity import SiteIdentity, load_identity
 from locum.site_client.privacy.budget import Budget, Signer
-from locum.site_client.privacy.ledger import Ledger, LedgerError
+from locum.site_client.privacy.ledger import Ledger, LedgerError, State
 from locum.site_client.pulse import News, Pulse
+from locum.site_client.releases import open_releases
 from locum.site_client.secure import Credentials, SecureSite, drawn, seeded
 from locum.site_client.service import Service
 from locum.site_client.worker import Worker, process_context
@@ -87,7 +88,7 @@ def open_service(home: Path, configuration: SiteConfiguration, log: logging.Logg
         if not needs_renewal(current, now):
             return False
         try:
-            renew(current, home, channel, now)
+            renew(current, home, channel, releases, now)
         except grpc.RpcError as error:
             raise connection_error(error, current.membership.address) from error
         except IdentityError as error:
@@ -102,6 +103,8 @@ def open_service(home: Path, configuration: SiteConfiguration, log: logging.Logg
         seeded if configuration.rehearsal else drawn,
     )
     budget = open_budget(home, configuration, log, lambda: datetime.fromtimestamp(service.pulse.now(), UTC))
+    releases = open_releases(home, lambda: _state_of(budget))
+    releases.policy(configuration.policy)
     agent = Agent(identity.site, configuration.policy, worker, log, secure, admit, budget)
     news = News(
         receive=lambda envelope: approvals().receive(envelope),
@@ -114,10 +117,19 @@ def open_service(home: Path, configuration: SiteConfiguration, log: logging.Logg
         connect=lambda: open_channel(load_identity(home), configuration.proxy),
         identity=lambda: load_identity(home),
         log=log,
-        pulse=Pulse(news, log),
+        pulse=Pulse(news, releases, log),
+        releases=releases,
         may_leave=may_leave,
     )
     return service
+
+
+def _state_of(budget: Budget) -> State | None:
+    """How far the privacy ledger has come; None for one that cannot be used."""
+    try:
+        return budget.ledger.state()
+    except LedgerError:
+        return None
 
 
 def credentials_of(identity: SiteIdentity) -> Credentials:

@@ -44,6 +44,7 @@ from locum.site_client import enrolment
 from locum.site_client.enrol_cli import enrol as command
 from locum.site_client.enrolment import connection_error, enrol, needs_renewal, open_channel, renew
 from locum.site_client.identity import FOLDER, Membership, SiteIdentity, load_identity, save_identity
+from locum.site_client.releases import open_releases
 from tests.server.door import Door, free_ports, open_door
 
 
@@ -295,7 +296,7 @@ def test_a_certificate_is_renewed_and_kept(shared: Door, name: str, home: Path) 
     old = old_site(shared, name, home)
     assert needs_renewal(old)
     with open_channel(old) as channel:
-        new = renew(old, home, channel)
+        new = renew(old, home, channel, open_releases(home))
     assert not needs_renewal(new)
     assert load_identity(home) == new
     assert new.key.public_key() == old.key.public_key()
@@ -311,7 +312,7 @@ def test_a_certificate_is_renewed_though_this_machines_clock_is_years_behind(
     assert not needs_renewal(old)
     assert needs_renewal(old, now)
     with open_channel(old) as channel:
-        assert not needs_renewal(renew(old, home, channel, now), now)
+        assert not needs_renewal(renew(old, home, channel, open_releases(home), now), now)
 
 
 def test_an_answer_that_is_not_this_sites_certificate_is_not_kept(shared: Door, name: str, home: Path) -> None:
@@ -328,7 +329,7 @@ def test_an_answer_that_is_not_this_sites_certificate_is_not_kept(shared: Door, 
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(IdentityError, match="not that of"):
-        renew(old, home, channel)
+        renew(old, home, channel, open_releases(home))
     server.stop(None).wait()
     assert load_identity(home) == old
 

@@ -6,6 +6,7 @@ import errno
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 
 import grpc
 import pytest
@@ -16,6 +17,7 @@ from locum.common.proto import locum_pb2 as pb
 from locum.site_client import pulse as module
 from locum.site_client.fleet import Fleet
 from locum.site_client.pulse import News, Pulse
+from locum.site_client.releases import begin_releases
 from tests.site_client.coordinator import Coordinator, open_coordinator, until
 
 _LOG = logging.getLogger("tests.pulse")
@@ -66,12 +68,13 @@ Start = Callable[[_Site], Pulse]
 
 
 @pytest.fixture
-def start(coordinator: Coordinator) -> Iterator[Start]:
+def start(coordinator: Coordinator, tmp_path: Path) -> Iterator[Start]:
     """Starts pulses over connections of their own."""
     opened: list[tuple[Pulse, Fleet, grpc.Channel]] = []
 
     def begin(site: _Site) -> Pulse:
-        pulse, channel = Pulse(site.news(), _LOG), coordinator.channel()
+        releases = begin_releases(tmp_path / f"log-{len(opened)}", "test", "north")
+        pulse, channel = Pulse(site.news(), releases, _LOG), coordinator.channel()
         fleet = Fleet(channel, new_key(), "here", lambda: pulse.offset)
         fleet.activate()
         pulse.start()
