@@ -73,7 +73,7 @@ class Log:
         self._frontier = Frontier()
         #: By size, in their order: the line of the checkpoint, then those of its cosignatures.
         self._notes: dict[int, list[int]] = {}
-        self._threads = threading.RLock()
+        self._threads, self._locked = threading.RLock(), False
         _make(folder)
         with self._current(writing=True):
             pass
@@ -179,35 +179,45 @@ class Log:
     def _current(self, *, writing: bool = False) -> Iterator[None]:
         """All is known that others wrote, and under the lock if it must be so; one thread at a time."""
         with self._threads:
-            if not writing and not self._changed():
+            if self._locked or not (writing or self._changed()):
                 yield
                 return
             with locked(self._folder / ENTRIES):
-                if self._changed():
-                    self._catch_up()
-                yield
+                self._locked = True
+                try:
+                    if self._changed():
+                        self._catch_up()
+                    yield
+                finally:
+                    self._locked = False
 
     def _changed(self) -> bool:
         return (
             self._entries.there() != self._entries.end
             or self._signed.there() != self._signed.end
-            or self._tree.stat().st_size != stored_count(len(self._entries)) * HASH_BYTES
+            or self._tree_short() != 0
         )
+
+    def _tree_short(self) -> int:
+        """How many bytes the tree is too short for the known entries; below 0 if it is longer."""
+        return stored_count(len(self._entries)) * HASH_BYTES - self._tree.stat().st_size
 
     def _catch_up(self) -> None:
         """Reads what is new, checks it, and then puts right what a crash has left; what is damaged is not touched."""
         for lines, what in ((self._entries, "entry {}"), (self._signed, f"line {{}} of {CHECKPOINTS}")):
             if (lost := lines.lost()) is not None:
                 raise self._damaged(f"at {what.format(lost)}, which was there before")
-        entries, signed, frontier = len(self._entries), len(self._signed), self._frontier
+        entries, known, signed, frontier = self._entries, len(self._entries), len(self._signed), self._frontier
         notes = {size: list(lines) for size, lines in self._notes.items()}
+        if self._tree_short() > 0:  # all of it is compared anew
+            self._entries, self._frontier = Lines(self._folder / ENTRIES), Frontier()
         try:
             self._read_signed()
             agreed = self._read_entries()
         except BaseException:
-            self._entries.forget(entries)
+            entries.forget(known)
             self._signed.forget(signed)
-            self._frontier, self._notes = frontier, notes
+            self._entries, self._frontier, self._notes = entries, frontier, notes
             raise
         self._put_right(agreed)
 
@@ -260,7 +270,7 @@ class Log:
                 self._frontier = frontier
         if signed > self._frontier.size:
             raise self._damaged(f"at entry {self._frontier.size}: a checkpoint of {signed} entries was signed")
-        if 0 < signed <= known:
+        if self._notes and signed <= known:
             self._check_root(signed, self.root(signed))
         return self._frontier.size if agreed is None else agreed
 
@@ -286,7 +296,7 @@ class Log:
 
     def _check_root(self, size: int, root: bytes) -> None:
         if opened(self._note(size))[0].root != root:
-            raise self._damaged(self._where())
+            raise self._damaged(self._where() if size else "at the checkpoint of no entries")
 
     def _where(self) -> str:
         """Where entries are not those of the checkpoints, as closely as can be told."""
@@ -302,7 +312,9 @@ class Log:
                 if opened(self._note(frontier.size))[0].root != frontier.root():
                     break
                 good, suspect = frontier.size, None
-        return f"at entry {suspect}" if suspect is not None else f"between entries {good} and {frontier.size - 1}"
+        if suspect is not None:
+            return f"at entry {suspect}"
+        return f"between entries {good} and {frontier.size - 1}"
 
     def _damaged(self, where: str) -> LogError:
         return LogError(
@@ -318,7 +330,7 @@ class Log:
             if taken := lines.cut():
                 self._tell(f"the last append to {name} had been cut short: {taken} bytes were taken away")
         size = len(self._entries)
-        if agreed < size or self._tree.stat().st_size != stored_count(size) * HASH_BYTES:
+        if agreed < size or self._tree_short() != 0:
             self._rebuild(agreed)
             self._tell(f"the tree was made anew from entry {agreed} on")
 

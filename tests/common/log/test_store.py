@@ -141,6 +141,24 @@ def test_what_was_signed_must_be_the_checkpoint(tmp_path: Path) -> None:
     assert log.latest() is None
 
 
+def test_whoever_signs_may_use_the_log_meanwhile(tmp_path: Path) -> None:
+    log = new_log(tmp_path, *policies(0, 3))
+
+    def signs(checkpoint: Checkpoint) -> str:
+        assert log.append(a_policy(3)) == log.size - 1 == 3
+        return signed(checkpoint)
+
+    assert opened(log.checkpoint(signs))[0].size == 3
+    assert Log(tmp_path, ORIGIN).size == 4
+
+
+def test_the_checkpoint_of_an_empty_log_is_compared_too(tmp_path: Path) -> None:
+    new_log(tmp_path).checkpoint(signed)
+    put_back(tmp_path, {CHECKPOINTS: contents(tmp_path)[CHECKPOINTS].replace(b"47DEQpj8HBSa", b"47DEQpj8HBSb")})
+    with pytest.raises(LogError, match="damaged at the checkpoint of no entries"):
+        Log(tmp_path, ORIGIN)
+
+
 def test_lines_of_witnesses_are_kept_with_their_checkpoint_whenever_they_come(tmp_path: Path) -> None:
     log = new_log(tmp_path, *policies(0, 3))
     first = log.checkpoint(signed)
@@ -314,6 +332,22 @@ def test_a_tree_of_any_length_is_made_right(tmp_path: Path) -> None:
         assert again.root() == root
         assert bool(again.repaired) == (length != len(files[TREE]))
         assert contents(tmp_path) == files
+
+
+def test_an_open_log_makes_its_tree_anew_when_it_was_cut(tmp_path: Path) -> None:
+    log = new_log(tmp_path, *policies(0, 11))
+    log.checkpoint(signed)
+    files = contents(tmp_path)
+    for length in range(0, len(files[TREE]), 16):
+        put_back(tmp_path, {TREE: files[TREE][:length]})
+        assert log.root() == root_of(log)
+        assert contents(tmp_path) == files
+    put_back(tmp_path, {TREE: b"", ENTRIES: files[ENTRIES].replace(b'"policy":"0', b'"policy":"f', 1)})
+    with pytest.raises(LogError, match="damaged between entries 0 and 10"):
+        log.append(a_policy(11))
+    put_back(tmp_path, files)
+    assert log.append(a_policy(11)) == 11
+    assert log.root() == root_of(log)
 
 
 def test_a_tree_that_was_changed_is_made_right(tmp_path: Path) -> None:
