@@ -8,10 +8,10 @@ Rules:
     probability (alias method: Walker 1977, Vose 1991), a number within it evenly, and the number is kept with its
     probability over the block's largest; else all is drawn again (von Neumann 1951).
   * Random bits are compared with real numbers. 52 or 64 bits decide nearly always; where they do not, 64 more, and
-    decimal arithmetic of 50 digits. So floating point has no say in what is drawn: it comes within 2^−90 of the
+    decimal arithmetic of 50 digits. So floating point has no say in what is drawn: it comes within 2^−96 of the
     distribution (total variation), each number.
   * Probabilities come from the expansion of I_k for large order or argument (DLMF 10.41.3, in terms of
-    w = √(k² + μ²)), whose error is below 2^−96 from μ = 2^12 on; a smaller μ is refused.
+    w = √(k² + μ²)), whose error is below 2^−100 from μ = 2^12 on; a smaller μ is refused.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Words = NDArray[np.uint64]
 #: Below it the expansion is not exact enough.
 LEAST_VARIANCE = 2.0**12
 #: The most by which the probability of any event may differ from Skellam's, for each number drawn.
-DISTANCE = 2.0**-90
+DISTANCE = 2.0**-96
 
 _BITS = 12
 _BLOCKS, _HALF = 1 << _BITS, 1 << (_BITS - 1)
@@ -164,7 +164,7 @@ def _log_density(numbers: Whole, variance: float) -> NDArray[np.float64]:
 
 
 def _density(number: int, variance: float) -> Decimal:
-    """P(k) but for a factor that is the same for all k, to 2^−96."""
+    """P(k) but for a factor that is the same for all k, to 2^−100."""
     with localcontext(prec=_DIGITS):
         k, mu = Decimal(number), Decimal(variance)
         w = (k * k + mu * mu).sqrt()
