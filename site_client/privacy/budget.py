@@ -173,10 +173,8 @@ def delta_problem(plan: Plan, policy: Policy, patients: int, purpose: Fold) -> s
     private = _private(plan)
     for delta, whose in ((private.delta, "the plan's delta"), (policy.ledger_delta, "the policy's ledger_delta")):
         if delta > 1 / patients:
-            few = f"{patients} patients of the {purpose} fold"
-            return (
-                f"{whose} {delta:g} is above 1/N = {1 / patients:.2g} of the {few}; {1 / (10 * patients):.1g} would do"
-            )
+            where = f"1/N = {1 / patients:.2g} of the {patients} patients of the {purpose} fold"
+            return f"{whose} {delta:g} is above {where}; {1 / (10 * patients):.2g} would do"
     return None
 
 

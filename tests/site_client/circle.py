@@ -67,6 +67,8 @@ from locum.server.authority import Authority
 from locum.simulations.institutions import site_log
 from locum.site_client.agent import Agent
 from locum.site_client.gate import Policy
+from locum.site_client.privacy.budget import Budget, Signer
+from locum.site_client.privacy.ledger import Ledger
 from locum.site_client.secure import Credentials, SecureSite, seeded
 from tests.common.secagg.federation import authority
 from tests.plans import initial, secured
@@ -85,17 +87,24 @@ class Hands:
         value: of each coordinate of the update.
         done: what training tells.
         cases: of the fold that is measured, and each of the metrics' sums.
+        patients: of each fold.
+        private: what it was told of differential privacy, request by request.
     """
 
     value: float = 0.01
     done: dict[str, Any] = field(default_factory=lambda: {"loss": 0.5, "steps": 2, "cases": 10})
     cases: float = 4
     asked: list[str] = field(default_factory=list)
+    patients: dict[str, int] = field(default_factory=lambda: {"train": 40, "validation": 10, "test": 10})
+    private: list[Any] = field(default_factory=list)
 
     def call(
-        self, operation: str, plan: Plan, tensors: Arrays | None = None, *, seconds: float | None = None, **_: Any
+        self, operation: str, plan: Plan, tensors: Arrays | None = None, *, seconds: float | None = None, **how: Any
     ) -> tuple[dict[str, Any], Tensors]:
         self.asked.append(operation)
+        if operation == "patients":
+            return {"patients": self.patients}, {}
+        self.private.append(how.get("private"))
         if operation == "train":
             return dict(self.done), {name: np.full_like(tensor, self.value) for name, tensor in (tensors or {}).items()}
         if self.cases == 0:
@@ -140,7 +149,14 @@ class Circle:
         log = site_log(home / "site.log", name)
         log.setLevel("DEBUG")
         secure = SecureSite(home / "secagg", lambda: self.credentials[name], utc_now, seeded)
-        return Agent(name, policy, self.hands[name], log, secure)  # type: ignore[arg-type]
+        return Agent(name, policy, self.hands[name], log, secure, budget=self.budget(name))  # type: ignore[arg-type]
+
+    def budget(self, name: str) -> Budget:
+        """What a site's patients may still give, by the ledger in its folder."""
+        ledger = Ledger(self.folder / name / "ledger.sqlite")
+        ledger.begin()
+        policy = Policy.model_validate(self.policies.get(name, {}))
+        return Budget(ledger, "patients", policy, lambda: Signer(name, self.credentials[name].key), utc_now)
 
     def restart(self, name: str) -> None:
         """The site's agent was killed, and another one starts."""
