@@ -205,6 +205,8 @@ def _all_metrics(standing: Standing) -> str:
     end, test = standing.end, standing.test
     if end is None:
         return "no final test, for the run has no end"
+    if not standing.plan.released_metrics:
+        return "the plan releases no metric"
     if test is None or (test.round, test.model) != (end.round, end.model):
         raise Wrong(
             "there is no final test of the released model", "the numbers of the final test are of another model"
