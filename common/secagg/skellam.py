@@ -42,6 +42,8 @@ _FRACTION = 64 - _BITS
 _COLUMN = 1 << (_FRACTION + 64)
 _DIGITS = 50
 _TERMS = 8
+#: Numbers that are drawn at once: they and what they are made of stay in a processor's cache.
+_PIECE = 1 << 15
 #: What floating point may be wrong by in a probability of keeping a number is less than a hundredth of this.
 _DOUBT = 2.0**-36
 
@@ -65,7 +67,11 @@ class Skellam:
         self._surely = np.floor((least - _DOUBT).clip(0) * 2.0**64).astype(np.uint64)
 
     def fill(self, out: Whole, stream: Stream) -> None:
-        """Draws as many numbers as `out` has, at most 2^16."""
+        """Draws as many numbers as `out` has."""
+        for start in range(0, out.size, _PIECE):
+            self._draw(out[start : start + _PIECE], stream)
+
+    def _draw(self, out: Whole, stream: Stream) -> None:
         wrong = self._attempt(out, stream)
         while wrong.size:
             again = np.empty(wrong.size, np.int64)
