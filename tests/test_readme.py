@@ -240,9 +240,10 @@ def test_the_site_data_page_has_every_reason_and_every_key() -> None:
 
 def test_the_agents_page_has_every_key_of_site_yaml() -> None:
     told = set(_of("site.md").spans)
-    keys = ["stores", "proxy", "log_level", "policy", "resources", *Policy.model_fields, *Resources.model_fields]
+    beside = ["stores", "proxy", "log_level", "policy", "population", "ledger", "resources"]
+    keys = [*beside, *Policy.model_fields, *Resources.model_fields]
     assert [key for key in keys if key not in told] == []
-    assert {key for key, _ in _top_level("configs/sites/agent.yaml")} | {"proxy"} == set(keys[:5])
+    assert {key for key, _ in _top_level("configs/sites/agent.yaml")} | {"proxy", "ledger"} == set(beside)
 
 
 def _top_level(name: str) -> Iterator[tuple[str, Any]]:

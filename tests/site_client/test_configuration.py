@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from locum.common.errors import DataError
-from locum.site_client.configuration import read_configuration, read_data, read_policy
+from locum.site_client.configuration import read_accounts, read_configuration, read_data, read_policy
 from locum.site_client.gate import Policy
 
 _CPU = min(os.sched_getaffinity(0))
@@ -37,7 +37,7 @@ def test_the_shipped_example_is_a_configuration(project: Path, home: Path) -> No
 
 def test_the_shipped_example_has_every_key(project: Path) -> None:
     text = (project / "configs" / "sites" / "agent.yaml").read_text()
-    wanted = {"stores", "proxy", "log_level", "rehearsal", *Policy.model_fields}
+    wanted = {"stores", "proxy", "log_level", "rehearsal", "population", "ledger", *Policy.model_fields}
     wanted |= {"threads", "cpus", "memory_gib", "device", "gpu_memory_fraction", "nice"}
     assert [key for key in sorted(wanted) if f"{key}:" not in text] == []
 
@@ -48,6 +48,16 @@ def test_a_store_alone_is_enough_and_limits_nothing(home: Path) -> None:
     made = found.settings("north", home / "run")
     assert (made.site, made.stores, made.memory_bytes, made.nice) == ("north", (home / "store",), None, 0)
     assert made.threads == len(os.sched_getaffinity(0))
+
+
+def test_the_ledger_lies_beside_the_file_unless_told_and_is_of_the_patients(home: Path) -> None:
+    path = _write(home, "stores: [store]\n")
+    assert read_configuration(path).accounts == read_accounts(path) == (home / "ledger.sqlite", "patients")
+    own = _write(home, "stores: [store]\npopulation: Eyes 2026\nledger: ../shared.sqlite\n")
+    assert read_accounts(own) == (home / "../shared.sqlite", "Eyes 2026")
+    assert read_accounts(_write(home, "ledger: /srv/l.sqlite\n")).ledger == Path("/srv/l.sqlite")
+    with pytest.raises(DataError, match="population"):
+        read_accounts(_write(home, 'population: ""\n'))
 
 
 def test_resources_reach_the_worker(home: Path) -> None:
