@@ -116,6 +116,10 @@ class SecurePeer:
         """The metric sums of a fold."""
         return {name: np.arange(length, dtype=float) % 7 for name, length in metric_lengths(plan, "validation").items()}
 
+    def cells(self, _request: dict[str, Any]) -> dict[str, list[int]]:
+        """By cell of the plan's subgroups, the numbers of its patients."""
+        return {}
+
 
 class _Worker:
     """Answers as a site's worker does (see `site_client/operations.py`)."""
@@ -134,7 +138,7 @@ class _Worker:
         if operation == "train":
             peer.trained.append((request["round"], request["attempt"]))
             return {"steps": 1, "loss": peer.loss(request["round"]), "cases": peer.cases}, peer.update(tensors or {})
-        return {"cases": peer.cases}, peer.sums(plan, request)
+        return {"cases": peer.cases, "cells": peer.cells(request)}, peer.sums(plan, request)
 
 
 def failed(message: Message, code: int) -> Message:
