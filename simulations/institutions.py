@@ -1,7 +1,7 @@
 """An emulated institution: its folder, its data, its agent. The code behind the agent is a hospital's own.
 
 Each site has `sites/NAME/` in the run's folder: `raw/` (the DICOM that an emulated hospital wrote), `store/` (the
-volume store and catalog), `run/` (local tensors), `ledger.sqlite` and `site.log`.
+volume store and catalog), `run/` (local tensors), `log/` (what left), `ledger.sqlite` and `site.log`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,12 @@ import logging
 import shutil
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
+from flwr.app import Message
+
+from locum.common.canonical import sha256_hex
 from locum.common.durable import replace_file
 from locum.common.errors import RunError
 from locum.common.identity import (
@@ -24,6 +28,8 @@ from locum.common.identity import (
     save_key,
     utc_now,
 )
+from locum.common.log.note import sign
+from locum.common.messages import LOCAL
 from locum.common.plan import Plan, parse_plan
 from locum.common.secagg.roster import Trust
 from locum.server.authority import Authority, found, load_log_certificate
@@ -33,8 +39,10 @@ from locum.simulations.preparation import Prepared
 from locum.site_client.agent import Agent
 from locum.site_client.configuration import LEDGER
 from locum.site_client.gate import Policy
-from locum.site_client.privacy.budget import Budget, Signer
+from locum.site_client.privacy.budget import Budget, Signer, state_of
 from locum.site_client.privacy.ledger import Ledger
+from locum.site_client.releases import FOLDER as RELEASES
+from locum.site_client.releases import Releases, Sent, begin_releases, header_bytes
 from locum.site_client.secure import Credentials, SecureSite, seeded
 from locum.site_client.settings import Settings
 from locum.site_client.worker import Worker, process_context
@@ -96,6 +104,43 @@ def open_agent(site: Prepared, policy: Policy, federation: Federation, *, cache_
     credentials = credentials_of(site.name, federation)
     secure = _secure(site.folder / "secagg", credentials)
     return Agent(site.name, policy, worker, log, secure, budget=_budget(site.folder, policy, credentials))
+
+
+@dataclass(frozen=True)
+class Institution:
+    """An agent whose answers are written down before they are delivered, as a hospital's are.
+
+    Nothing travels here: an answer's SHA-256 is that of its header, and its tensors count as beside it.
+    """
+
+    agent: Agent
+    releases: Releases
+
+    def handle(self, message: Message, bundle: bytes) -> Message:
+        """The agent's answer; raises LogError or NotWrittenError."""
+        reply = self.agent.handle(message, bundle)
+        return self.releases.answer(LOCAL, message, reply, _delivered(reply), lambda: reply)
+
+
+def _delivered(reply: Message) -> Sent:
+    header, tensors = header_bytes(reply), b""
+    if reply.has_error():
+        header = (reply.error.reason or "").encode()
+    else:
+        (record,) = reply.content.config_records.values()
+        tensors = bytes(record.get("tensors", b""))  # type: ignore[arg-type]
+    return Sent(sha256_hex(header), len(header) + len(tensors), sha256_hex(tensors) if tensors else None)
+
+
+def open_institution(folder: Path, agent: Agent, federation: Federation) -> Institution:
+    """The agent of a site's folder with its own log; raises LogError, NotWrittenError and OSError."""
+    credentials = credentials_of(agent.site, federation)
+    releases = begin_releases(folder / RELEASES, federation.authority.federation, agent.site)
+    releases.sign = lambda checkpoint: sign(checkpoint, checkpoint.origin, credentials.key, utc_now())
+    if agent.budget is not None:
+        releases.ledger = partial(state_of, agent.budget)
+    releases.policy(agent.policy)
+    return Institution(agent, releases)
 
 
 def secure_site(folder: Path, name: str, federation: Federation) -> SecureSite:

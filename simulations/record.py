@@ -15,28 +15,29 @@ from locum.common.plan import Plan
 from locum.server.authority import load_log_key
 from locum.server.home import Home
 from locum.server.log import FederationLog, now, open_log
-from locum.simulations.institutions import Federation, credentials_of
+from locum.simulations.institutions import Federation, Institution, credentials_of
+from locum.site_client.releases import Releases
 from locum.site_client.secure import Credentials
 
 PROPOSAL = "proposal.json"
 _BY = "simulation"
 
 
-def begin_log(folder: Path, federation: Federation, plan: Plan, sites: Iterable[str]) -> FederationLog:
+def begin_log(folder: Path, federation: Federation, plan: Plan, sites: Iterable[Institution]) -> FederationLog:
     """The log in a run's folder; one that is new says first who is in it, and that all of them approve the plan.
 
     The signed proposal is beside it. Raises LogError or NotLoggedError, and OSError.
     """
     log = open_log(Home(folder))
     if log.store.size == 1:  # whose log it is, and nothing else
-        members = [credentials_of(site, federation) for site in sorted(sites)]
+        members = [(credentials_of(site.agent.site, federation), site.releases) for site in sites]
         body = Proposal(digest=plan.digest, plan=plan.model_dump(mode="json"), proposed_at=time.time(), by=_BY)
         proposal = seal_proposal(body, load_log_key(federation.home))
         replace_file(folder / PROPOSAL, proposal)
         log.append(
-            *map(_enrolled, members),
+            *(_enrolled(member) for member, _ in members),
             ProposalEntry(at=now(), plan=plan.digest, statement=sha256_hex(proposal)),
-            *(_approved(member, plan.digest) for member in members),
+            *(_approved(member, plan.digest, releases) for member, releases in members),
         )
     return log
 
@@ -45,12 +46,16 @@ def _enrolled(member: Credentials) -> Entry:
     return SiteEntry(at=now(), site=member.site, event="enrolled", certificate=fingerprint_of(member.certificate))
 
 
-def _approved(member: Credentials, digest: str) -> Entry:
+def _approved(member: Credentials, digest: str, releases: Releases) -> Entry:
+    """The site's approval, which stands in its own log too."""
     approval = Approval(site=member.site, digest=digest, at=time.time(), decision="approve", steward=_BY)
-    return ApprovalEntry(
+    statement = seal_approval(approval, member.key)
+    entry = ApprovalEntry(
         at=now(),
         site=member.site,
         plan=digest,
-        statement=seal_approval(approval, member.key).decode(),
+        statement=statement.decode(),
         certificate=fingerprint_of(member.certificate),
     )
+    releases.decided(digest, statement)
+    return releases.decision(statement, lambda: entry)

@@ -26,7 +26,7 @@ from locum.common.fab import build_bundle
 from locum.common.plan import Plan
 from locum.common.secagg import LEAST_SITES, MOST_SITES
 from locum.server.watch import Watch
-from locum.simulations.institutions import begin, found_federation, open_agent, site_log
+from locum.simulations.institutions import begin, found_federation, open_agent, open_institution, site_log
 from locum.simulations.preparation import Prepared, cores, prepare
 from locum.simulations.record import PROPOSAL, begin_log
 from locum.simulations.sites import Site
@@ -176,15 +176,17 @@ def _agents(folder: Path, prepared: Sequence[Prepared]) -> Iterator[dict[str, Ag
 def _run(simulation: Simulation, agents: Mapping[str, Agent], console: Console) -> None:
     from locum.simulations.engines.local import run_local
 
-    nodes = {number: agents[name] for number, name in enumerate(sorted(agents), start=2)}
-    bundle = build_bundle(simulation.plan)
-    begin_log(simulation.folder, found_federation(simulation.folder), simulation.plan, agents)
+    federation, bundle = found_federation(simulation.folder), build_bundle(simulation.plan)
+    sites = [open_institution(simulation.folder / "sites" / name, agents[name], federation) for name in sorted(agents)]
+    begin_log(simulation.folder, federation, simulation.plan, sites)
     try:
         with Watch(simulation.folder / "events.jsonl", console):
-            run_local(nodes, bundle, simulation.folder, min(cores(), len(nodes)))
+            run_local(dict(enumerate(sites, start=2)), bundle, simulation.folder, min(cores(), len(sites)))
     except RunError as error:
         where = simulation.folder / "sites" / "NAME" / "site.log"
         raise RunError(error.message, f"{error.remedy} (what each site saw is in {where})") from error
+    for site in sites:
+        site.releases.seal()
 
 
 def _rehearse(simulation: Simulation, prepared: Sequence[Prepared], console: Console) -> None:

@@ -23,6 +23,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -98,11 +99,14 @@ class Sent(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """What the newest entries of their kinds say, so that nothing is said twice."""
+    """What the newest entries of their kinds say, so that nothing is said twice.
+
+    Of an answer its SHA-256, and to which message it is; empty if a process before this one wrote it.
+    """
 
     policy: str = ""
     ledger: State | None = None
-    answer: str = ""
+    answer: tuple[str, str] = ("", "")
     report: tuple[str, str | None, int | None] | None = None
     decisions: frozenset[str] = frozenset()
 
@@ -123,23 +127,27 @@ class Releases:
     log: Log
     sign: Callable[[Checkpoint], str] | None = None
     ledger: Callable[[], State | None] = lambda: None
-    _known: _Known = field(init=False)
     _turn: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         latest = self.log.latest()
-        self._known, self._unsigned = _read(self.log), self.log.size - (opened(latest)[0].size if latest else 0)
+        self._unsigned = self.log.size - (opened(latest)[0].size if latest else 0)
+
+    @cached_property
+    def _known(self) -> _Known:
+        return _read(self.log)
 
     # --- what leaves
 
     def answer(self, run: str, message: Message, reply: Message, sent: Sent, send: Callable[[], T]) -> T:
         """An answer to a message of a run: a result, or a failure as its code."""
         with self._turn:
-            if sent.sha256 != self._known.answer:
+            number = message.metadata.message_id
+            if self._known.answer not in {(sent.sha256, number), (sent.sha256, "")}:
                 state = self.ledger() or self._known.ledger
                 spent = [] if state is None or state == self._known.ledger else [_ledger(state)]
                 self._write(*spent, *_refusal(run, message, reply), _answer(run, message, reply, sent))
-                self._know(answer=sent.sha256, ledger=state)
+                self._know(answer=(sent.sha256, number), ledger=state)
         return send()
 
     def decision(self, envelope: bytes, send: Callable[[], T]) -> T:
@@ -307,7 +315,7 @@ def _after(known: _Known, entry: Mapping[str, Any]) -> _Known:
         return known._replace(decisions=known.decisions | {sha256})
     if purpose.startswith(f"{REPORT}."):
         return known._replace(report=(purpose, entry["run"], entry["round"]))
-    return known if purpose in {COSIGNATURE, RENEWAL, ENROLMENT} else known._replace(answer=sha256)
+    return known if purpose in {COSIGNATURE, RENEWAL, ENROLMENT} else known._replace(answer=(sha256, ""))
 
 
 # --- entries

@@ -13,6 +13,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
@@ -29,8 +30,8 @@ from locum.site_client.configuration import FILE, SiteConfiguration, read_config
 from locum.site_client.enrolment import connection_error, needs_renewal, open_channel, renew
 from locum.site_client.gate import Policy
 from locum.site_client.identity import SiteIdentity, load_identity
-from locum.site_client.privacy.budget import Budget, Signer
-from locum.site_client.privacy.ledger import Ledger, LedgerError, State
+from locum.site_client.privacy.budget import Budget, Signer, state_of
+from locum.site_client.privacy.ledger import Ledger, LedgerError
 from locum.site_client.pulse import News, Pulse
 from locum.site_client.releases import open_releases
 from locum.site_client.secure import Credentials, SecureSite, drawn, seeded
@@ -103,7 +104,7 @@ def open_service(home: Path, configuration: SiteConfiguration, log: logging.Logg
         seeded if configuration.rehearsal else drawn,
     )
     budget = open_budget(home, configuration, log, lambda: datetime.fromtimestamp(service.pulse.now(), UTC))
-    releases = open_releases(home, lambda: _state_of(budget))
+    releases = open_releases(home, partial(state_of, budget))
     releases.policy(configuration.policy)
     agent = Agent(identity.site, configuration.policy, worker, log, secure, admit, budget)
     news = News(
@@ -122,14 +123,6 @@ def open_service(home: Path, configuration: SiteConfiguration, log: logging.Logg
         may_leave=may_leave,
     )
     return service
-
-
-def _state_of(budget: Budget) -> State | None:
-    """How far the privacy ledger has come; None for one that cannot be used."""
-    try:
-        return budget.ledger.state()
-    except LedgerError:
-        return None
 
 
 def credentials_of(identity: SiteIdentity) -> Credentials:

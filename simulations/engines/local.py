@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
@@ -21,9 +21,15 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from locum.server.app import app
-from locum.site_client.agent import Agent
 
 _RUN_ID, _SERVER_NODE = 1, 1
+
+
+class Answering(Protocol):
+    """Who answers messages."""
+
+    def handle(self, message: Message, bundle: bytes) -> Message:
+        """The answer to a message of the run with this bundle."""
 
 
 class LocalGrid(Grid):
@@ -35,7 +41,7 @@ class LocalGrid(Grid):
         parallel: how many agents work at once.
     """
 
-    def __init__(self, agents: Mapping[int, Agent], bundle: bytes, parallel: int) -> None:
+    def __init__(self, agents: Mapping[int, Answering], bundle: bytes, parallel: int) -> None:
         self._agents = dict(agents)
         self._bundle = bundle
         self._pool = ThreadPoolExecutor(parallel, thread_name_prefix="site")
@@ -94,7 +100,7 @@ class LocalGrid(Grid):
         raise TypeError("use push_messages and pull_messages")
 
 
-def run_local(agents: Mapping[int, Agent], bundle: bytes, run_dir: Path, parallel: int) -> None:
+def run_local(agents: Mapping[int, Answering], bundle: bytes, run_dir: Path, parallel: int) -> None:
     """Runs the ServerApp over `agents` to the end of the plan in `run_dir`; raises RunError."""
     grid = LocalGrid(agents, bundle, parallel)
     context = Context(

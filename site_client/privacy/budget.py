@@ -24,7 +24,7 @@ from locum.common.errors import Code, SiteFailure
 from locum.common.plan import DifferentialPrivacy, Fold, Plan
 from locum.site_client.gate import Policy
 from locum.site_client.privacy.accountant import Mechanism, noise_for
-from locum.site_client.privacy.ledger import Ledger, LedgerError, Limit, Reservation, SpentError, Use
+from locum.site_client.privacy.ledger import Ledger, LedgerError, Limit, Reservation, SpentError, State, Use
 
 FOLDS: tuple[Fold, ...] = ("train", "validation", "test")
 
@@ -121,6 +121,14 @@ class Budget:
     def note_unprotected(self, plan: Plan, *, run: str, round_number: int, purpose: Fold) -> None:
         """Notes, once a run, that a plan without differential privacy uses the patients; raises LedgerError."""
         self.ledger.note_unprotected(Use(self.population, run, plan.digest, round_number, purpose))
+
+
+def state_of(budget: Budget) -> State | None:
+    """How far the ledger has come; None for one that cannot be used."""
+    try:
+        return budget.ledger.state()
+    except LedgerError:
+        return None
 
 
 # --- what a plan uses

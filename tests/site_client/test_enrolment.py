@@ -88,7 +88,7 @@ def test_joining_leaves_a_whole_identity_and_nothing_else(shared: Door, name: st
     assert {path.name for path in (home / FOLDER).iterdir()} == {
         *("site.key", "site.pem", "authority.pem", "log.pem", "federation.json"),
     }
-    assert {path.name for path in home.iterdir()} == {FOLDER, ".enrolling.lock"}
+    assert {path.name for path in home.iterdir()} == {FOLDER, "log", ".enrolling.lock"}
     assert (home / FOLDER).stat().st_mode & 0o777 == 0o700
     assert (home / FOLDER / "site.key").stat().st_mode & 0o777 == 0o600
     assert json.loads((home / FOLDER / "federation.json").read_text()) == {
