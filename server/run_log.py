@@ -97,7 +97,9 @@ class RunLog:
 
     def round(self, record: RoundRecord, found: Gathered, *, start: str, model: str) -> RoundEntry:
         """A round that is being committed; `start` and `model` are the SHA-256 of the files before and after it."""
-        secured = None if record.secured is None else SecureSumFields.model_validate(record.secured.model_dump())
+        fields = (
+            None if record.secured is None else record.secured.model_dump(include=set(SecureSumFields.model_fields))
+        )
         return RoundEntry(
             **self._of_run(),
             round=record.round,
@@ -105,7 +107,7 @@ class RunLog:
             start=start,
             model=model,
             sites=tuple(sorted(record.sites)),
-            secured=secured,
+            secured=None if fields is None else SecureSumFields.model_validate(fields),
             refused=words(found.refused),
             spent=envelopes({site: told.spent for site, told in found.told.items()}),
         )
