@@ -5,7 +5,9 @@ alike. So an update that keeps to the plan's norm bound C is within the ring's b
 site noise C is the clip of the noise, and the ring has room for the noise besides.
 
 On the test fold every released metric is also summed over the cases of each cell: of each value that a subgroup of the
-plan names, and of all others. A cell's sums are named `METRIC@BY=VALUE`, its number of cases `cases@BY=VALUE`.
+plan names, and of all others. What a site has too few of is with the others, so that the cells add up to the whole: a
+site that gave nothing of them would be known by what is missing. A cell's sums are named `METRIC@BY=VALUE`, its number
+of cases `cases@BY=VALUE`.
 """
 
 from __future__ import annotations

@@ -213,8 +213,8 @@ def _subgroups(known: Known) -> Facts:
     named = [f"{group.by} ({', '.join(group.values)}, other)" for group in plan.evaluation.subgroups]
     return {
         "Subgroups": words.listed(named),
-        "Small cells": "a site gives to a subgroup only where it has patients enough of it (10, unless its policy says "
-        "otherwise) and what is left of its cases is not few either: subgroups do not add up to all cases",
+        "Small cells": "a site tells a value apart only if it has patients enough of it (10, unless its policy says "
+        "otherwise), and of the others too; what it has too few of counts as other",
         "From": "sums that the sites release, with intervals as those of sums",
     }  # fmt: skip
 

@@ -19,12 +19,12 @@ Bounds = tuple[float, float]
 
 
 class CellRecord(BaseModel):
-    """Metrics over the cases of one value of a subgroup, of the sites that have cases enough of it.
+    """Metrics over the cases of one value of a subgroup; what a site has too few of is in `other`.
 
     Attributes:
         by: what tells the cases apart.
         value: as the plan has it, or `other`.
-        cases: of these sites together, if that is told.
+        cases: of all sites, if that is told.
         overall: the metrics; None where there is no case.
         intervals: of the metrics that have one.
     """

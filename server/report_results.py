@@ -120,7 +120,7 @@ class CellRow:
     Attributes:
         by: what tells the cases apart, for example `manufacturer`.
         value: as the plan has it, or `other`.
-        cases: of the sites that have enough of them; None if it is not told.
+        cases: of all sites; what a site has too few of counts as other. None if it is not told.
         scores: one a scalar metric.
     """
 

@@ -517,7 +517,7 @@ def _intervals(plan: Plan, sums: Arrays) -> dict[str, Bounds]:
 
 
 def _cell(plan: Plan, cell: Cell, sums: Arrays) -> CellRecord:
-    """A cell's metrics, from the sums of those sites that have cases enough in it."""
+    """A cell's metrics."""
     own = {name: sums[cell.of(name)] for name in plan.released_metrics}
     count = sums.get(cell.of(CASES))
     return CellRecord(

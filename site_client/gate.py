@@ -38,9 +38,10 @@ from locum.common.messages import (
     TrainTask,
 )
 from locum.common.plan import Fold, Plan
+from locum.common.plan_checks import OTHER
 from locum.common.secagg import LEAST_SITES
 from locum.common.secagg.upload import TOLD, Given
-from locum.common.sums import CASES, LOSS, WEIGHT, metric_lengths, weight_cap
+from locum.common.sums import CASES, LOSS, WEIGHT, Cell, cells_of, metric_lengths, weight_cap
 from locum.common.tensor_files import Sendable
 from locum.common.updates import l2_norm, update_problem
 from locum.site_client.hours import Hours, open_at
@@ -62,7 +63,7 @@ class Policy(BaseModel):
         release_site_metrics: whether this site's own metrics may be told where the plan asks for them beside a sum.
         hours: when the site works for others, by its own clock.
         stewards: how many different stewards must approve a plan.
-        least_cell: the least patients of a subgroup whose sums are told, and of what is left of all without them.
+        least_cell: the least patients of a subgroup who are told apart, and of all the others together.
         require_differential_privacy: whether a plan without differential privacy is refused.
         most_epsilon: the most epsilon that one plan may ask for, metrics included; None for what the lifetime leaves.
         lifetime_epsilon: of all runs together, for one patient, at `ledger_delta`.
@@ -251,7 +252,7 @@ def _loss(policy: Policy, plan: Plan, done: Mapping[str, Any]) -> float | None:
 
 
 def release_metrics(policy: Policy, plan: Plan, task: EvaluateTask, made: Made) -> Release:
-    """The sums of the metrics that the plan releases, and of no other; zeros of a cell that is not told."""
+    """The sums of the metrics that the plan releases, and of no other; a small cell is a part of all others."""
     allowed = _allowed(policy, plan, task.fold, made)
     told = made.told["cases"] if _counts(policy, plan) else None
     header = EvaluateResult(plan_digest=plan.digest, round=task.round, fold=task.fold, cases=told, spent=made.spent())
@@ -259,38 +260,43 @@ def release_metrics(policy: Policy, plan: Plan, task: EvaluateTask, made: Made) 
 
 
 def _allowed(policy: Policy, plan: Plan, fold: Fold, made: Made) -> dict[str, NDArray[Any]]:
-    """The sums that may leave; zeros of what is not told, and all zeros of a site without a case."""
-    told = {""} | _told_cells(policy, plan, made.told.get("cells", {})) if made.told["cases"] else set()
+    """The sums that may leave; all zeros of a site without a case."""
     lengths = metric_lengths(plan, fold)
-    return {
-        name: made.tensors[name] if name.partition("@")[2] in told else np.zeros(length)
-        for name, length in lengths.items()
-    }
-
-
-def _told_cells(policy: Policy, plan: Plan, cells: Mapping[str, Sequence[int]]) -> set[str]:
-    """The cells that may be told, of all subgroups; patients are numbered."""
-    found: set[str] = set()
-    for group in plan.evaluation.subgroups:
-        own = {cell: frozenset(numbers) for cell, numbers in cells.items() if cell.startswith(f"{group.by}=")}
-        found |= told_cells(own, policy.least_cell)
+    if not made.told["cases"]:
+        return {name: np.zeros(length) for name, length in lengths.items()}
+    found = {name: made.tensors[name] for name in lengths}
+    patients = {cell: frozenset(own) for cell, own in made.told.get("cells", {}).items()}
+    for by in {cell.by for cell in cells_of(plan, fold)}:
+        own = [cell for cell in cells_of(plan, fold) if cell.by == by]
+        _merge(
+            own, told_cells({cell.value: patients.get(cell.key, frozenset()) for cell in own}, policy.least_cell), found
+        )
     return found
 
 
-def told_cells(cells: Mapping[str, frozenset[int]], least: int) -> set[str]:
-    """The cells of a subgroup that a site gives to the sums, by the patients of each.
+def _merge(cells: Sequence[Cell], told: Collection[str], sums: dict[str, NDArray[Any]]) -> None:
+    """Adds the sums of the cells of a subgroup that are not told to those of all other cases."""
+    for name in {name.partition("@")[0] for name in sums if "@" in name}:
+        kept = [cell.of(name) for cell in cells if cell.value not in told]
+        together = np.sum([sums[one] for one in kept], axis=0)
+        sums |= {one: np.zeros_like(sums[one]) for one in kept}
+        sums[Cell(cells[0].by, OTHER).of(name)] = together
 
-    None has fewer than `least` patients; nor has what is left of all cases when those that are told are taken off,
-    unless nothing is (complementary suppression: Hundepool et al., Statistical Disclosure Control, 2012, chapter 4).
+
+def told_cells(cells: Mapping[str, frozenset[int]], least: int) -> set[str]:
+    """The values of a subgroup that a site tells apart from all others, by the patients of each.
+
+    None of them has fewer than `least` patients; nor have the others together, unless there are none or all are there
+    (complementary suppression: Hundepool et al., Statistical Disclosure Control, 2012, chapter 4).
     """
-    told = {cell for cell, patients in cells.items() if len(patients) >= least}
-    while told and 0 < len(_left(cells, told)) < least:
-        told.remove(min(told, key=lambda cell: (len(cells[cell]), cell)))
+    told = {value for value, patients in cells.items() if value != OTHER and len(patients) >= least}
+    while told and 0 < len(_others(cells, told)) < least:
+        told.remove(min(told, key=lambda value: (len(cells[value]), value)))
     return told
 
 
-def _left(cells: Mapping[str, frozenset[int]], told: Collection[str]) -> frozenset[int]:
-    return frozenset[int]().union(*(patients for cell, patients in cells.items() if cell not in told))
+def _others(cells: Mapping[str, frozenset[int]], told: Collection[str]) -> frozenset[int]:
+    return frozenset[int]().union(*(patients for value, patients in cells.items() if value not in told))
 
 
 # --- under secure aggregation

@@ -86,11 +86,12 @@ def test_set(site: str, seed: int, **makers: int) -> TestSet:
 test_set.__test__ = False  # type: ignore[attr-defined]
 SETS = {
     "north": test_set("north", 1, SIEMENS=24, GE=16),
-    "riverside": test_set("riverside", 2, GE=30, other=4),  # the others are few, so nobody learns of GE either
+    "riverside": test_set("riverside", 2, GE=30, other=4),  # the others are few, so GE is not told apart either
     "st-anne": test_set("st-anne", 3, other=22),
     "lakeview": test_set("lakeview", 4, SIEMENS=15, GE=15, other=12),
 }
 TOLD = {"SIEMENS": ["north", "lakeview"], "GE": ["north", "lakeview"], "other": ["st-anne", "lakeview"]}
+ALL_OTHER = "riverside"
 
 
 class Plain(Peer):
@@ -170,10 +171,11 @@ def test_the_test_is_of_all_cases_with_the_intervals_of_their_sums(plain: Pulled
         assert plain.summary.test.intervals.get(name) == (None if expected is None else pytest.approx(expected))
 
 
-def test_a_cell_is_of_the_sites_that_have_enough_of_it_and_of_no_other(plain: Pulled) -> None:
+def test_a_cell_is_of_the_sites_that_have_enough_of_it_and_the_rest_is_with_the_others(plain: Pulled) -> None:
     assert [cell.value for cell in plain.summary.test.cells] == list(CELLS)
     for cell in plain.summary.test.cells:
-        expected = join([SETS[site].of(cell.value) for site in TOLD[cell.value]])
+        mixed = [SETS[ALL_OTHER].outcomes] if cell.value == "other" else []
+        expected = join([*(SETS[site].of(cell.value) for site in TOLD[cell.value]), *mixed])
         assert cell.cases == len(expected.patients)
         for name in METRICS:
             assert np.allclose(cell.overall[name], of_sums(name, expected))
@@ -191,6 +193,14 @@ def test_secure_sums_give_the_numbers_of_plain_ones(plain: Pulled, secret: Pulle
         assert (one.value, one.cases) == (other.value, other.cases)
         assert all(np.allclose(one.overall[name], other.overall[name], atol=1e-6) for name in METRICS)
         assert set(one.intervals) == set(other.intervals)
+
+
+def test_the_cells_add_up_to_the_whole_so_that_no_site_is_what_is_missing(plain: Pulled, secret: Pulled) -> None:
+    for each in (plain, secret):
+        test = each.summary.test
+        assert sum(cell.cases or 0 for cell in test.cells) == test.total
+        tables = np.sum([np.array(cell.overall["calibration"]) for cell in test.cells], axis=0)
+        assert np.allclose(tables, np.array(test.overall["calibration"]), atol=1e-5)
 
 
 def test_validation_has_no_cell(plain: Pulled, secret: Pulled) -> None:
@@ -257,7 +267,7 @@ def test_the_card_says_by_which_methods_and_what_they_do_not_know(plain: Pulled)
     for said in ("AUC: DeLong 1988", "accuracy: Wilson 1927", "Brier: Student", "where patients have several"):
         assert said in words
         assert said in plain.card
-    assert "subgroups do not add up to all cases" in plain.card
+    assert "what it has too few of counts as other" in plain.card
 
 
 def test_every_fact_in_words_stands_in_the_card(plain: Pulled) -> None:

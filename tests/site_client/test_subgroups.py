@@ -1,4 +1,4 @@
-"""Subgroups at a site: their sums add up to the whole, and a small cell is not told, nor what would tell it."""
+"""Subgroups at a site: their sums add up to the whole, and few patients are told apart from no others."""
 
 from __future__ import annotations
 
@@ -63,23 +63,24 @@ def test_only_the_test_fold_is_told_apart(settings: Settings) -> None:
 
 # --- the gate
 
-cells = st.dictionaries(st.sampled_from([A, B, "manufacturer=C", OTHER]), st.frozensets(st.integers(0, 40)), min_size=1)
+cells = st.dictionaries(st.sampled_from(["A", "B", "C", "other"]), st.frozensets(st.integers(0, 40)), min_size=1)
 
 
 @given(cells, st.integers(1, 15))
-def test_neither_a_told_cell_nor_what_is_left_of_all_is_small(found: dict[str, frozenset[int]], least: int) -> None:
+def test_neither_a_told_value_nor_the_others_together_are_few(found: dict[str, frozenset[int]], least: int) -> None:
     told = told_cells(found, least)
-    assert all(len(found[cell]) >= least for cell in told)
-    left = frozenset[int]().union(*(patients for cell, patients in found.items() if cell not in told))
+    assert "other" not in told
+    assert all(len(found[value]) >= least for value in told)
+    left = frozenset[int]().union(*(patients for value, patients in found.items() if value not in told))
     assert not told or not left or len(left) >= least
 
 
-def test_a_cell_that_is_large_enough_is_told_and_one_that_would_tell_a_small_one_is_not() -> None:
-    people = [frozenset(range(start, start + 12)) for start in (0, 20, 40)]
-    assert told_cells(dict(zip((A, B, OTHER), people, strict=True)), 10) == {A, B, OTHER}
-    assert told_cells({A: people[0], B: people[1], OTHER: frozenset()}, 10) == {A, B, OTHER} - {OTHER}
-    assert told_cells({A: frozenset(range(30, 50)), B: people[0], OTHER: frozenset({60, 61})}, 10) == {A}
-    assert told_cells({A: people[0], OTHER: frozenset({60})}, 10) == set()
+def test_a_value_is_told_apart_if_it_and_all_others_are_enough() -> None:
+    one, two, three = (frozenset(range(start, start + 12)) for start in (0, 20, 40))
+    assert told_cells({"A": one, "B": two, "other": three}, 10) == {"A", "B"}
+    assert told_cells({"A": one, "B": two, "other": frozenset()}, 10) == {"A", "B"}
+    assert told_cells({"A": frozenset(range(30, 50)), "B": one, "other": frozenset({60, 61})}, 10) == {"A"}
+    assert told_cells({"A": one, "other": frozenset({60})}, 10) == set()
 
 
 def made(of: Plan, patients: Mapping[str, int]) -> Made:
@@ -92,7 +93,7 @@ def made(of: Plan, patients: Mapping[str, int]) -> Made:
 
 
 @pytest.mark.parametrize("secure", [False, True])
-def test_a_site_without_enough_patients_of_a_cell_gives_zeros(secure: bool) -> None:
+def test_what_a_site_has_too_few_of_is_with_the_others(secure: bool) -> None:
     protection = {"participation__quorum": 3} if secure else {}
     of = grouped("A", "B", **protection, protection__secure_aggregation="required" if secure else "off")
     task = EvaluateTask(plan_digest=of.digest, round=1, fold="test")
@@ -102,10 +103,10 @@ def test_a_site_without_enough_patients_of_a_cell_gives_zeros(secure: bool) -> N
     else:
         left = unpack(pack(*gate.release_metrics(Policy(), of, task, found)), EvaluateResult)[1]
     for name in ("AUC", "accuracy", "cases"):
-        assert left[f"{name}@{A}"].all()
-        assert not left[f"{name}@{B}"].any(), "what is left without A and B would be 9 patients"
-        assert not left[f"{name}@{OTHER}"].any()
-    assert left["AUC"].all()
+        assert (left[f"{name}@{A}"] == 1).all()
+        assert not left[f"{name}@{B}"].any(), "the others would be 9 patients"
+        assert (left[f"{name}@{OTHER}"] == 2).all()
+    assert (left["AUC"] == 1).all()
 
 
 def test_the_policy_says_how_small_is_small() -> None:
@@ -114,8 +115,8 @@ def test_the_policy_says_how_small_is_small() -> None:
     found = made(of, {A: 30, OTHER: 5})
     for least, told in ((10, False), (5, True)):
         left = unpack(pack(*gate.release_metrics(Policy(least_cell=least), of, task, found)), EvaluateResult)[1]
-        assert bool(left[f"AUC@{OTHER}"].any()) is told
         assert bool(left[f"AUC@{A}"].any()) is told
+        assert (left[f"AUC@{OTHER}"] == (1 if told else 2)).all()
 
 
 def test_cells_are_never_told_in_the_clear_beside_a_secure_sum() -> None:
@@ -133,3 +134,12 @@ def test_a_worker_that_does_not_say_who_is_in_a_cell_has_none_told() -> None:
     released = gate.release_metrics(Policy(), of, task, Made(found.tensors, {"cases": 60}))
     left = unpack(pack(*released), EvaluateResult)[1]
     assert not left[f"AUC@{A}"].any()
+    assert (left[f"AUC@{OTHER}"] == 2).all()
+
+
+def test_a_site_without_a_case_gives_zeros() -> None:
+    of = grouped("A", protection__secure_aggregation="required", participation__quorum=3)
+    task = EvaluateTask(plan_digest=of.digest, round=1, fold="test")
+    masked = gate.mask_metrics(Policy(), of, task, Made({}, {"cases": 0}))
+    assert set(masked.given.scalars) == {*metric_lengths(of, "test"), "cases"}
+    assert not any(array.any() for array in masked.given.scalars.values())
