@@ -17,6 +17,7 @@ from locum.common.envelope import Approval, Proposal
 from locum.common.plan import Part, Plan
 from locum.common.secagg import LEAST_SITES
 from locum.common.secagg.roster import threshold_of
+from locum.common.sums import cells_of
 from locum.site_client import gate
 from locum.site_client.gate import Policy
 
@@ -202,8 +203,21 @@ def _leaves(plan: Plan, policy: Policy) -> Words:
         "this site fits the contract.",
         "Before round 1: the number of cases in each fold, and classes without a case." if counts else "",
         *(_given_to_sums(plan) + _told_beside(plan, policy) if plan.secured else _given_plain(plan, policy)),
+        *_subgroups(plan, policy),
         f"Shared by name, running statistics too where a name covers them: {_listed(shared)}." if shared else "",
         "When something fails: a code, no text.",
+    )
+
+
+def _subgroups(plan: Plan, policy: Policy) -> Words:
+    """What is summed apart in the final test, and whom that can show."""
+    if not cells_of(plan, "test"):
+        return ()
+    named = _listed([f"{group.by} {value}" for group in plan.evaluation.subgroups for value in group.values])
+    only = " Where no other site has such cases, the sum over the sites shows this site's own." if plan.secured else ""
+    return (
+        f"At the end, the same sums also over the cases of {named}, if it has {policy.least_cell} patients or more of "
+        f"it, and over all others.{only}",
     )
 
 

@@ -148,6 +148,14 @@ def test_own_metrics_tell_the_number_of_cases_and_so_it_is_not_said_to_stay() ->
     assert "they tell the number of cases" in _words(of, "What leaves this site")
 
 
+def test_subgroups_are_named_with_how_few_patients_are_told_apart_and_whom_they_can_show() -> None:
+    groups = [{"by": "manufacturer", "values": ["SIEMENS", "GE MEDICAL SYSTEMS"]}]
+    leaves = _words(secured(evaluation__subgroups=groups), "What leaves this site", least_cell=7)
+    assert "over the cases of manufacturer SIEMENS, manufacturer GE MEDICAL SYSTEMS, if it has 7 patients" in leaves
+    assert "Where no other site has such cases, the sum over the sites shows this site's own." in leaves
+    assert "over all others" not in _words(secured(), "What leaves this site")
+
+
 def test_a_policy_that_asks_for_more_sites_says_where_it_does_nothing(hospital: Hospital) -> None:
     of = hospital.proposed()
     said = hospital.approvals(min_sites=5).review(of.digest).sections["This site's policy"]
