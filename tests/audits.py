@@ -224,7 +224,7 @@ class Federation:
         return {"at": moment(self.at(minutes)), "run": RUN, "plan": self.plan.digest}
 
     def history(self) -> list[Entry]:
-        """The whole true log of a run, the same at every call: three sites, their approvals, all rounds with their metrics, the test, the end.
+        """The whole true log of a run, the same at every call.
 
         With three sites: 0 federation, 1–3 sites, 4 proposal, 5–7 approvals, 8 started, 9 roster, then a round and its
         metrics each, the test, and the end.

@@ -18,6 +18,7 @@ Rules:
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import zipfile
 import zlib
@@ -191,7 +192,7 @@ class Bundle:
     def lines(self, name: str) -> Iterator[bytes]:
         """The lines of a member, without their ends, one at a time; at the end it is compared with the manifest."""
         size, sha256, number = 0, hashlib.sha256(), 0
-        with self._open(name) as file:
+        with self._open(name) as opened, io.BufferedReader(opened, _CHUNK) as file:  # type: ignore[type-var]
             while line := _line(file, self.path, name):
                 size += len(line)
                 sha256.update(line)

@@ -79,9 +79,7 @@ def entry_of(content: bytes, number: int, anchors: Anchors) -> Entry:
     try:
         entry = read_entry(content)
     except EntryError as error:
-        raise Wrong(
-            str(error), "the bytes that were signed are others, or nobody but its author can read them"
-        ) from error
+        raise Wrong(str(error), "it was changed, or written by something else than Locum") from error
     if not isinstance(entry, _COORDINATORS):
         raise Wrong(f"an entry '{entry.kind}' is of a site's own log", "the log is not a coordinator's")
     if (number == 0) != isinstance(entry, FederationEntry):

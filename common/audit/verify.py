@@ -22,7 +22,7 @@ from locum.common.audit.standing import OF_RUN, Anchors, Standing
 from locum.common.audit.tree import Tree, checkpoints, entry_of, witnessed
 from locum.common.audit.words import named
 from locum.common.identity import fingerprint_of
-from locum.common.log.entries import Entry
+from locum.common.log.entries import Entry, moment
 
 RULES: tuple[Rule, ...] = (*people.RULES, *course.RULES, *privacy.RULES, *course.LAST)
 #: Every check, by number.
@@ -77,6 +77,7 @@ class Verdict:
         authority: the SHA-256 of the authority's certificate (DER); empty if it cannot be read.
         pinned: whether the authority was given, and does not come out of the bundle alone.
         results: every check in order.
+        witnesses: by site, when it last cosigned the log, and how many entries that counts.
         standing: what stands at the end of the log; None if it was not looked at.
     """
 
@@ -86,6 +87,7 @@ class Verdict:
     authority: str
     pinned: bool
     results: tuple[Result, ...]
+    witnesses: dict[str, tuple[str, int]] = field(default_factory=dict)
     standing: Standing | None = field(default=None, repr=False)
 
     @property
@@ -129,6 +131,7 @@ class _Checks:
     manifest: Manifest | None = None
     anchors: Anchors | None = None
     standing: Standing | None = None
+    witnesses: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def hold(self, number: int, told: str) -> None:
         """A check holds."""
@@ -163,6 +166,7 @@ class _Checks:
             authority=authority or "",
             pinned=pinned,
             results=tuple(self.results.get(number, Result(number, "not looked at")) for number in TITLES),
+            witnesses=self.witnesses,
             standing=self.standing,
         )
 
@@ -183,6 +187,7 @@ def _look_through(checks: _Checks, stack: ExitStack, path: Path, authority: str 
         tree = Tree(anchors, checkpoints(bundle.lines(CHECKPOINTS)))
     _read(checks, bundle, standing, tree)
     checks.standing = standing
+    checks.witnesses = {site: (moment(at), size) for site, at, size in tree.last_seen.values()}
     with checks.at(7):
         checks.hold(7, witnessed(tree, standing, witnesses))
     for rule in RULES:

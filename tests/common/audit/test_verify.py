@@ -304,7 +304,7 @@ def test_a_cosignature_after_the_certificate_had_expired_does_not_count(tmp_path
     assert verify(federation.bundle(name="in-time.zip")).holds  # long after: as of its time it still verifies
     notes = federation.witnessed(federation.checkpoints(leaves), minutes=60 * 25)
     found = caught(federation.bundle(notes=notes, name="late.zip"), 7, END)
-    assert "no certificate of 2026-05-05" in found.told
+    assert "no certificate of it was valid at 2026-05-05" in found.told
 
 
 # --- a coordinator that lies
@@ -467,7 +467,8 @@ def test_a_coordinator_that_lies_about_secure_sums_and_privacy_is_found(masked: 
 TRUTHS: dict[str, Lie] = {
     "a site that gave before it took its approval back": lambda f, e: _with(
         _with(_with(e, END, f.end(31, status="completed with losses")), TEST,
-              f.metrics(2, 30, "test", sites=f.sites[1:], per_site={}, refused={"north": "NOT_APPROVED"})), METRICS_2, f.approval("north", 19, "revoke"),
+              f.metrics(2, 30, "test", sites=f.sites[1:], per_site={}, refused={"north": "NOT_APPROVED"})),
+        METRICS_2, f.approval("north", 19, "revoke"),
         f.metrics(2, 25, sites=f.sites[1:], per_site={}, refused={"north": "NOT_APPROVED"})),
     "a round that is told with losses": lambda f, e: _with(
         _with(e, END, f.end(31, status="completed with losses")), ROUND_2, f.round(2, 20, sites=f.sites[:2])),
