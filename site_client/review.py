@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from locum.common.envelope import Approval, Proposal
-from locum.common.plan import Part, Plan
+from locum.common.plan import DifferentialPrivacy, Part, Plan
 from locum.common.secagg import LEAST_SITES
 from locum.common.secagg.roster import threshold_of
 from locum.common.sums import cells_of
@@ -215,17 +215,15 @@ def _subgroups(plan: Plan, policy: Policy) -> Words:
         return ()
     named = _listed([f"{group.by} {value}" for group in plan.evaluation.subgroups for value in group.values])
     only = " Where no other site has such cases, the sum over the sites shows this site's own." if plan.secured else ""
-    return (
-        f"At the end, the same sums also over the cases of {named}, if it has {policy.least_cell} patients or more of "
-        f"it, and over all others.{only}",
-    )
+    few = f"if it has {policy.least_cell} patients or more of it, and over all others"
+    return (f"At the end, the same sums also over the cases of {named}, {few}.{only}",)
 
 
 def _given_plain(plan: Plan, policy: Policy) -> Words:
     by_cases = plan.participation.weighting == "cases"
     return _kept(
         f"After each round: {_update(plan)}, and the seconds it took.",
-        "After each round: the number of training cases, as the update's weight." if by_cases else "",
+        f"After each round: the number of training {_counted(plan)}, as the update's weight." if by_cases else "",
         "After each round: the mean training loss." if _tells_loss(plan, policy) else "",
         _own_metrics(plan) if plan.released_metrics else "",
     )
@@ -234,9 +232,10 @@ def _given_plain(plan: Plan, policy: Policy) -> Words:
 def _given_to_sums(plan: Plan) -> Words:
     """What leaves under masks; the policy has no say in it, for nobody sees it of one site."""
     cap, by_cases = plan.admission.weight_cap, plan.participation.weighting == "cases"
-    weight = f"this site's weight (its number of training cases, up to {cap:g})" if by_cases else "this site's weight"
+    counted = f" (its number of training {_counted(plan)}, up to {cap:g})" if by_cases else ""
+    weight = f"this site's weight{counted}"
     loss = ", and the mean training loss" if plan.release.training_loss else ""
-    cases = ", and the number of cases" if plan.release.case_counts else ""
+    cases = f", and the number of {_counted(plan)}" if plan.release.case_counts else ""
     metrics = f"the sums over the cases from which {_listed(plan.released_metrics)} {_is(plan)} computed"
     measured = metrics + cases if plan.released_metrics else cases.removeprefix(", and ")
     return _kept(
@@ -252,20 +251,28 @@ def _told_beside(plan: Plan, policy: Policy) -> Words:
     """What a site tells of itself although sums are secure."""
     counts = plan.tells("case_counts") and policy.release_case_counts
     return _kept(
-        "IN THE CLEAR, each time it gives to a sum: this site's own number of cases." if counts else "",
+        f"IN THE CLEAR, each time it gives to a sum: this site's own number of {_counted(plan)}." if counts else "",
         "IN THE CLEAR, after each round: this site's own mean training loss." if _tells_loss(plan, policy) else "",
         f"IN THE CLEAR, of this site alone: {_own_metrics(plan)}" if _tells_metrics(plan, policy) else "",
     )
 
 
 def _update(plan: Plan) -> str:
-    return f"the update, which is the change of the shared weights (L2 norm up to {plan.admission.norm_bound:g})"
+    noise = " with noise" if plan.private is not None else ""
+    bound = f"L2 norm up to {plan.admission.norm_bound:g}"
+    return f"the update, which is the change of the shared weights{noise} ({bound})"
+
+
+def _counted(plan: Plan) -> str:
+    """What numbers are told of: with differential privacy those of patients are not protected, those of images are."""
+    return "patients" if plan.private is not None else "cases"
 
 
 def _own_metrics(plan: Plan) -> str:
+    bare = "they tell the number of cases, and where there are few they can tell of single ones"
     return (
         f"{_when_measured(plan)}: sums over the cases from which {_listed(plan.released_metrics)} {_is(plan)} "
-        "computed; they tell the number of cases, and where there are few they can tell of single ones."
+        f"computed; {bare if plan.private is None else 'they have noise'}."
     )
 
 
@@ -301,19 +308,31 @@ def _stays(plan: Plan, policy: Policy) -> Words:
 
 
 def _privacy(plan: Plan, policy: Policy) -> Words:
-    private = plan.protection.differential_privacy
-    budget = (
-        f"Differential privacy per patient: epsilon {private.epsilon:g}, delta {private.delta:g}."
-        if private is not None
-        else "NONE in the update: no differential privacy. An update can give away something of single images."
-    )
-    clipped = plan.training.gradient_clip is not None and private is None
+    clipped = plan.training.gradient_clip is not None and plan.private is None
     return _kept(
-        budget,
+        *(_of_patients(plan.private, plan) if plan.private is not None else (_BARE,)),
         *(_secure(policy) if plan.secured else (_PLAIN,)),
         *_site_noise(plan),
         "Gradients are clipped; that is not differential privacy." if clipped else "",
     )
+
+
+def _of_patients(private: DifferentialPrivacy, plan: Plan) -> Words:
+    """What differential privacy promises a patient, and what it does not."""
+    measured = private.metrics_epsilon is not None and bool(plan.released_metrics)
+    several = f"; of up to {private.images} images of a patient in a step the mean counts" if private.images > 1 else ""
+    return _kept(
+        f"Differential privacy per patient: epsilon {private.epsilon:g}, delta {private.delta:g} or a tenth of one in "
+        "the number of patients, of all updates of a run together.",
+        f"Of the metrics: epsilon {private.metrics_epsilon:g} more for each fold that is measured." if measured else "",
+        f"The gradient of each patient is clipped to a norm of {private.clip:g}{several}.",
+        f"A run may repeat {_number(private.spare_rounds, 'round')}; more than that is refused here.",
+        "More runs add up: this site's ledger keeps count, and refuses what would pass the lifetime's epsilon.",
+        "NOT protected: how many patients there are, and whether the contract is met.",
+    )
+
+
+_BARE = "NONE in the update: no differential privacy. An update can give away something of single images."
 
 
 def _site_noise(plan: Plan) -> Words:
