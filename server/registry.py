@@ -65,6 +65,12 @@ _STANDING = """
     WHERE sites.revoked_at IS NULL AND approvals.approved = 1 AND approvals.digest = ?
 """
 
+_SAID = "SELECT 1 FROM approvals WHERE site = ? AND key = ? AND digest = ? AND envelope = ?"
+
+
+def _unnoted(*_: object) -> None:
+    """Nobody else is told of a change."""
+
 
 class RegistryError(LocumError):
     """The registry cannot be read or written: whoever asked must be refused."""
@@ -257,19 +263,44 @@ class Registry:
             return "unknown"
         return "active" if row["revoked_at"] is None else "revoked"
 
-    def revoke(self, name: str, *, now: datetime | None = None) -> bool:
-        """Ends a site, its certificates and its open invitations; returns whether there was anything to end."""
+    def certificates(self) -> tuple[tuple[str, x509.Certificate], ...]:
+        """Every certificate that was issued to a site, with its name, in the order of their issue."""
+        with self._use() as connection:
+            rows = connection.execute("SELECT name, pem FROM certificates ORDER BY rowid")
+            return tuple((row["name"], parse_certificate(bytes(row["pem"]))) for row in rows)
+
+    def certificates(self) -> tuple[x509.Certificate, ...]:
+        """Every certificate that was ever issued to a site, by name and then the older first."""
+        with self._use() as connection:
+            rows = connection.execute("SELECT pem FROM certificates ORDER BY name, not_after, serial")
+            return tuple(parse_certificate(bytes(row["pem"])) for row in rows)
+
+    def revoke(self, name: str, *, now: datetime | None = None, noted: Callable[[SiteRow], object] = _unnoted) -> bool:
+        """Ends a site, its certificates and its open invitations; returns whether there was anything to end.
+
+        `noted` is called with a site that is ended, within the transaction: what it raises undoes everything.
+        """
         moment = (now or utc_now()).timestamp()
         with self._change() as connection:
-            return sum([_end(connection, table, name, moment) for table in _REVOCABLE]) > 0
+            row = _one(connection, "SELECT * FROM sites WHERE name = ? AND revoked_at IS NULL", name)
+            ended = sum([_end(connection, table, name, moment) for table in _REVOCABLE]) > 0
+            if row is not None:
+                noted(_site(connection, row))
+            return ended
 
     # --- proposals and approvals ---
 
-    def propose(self, digest: str, envelope: bytes) -> bool:
-        """Puts a plan before the sites; returns whether it is new. The first proposal of a plan stays."""
+    def propose(self, digest: str, envelope: bytes, *, noted: Callable[[], object] = _unnoted) -> bool:
+        """Puts a plan before the sites; returns whether it is new. The first proposal of a plan stays.
+
+        `noted` is called within the transaction if it is new: what it raises undoes everything.
+        """
         with self._change() as connection:
             query = "INSERT INTO proposals (digest, envelope) VALUES (?, ?) ON CONFLICT (digest) DO NOTHING"
-            return connection.execute(query, (digest, envelope)).rowcount > 0
+            new = connection.execute(query, (digest, envelope)).rowcount > 0
+            if new:
+                noted()
+            return new
 
     def proposals(self) -> tuple[bytes, ...]:
         """The envelopes of all proposals, newest first."""
@@ -296,11 +327,21 @@ class Registry:
             raise RunError(f"{digest} names {len(found)} plans: {names}", "give more digits")
         return found[0]["digest"], bytes(found[0]["envelope"])
 
-    def record_approval(self, site: str, digest: str, *, approved: bool, at: float, envelope: bytes) -> bool:
+    def record_approval(
+        self,
+        site: str,
+        digest: str,
+        *,
+        approved: bool,
+        at: float,
+        envelope: bytes,
+        noted: Callable[[], object] = _unnoted,
+    ) -> bool:
         """Notes a site's word on a plan, signed with its present key; returns whether it is the newest.
 
         An older word than the one known is ignored, so a replay changes nothing; of two at the same time the revocation
-        stands. Raises RefusedError for a site that is not enrolled.
+        stands. `noted` is called within the transaction unless the word is older: what it raises undoes everything.
+        Raises RefusedError for a site that is not enrolled.
         """
         with self._change() as connection:
             row = _one(connection, "SELECT key FROM sites WHERE name = ? AND revoked_at IS NULL", site)
@@ -313,7 +354,10 @@ class Registry:
                 "WHERE excluded.at > at OR (excluded.at = at AND excluded.approved < approved)",
                 (site, row["key"], digest, at, int(approved), envelope),
             )
-            return done.rowcount > 0
+            newest = done.rowcount > 0
+            if newest or _one(connection, _SAID, site, row["key"], digest, envelope) is not None:
+                noted()
+            return newest
 
     def approvals(self, digest: str) -> dict[str, ApprovalRow]:
         """Standing approvals of a plan, by site, of sites that are not revoked."""

@@ -54,7 +54,7 @@ def _place(result: Result) -> str:
 def _anchor(verdict: Verdict) -> Iterator[str]:
     if verdict.pinned or not verdict.authority:
         return
-    yield "note: whom to trust came out of the bundle itself. Compare this with what the coordinator told you, or give it:"
+    yield "note: whom to trust came out of the bundle itself. Compare it, or give it:"
     yield f"  --fingerprint {verdict.authority}"
 
 
