@@ -84,7 +84,14 @@ def pulled(ended: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_everything_that_is_promised_is_there_and_belongs_together(ended: Run, pulled: Path) -> None:
     names = {path.name for path in pulled.iterdir()}
-    assert names == {"model.safetensors", "metrics.json", "report.html", "model_card.md", "plan.yaml"}
+    assert names == {
+        "model.safetensors",
+        "metrics.json",
+        "report.html",
+        "model_card.md",
+        "model_card.json",
+        "plan.yaml",
+    }
     metrics = json.loads((pulled / "metrics.json").read_text())
     model = (pulled / "model.safetensors").read_bytes()
     assert metrics["model"]["sha256"] == hashlib.sha256(model).hexdigest()
@@ -134,7 +141,7 @@ def test_the_page_is_whole_needs_no_other_file_and_shows_every_site(pulled: Path
 def test_the_card_says_what_the_model_is_and_escapes_what_others_wrote(pulled: Path) -> None:
     card = (pulled / "model_card.md").read_text()
     assert "| riverside (worst) | 2 |" in card
-    assert "there are no intervals" in card
+    assert "95 %, from the sums alone (AUC: DeLong 1988" in card
     assert "hillcrest: the whole run (no &lt;b&gt;case&lt;/b&gt; \\| here)" in card
     assert "not the run's result" not in card
     assert "{{" not in card

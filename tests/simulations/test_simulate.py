@@ -73,7 +73,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_everything_that_it_promises(finished: Path) -> None:
     out = finished / "out"
     names = {path.name for path in out.iterdir()}
-    assert {"report.html", "metrics.json", "model.safetensors", "model_card.md", "plan.yaml"} <= names
+    assert {
+        "report.html",
+        "metrics.json",
+        "model.safetensors",
+        "model_card.md",
+        "model_card.json",
+        "plan.yaml",
+    } <= names
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["rounds"] == 2
     assert len(metrics["sites"]) == 3
