@@ -80,7 +80,7 @@ def _coordinators(home: Home, name: str | None) -> Source:
     run = newest(home) if name is None else find(home, name)
     with closing(Registry(home.registry)) as registry:
         _, proposal = registry.proposal(run.created.digest)
-        certificates = registry.certificates()
+        certificates = tuple(certificate for _, certificate in registry.certificates())
     return Source(run.id, home, run.folder, run.plan, proposal, certificates)
 
 

@@ -269,12 +269,6 @@ class Registry:
             rows = connection.execute("SELECT name, pem FROM certificates ORDER BY rowid")
             return tuple((row["name"], parse_certificate(bytes(row["pem"]))) for row in rows)
 
-    def certificates(self) -> tuple[x509.Certificate, ...]:
-        """Every certificate that was ever issued to a site, by name and then the older first."""
-        with self._use() as connection:
-            rows = connection.execute("SELECT pem FROM certificates ORDER BY name, not_after, serial")
-            return tuple(parse_certificate(bytes(row["pem"])) for row in rows)
-
     def revoke(self, name: str, *, now: datetime | None = None, noted: Callable[[SiteRow], object] = _unnoted) -> bool:
         """Ends a site, its certificates and its open invitations; returns whether there was anything to end.
 
