@@ -72,9 +72,9 @@ def _between_hospitals(name: str, grid: Grid) -> None:
             _log_end(wire, found.plan, "stopped")
             events.emit("stopped")
         except LocumError as error:
+            _log_end(wire, found.plan, "failed")
             found.fail(error.message, error.remedy)
             events.emit("failed", reason=error.message, remedy=error.remedy)
-            _log_end(wire, found.plan, "failed")
         finally:
             events.close()
 
@@ -132,7 +132,10 @@ def write_result(folder: Path, finished: Finished, log: RunLog) -> None:
         history=finished.history,
     )
     entries = (finished.tested, log.end(finished.status, finished.round, blobs[0].sha256))
-    files = {"run.json": summary.model_dump_json(indent=1).encode(), "entries": b"\n".join(map(written, entries))}
+    files = {
+        "run.json": summary.model_dump_json(indent=1).encode(),
+        "entries": b"\n".join(written(each) for each in entries),
+    }
     create_folder(folder / _ENDING, files)
 
 

@@ -18,9 +18,11 @@ from pydantic import ValidationError
 
 from locum.common.errors import DataError, RunError
 from locum.server.home import Home, ServerConfig, default_home, read_config
+from locum.server.log_cli import show_log
 from locum.server.start_cli import start, status
 
 if TYPE_CHECKING:
+    from locum.common.log.entries import SiteEntry
     from locum.server.registry import Registry, SiteRow
 
 app = typer.Typer(
@@ -61,6 +63,7 @@ def init(
     """Begin a federation: its authority, the gateway's certificate, the log's key, the configuration."""
     from locum.server.authority import initialise
     from locum.server.invitations import gateway_address
+    from locum.server.log import open_log
 
     superlink = _free_port(_SUPERLINK_PORT, but={port})
     fields = {
@@ -74,6 +77,7 @@ def init(
     }
     config = _config(fields)
     initialise(Home(home), config)
+    open_log(Home(home)).seal()
     if as_json:
         _tell({"home": str(home), "address": gateway_address(config), **config.model_dump()})
         return
@@ -84,6 +88,7 @@ def init(
 
 app.command()(start)
 app.command()(status)
+app.command("log")(show_log)
 
 
 @app.command()
@@ -135,17 +140,29 @@ def sites(home: _HomeDir, as_json: _Json = False) -> None:
 @app.command()
 def revoke(name: _Name, home: _HomeDir, as_json: _Json = False) -> None:
     """Show a site out, at once: its certificates and open invitations end. It can be invited again."""
+    from locum.server.log import open_log
+
     read_config(Home(home))
     with closing(_registry(home)) as registry:
         known = {site.name for site in registry.sites()} | {row.name for row in registry.open_invitations()}
         if name not in known:
             raise RunError(f"no site is called '{name}'", "see who is there: locum server sites")
-        changed = registry.revoke(name)
+        log = open_log(Home(home))
+        changed = registry.revoke(name, noted=lambda site: log.append(_revoked(site)))
+        log.seal()
     if as_json:
         _tell({"site": name, "revoked": True, "changed": changed})
         return
     typer.echo(f"{name} is revoked" if changed else f"{name} was revoked before")
     typer.echo(f"to let it in again with a new key: locum server invite {name}{_at(home)}")
+
+
+def _revoked(site: SiteRow) -> SiteEntry:
+    from locum.common.identity import fingerprint_of
+    from locum.common.log.entries import SiteEntry
+    from locum.server.log import now
+
+    return SiteEntry(at=now(), site=site.name, event="revoked", certificate=fingerprint_of(site.certificate))
 
 
 def _registry(home: Path) -> Registry:

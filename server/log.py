@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
+import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,16 +25,72 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from locum.common.errors import LocumError
 from locum.common.identity import PublicKey, fingerprint_of, load_certificate, subject_of, utc_now
-from locum.common.log.entries import Entry, FederationEntry, moment, written
+from locum.common.log.entries import (
+    ApprovalEntry,
+    EndEntry,
+    Entry,
+    FederationEntry,
+    RunEntry,
+    moment,
+    read_entry,
+    written,
+)
 from locum.common.log.note import NoteError, check_cosignature, opened, sign, with_lines
 from locum.common.log.origins import federation_origin, site_origin
 from locum.common.log.store import Log
 from locum.server.authority import load_log_certificate, load_log_key
 from locum.server.home import Home
 
+logger = logging.getLogger("locum.server")
+
+_SEAL_SECONDS = 3.0
+_ANY_TIME = "1970-01-01T00:00:00Z"
+
 
 class NotLoggedError(LocumError):
     """The log cannot be written, so what should stand in it must not happen."""
+
+
+@dataclass
+class _Known:
+    """What the log has said of members, plans and runs, as far as it was read.
+
+    Attributes:
+        size: entries that were read.
+        facts: the SHA-256 of what each entry about a member or a plan says.
+        runs: by run, what was said last.
+    """
+
+    size: int = 0
+    facts: set[bytes] = field(default_factory=set)
+    runs: dict[str, str] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def follow(self, store: Log) -> None:
+        """Reads on to the end."""
+        end = store.size
+        for leaf in store.entries(self.size, end):
+            if any(kind in leaf for kind in _FOLLOWED):
+                self._note(read_entry(leaf))
+        self.size = end
+
+    def _note(self, entry: Entry) -> None:
+        if isinstance(entry, RunEntry):
+            self.runs[entry.run] = entry.event
+        elif isinstance(entry, EndEntry):
+            self.runs[entry.run] = "ended"
+        else:
+            self.facts.add(_fact(entry))
+
+
+_FOLLOWED = tuple(f'"kind":"{kind}"'.encode() for kind in ("site", "proposal", "approval", "run", "end"))
+
+
+def _fact(entry: Entry) -> bytes:
+    """What an entry says, whenever it was written; a statement that was signed once is one fact."""
+    if isinstance(entry, ApprovalEntry):
+        return hashlib.sha256(entry.statement.encode()).digest()
+    return hashlib.sha256(written(entry.model_copy(update={"at": _ANY_TIME}))).digest()
 
 
 @dataclass(frozen=True)
@@ -50,6 +109,7 @@ class FederationLog:
     store: Log
     folder: Path
     key: ed25519.Ed25519PrivateKey = field(repr=False)
+    _known: _Known = field(default_factory=_Known, repr=False)
 
     def append(self, *entries: Entry) -> None:
         """Appends all of these entries or none; they are on the disk when it returns."""
@@ -64,6 +124,18 @@ class FederationLog:
                 wanted.pop(leaf, None)
             self.append(*wanted.values())
 
+    def append_new(self, *entries: Entry) -> None:
+        """Appends those of these entries about members and plans that say what the log has not said at any time."""
+        with self._known.lock:
+            self._known.follow(self.store)
+            self.append(*(entry for entry in entries if _fact(entry) not in self._known.facts))
+
+    def last_of(self, run: str) -> str:
+        """What was said last of a run: the event of its newest entry of that kind, `ended`, or nothing."""
+        with self._known.lock:
+            self._known.follow(self.store)
+            return self._known.runs.get(run, "")
+
     def seal(self) -> str:
         """Signs a checkpoint of the log as it is, unless one is signed; returns the newest."""
         with self._written():
@@ -77,7 +149,20 @@ class FederationLog:
             reason = f"the log in {self.folder} cannot be written: {os.strerror(error.errno or errno.EIO)}"
             raise NotLoggedError(reason, "free space or mend the disk; what waits for it goes on by itself") from error
 
+    def keep(self, stop: threading.Event) -> None:
+        """Signs what is new every few seconds, until `stop` is set; what fails is tried again."""
+        while not stop.wait(_SEAL_SECONDS):
+            try:
+                self.seal()
+            except LocumError as error:
+                logger.warning("%s", error)
+
     # --- witnesses
+
+    def sealed(self) -> int:
+        """How many entries the newest checkpoint counts."""
+        note = self.store.latest()
+        return opened(note)[0].size if note else 0
 
     def show(self, seen: int) -> tuple[bytes, list[bytes]]:
         """The newest checkpoint, empty if there is none, and the proof that a log of `seen` entries is its beginning.

@@ -11,13 +11,16 @@ from contextlib import closing
 from rfc8785 import CanonicalizationError
 
 from locum.common.build import check_buildable
+from locum.common.canonical import sha256_hex
 from locum.common.envelope import EnvelopeError, Proposal, open_proposal, seal_proposal
 from locum.common.errors import DataError, PlanError, RunError
 from locum.common.identity import certified_key
+from locum.common.log.entries import ProposalEntry
 from locum.common.plan import Plan, plan_error
 from locum.common.yaml_source import Source
 from locum.server.authority import load_log_certificate, load_log_key
 from locum.server.home import Home
+from locum.server.log import now, open_log
 from locum.server.registry import Registry
 
 _MOST_BY = 200
@@ -39,13 +42,17 @@ def propose(home: Home, plan: Plan, by: str, *, source: Source | None = None) ->
         PlanError: a part of the plan cannot be built here, or parts do not fit together.
         DataError: the log's key cannot be read, or `by` is empty or long.
         RunError: the registry cannot be written.
+        NotLoggedError: the log cannot.
     """
     found = check_buildable(plan)
     if found:
         raise plan_error(source or Source(plan.model_dump(mode="json"), name=plan.name), found)
     envelope = _sealed(home, plan, by)
     with closing(Registry(home.registry)) as registry:
-        registry.propose(plan.digest, envelope)
+        entry = ProposalEntry(at=now(), plan=plan.digest, statement=sha256_hex(envelope))
+        log = open_log(home)
+        registry.propose(plan.digest, envelope, noted=lambda: log.append_new(entry))
+        log.seal()
     return plan.digest
 
 

@@ -29,7 +29,7 @@ from flwr.serverapp import Grid
 
 from locum.common import build
 from locum.common.errors import MEANING, Code, RunError
-from locum.common.log.entries import MetricsEntry, RoundEntry, VoidEntry, written
+from locum.common.log.entries import MetricsEntry, RoundEntry, written
 from locum.common.messages import (
     DESCRIBE,
     EVALUATE,
@@ -89,7 +89,7 @@ class Finished:
     history: tuple[RoundRecord, ...]
     test: Evaluated
     roster: Roster
-    tested: MetricsEntry | VoidEntry
+    tested: MetricsEntry
 
     @property
     def losses(self) -> dict[str, list[int]]:
@@ -406,7 +406,7 @@ def _measured(engine: Engine, roster: Roster, committed: Committed) -> Committed
     return replace(committed, history=(*committed.history[:-1], record))
 
 
-def _tested(engine: Engine, roster: Roster, chosen: Committed) -> tuple[Evaluated, MetricsEntry | VoidEntry]:
+def _tested(engine: Engine, roster: Roster, chosen: Committed) -> tuple[Evaluated, MetricsEntry]:
     """The final test; raises RunError where fewer sites than the quorum answer and nobody waits for them."""
     quorum = engine.plan.participation.quorum
     while True:
@@ -426,7 +426,7 @@ def untested(test: Evaluated) -> dict[str, str]:
 
 def evaluate(
     engine: Engine, roster: Roster, committed: Committed, fold: MeasuredFold
-) -> tuple[Evaluated, MetricsEntry | VoidEntry]:
+) -> tuple[Evaluated, MetricsEntry]:
     """The plan's metrics of a model on one fold, over all sites by adding up their sums, and per site where told.
 
     With them what the log is told, once they count.
@@ -449,8 +449,6 @@ def evaluate(
         site_intervals={site: _intervals(plan, found.per_site[site]) for site in sorted(found.per_site)},
         cells=tuple(_cell(plan, cell, found.sums) for cell in cells_of(plan, fold)) if found.sums else (),
     )
-    if not found.cases:
-        return evaluated, engine.log.void(number, 1, fold, found.excluded)
     return evaluated, engine.log.metrics(evaluated, found, model=committed.model_sha256)
 
 

@@ -141,10 +141,8 @@ class RunLog:
         return {"at": now(), "run": self.run, "plan": self.plan}
 
 
-def voided(entry: MetricsEntry | VoidEntry) -> VoidEntry:
+def voided(entry: MetricsEntry) -> VoidEntry:
     """What the log is told of metrics that do not count."""
-    if isinstance(entry, VoidEntry):
-        return entry
     return VoidEntry(**entry.model_dump(include={"at", "run", "plan", "round", "fold", "refused"}), attempt=1)
 
 

@@ -30,6 +30,8 @@ from locum.common.errors import LocumError, RunError
 from locum.common.fab import build_bundle
 from locum.server import superlink
 from locum.server.home import Home, ServerConfig
+from locum.server.log import FederationLog, open_log
+from locum.server.run_log import RunLog
 from locum.server.runs import Run, Stamp, all_runs
 from locum.server.superlink import Control
 
@@ -126,6 +128,7 @@ class Conductor:
     _attempts: dict[str, _Attempt] = field(default_factory=dict)
     _problems: dict[str, str] = field(default_factory=dict)
     _closed: dict[str, Stamp] = field(default_factory=dict)
+    _log: FederationLog | None = None
 
     def look(self) -> None:
         """One look at all runs; what goes wrong with one is told in the log, and the next look tries again."""
@@ -185,8 +188,19 @@ class Conductor:
             with suppress(LocumError, OSError):  # the next one must end all the same
                 _kill(run)
 
+    def _log_end(self, run: Run) -> None:
+        """A run that was stopped, or has failed, while it had no process."""
+        state = run.status().state
+        if state not in {"stopped", "failed"}:
+            return
+        self._log = self._log or open_log(self.home)
+        if self._log.last_of(run.id) not in {"", state}:
+            self._log.append(RunLog(self._log, run.id, run.created.digest).said(state))
+            self._log.seal()
+
     def _close(self, run: Run) -> None:
-        """What an ended run leaves behind: its blobs, and its Flower run."""
+        """What an ended run leaves behind: its blobs, its Flower run, and its end in the log if nobody wrote that."""
+        self._log_end(run)
         shutil.rmtree(self.home.spool / run.id, ignore_errors=True)
         attempt = self._attempts.get(run.id)
         if attempt is not None and attempt.number is not None:

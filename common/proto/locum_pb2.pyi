@@ -51,12 +51,14 @@ class ReportRequest(_message.Message):
     def __init__(self, instance: _Optional[str] = ..., activity: _Optional[str] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., done: _Optional[int] = ..., total: _Optional[int] = ..., version: _Optional[str] = ..., clock: _Optional[float] = ...) -> None: ...
 
 class ReportReply(_message.Message):
-    __slots__ = ("clock", "registry_state")
+    __slots__ = ("clock", "registry_state", "log_size")
     CLOCK_FIELD_NUMBER: _ClassVar[int]
     REGISTRY_STATE_FIELD_NUMBER: _ClassVar[int]
+    LOG_SIZE_FIELD_NUMBER: _ClassVar[int]
     clock: float
     registry_state: int
-    def __init__(self, clock: _Optional[float] = ..., registry_state: _Optional[int] = ...) -> None: ...
+    log_size: int
+    def __init__(self, clock: _Optional[float] = ..., registry_state: _Optional[int] = ..., log_size: _Optional[int] = ...) -> None: ...
 
 class ProposalsRequest(_message.Message):
     __slots__ = ()
@@ -89,6 +91,22 @@ class Greeting(_message.Message):
     clock: float
     version: str
     def __init__(self, clock: _Optional[float] = ..., version: _Optional[str] = ...) -> None: ...
+
+class WitnessRequest(_message.Message):
+    __slots__ = ("size", "cosignature")
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    COSIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    size: int
+    cosignature: bytes
+    def __init__(self, size: _Optional[int] = ..., cosignature: _Optional[bytes] = ...) -> None: ...
+
+class WitnessReply(_message.Message):
+    __slots__ = ("checkpoint", "proof")
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    checkpoint: bytes
+    proof: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, checkpoint: _Optional[bytes] = ..., proof: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class FleetCall(_message.Message):
     __slots__ = ("path", "headers", "body", "instance")

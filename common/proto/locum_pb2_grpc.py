@@ -66,6 +66,11 @@ class RegistryStub:
                 request_serializer=locum_dot_common_dot_proto_dot_locum__pb2.GreetRequest.SerializeToString,
                 response_deserializer=locum_dot_common_dot_proto_dot_locum__pb2.Greeting.FromString,
                 _registered_method=True)
+        self.Witness = channel.unary_unary(
+                '/locum.v1.Registry/Witness',
+                request_serializer=locum_dot_common_dot_proto_dot_locum__pb2.WitnessRequest.SerializeToString,
+                response_deserializer=locum_dot_common_dot_proto_dot_locum__pb2.WitnessReply.FromString,
+                _registered_method=True)
 
 
 class RegistryServicer:
@@ -109,6 +114,12 @@ class RegistryServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Witness(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RegistryServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -141,6 +152,11 @@ def add_RegistryServicer_to_server(servicer, server):
                     servicer.Greet,
                     request_deserializer=locum_dot_common_dot_proto_dot_locum__pb2.GreetRequest.FromString,
                     response_serializer=locum_dot_common_dot_proto_dot_locum__pb2.Greeting.SerializeToString,
+            ),
+            'Witness': grpc.unary_unary_rpc_method_handler(
+                    servicer.Witness,
+                    request_deserializer=locum_dot_common_dot_proto_dot_locum__pb2.WitnessRequest.FromString,
+                    response_serializer=locum_dot_common_dot_proto_dot_locum__pb2.WitnessReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -307,6 +323,33 @@ class Registry:
             '/locum.v1.Registry/Greet',
             locum_dot_common_dot_proto_dot_locum__pb2.GreetRequest.SerializeToString,
             locum_dot_common_dot_proto_dot_locum__pb2.Greeting.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Witness(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/locum.v1.Registry/Witness',
+            locum_dot_common_dot_proto_dot_locum__pb2.WitnessRequest.SerializeToString,
+            locum_dot_common_dot_proto_dot_locum__pb2.WitnessReply.FromString,
             options,
             channel_credentials,
             insecure,

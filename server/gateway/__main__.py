@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from locum.common.blobs import OPTIONS
 from locum.common.errors import LocumError, RunError
 from locum.common.proto import locum_pb2_grpc as rpc
+from locum.server.adopt import adopt
 from locum.server.authority import door_credentials, load_authority, load_log_certificate
 from locum.server.gateway.blobs import BlobService
 from locum.server.gateway.fleet import FleetService
@@ -27,6 +28,7 @@ from locum.server.gateway.registry import Federation, RegistryService
 from locum.server.gateway.spool import Spool
 from locum.server.gateway.turnstile import Turnstile
 from locum.server.home import Home, ServerConfig, read_config
+from locum.server.log import open_log
 from locum.server.parent import end_with_parent
 from locum.server.registry import Registry
 from locum.server.superlink import Control
@@ -54,7 +56,10 @@ def open_gateway(home: Home, config: ServerConfig) -> Callable[[], None]:
 
     threads, interceptors = ThreadPoolExecutor(_THREADS, thread_name_prefix="call"), (Turnstile(), Legible())
     door = grpc.server(threads, (), interceptors, _OPTIONS)
-    federation = Federation(registry, authority, load_log_certificate(home), live)
+    record = open_log(home)
+    adopt(registry, record)
+    threading.Thread(target=record.keep, args=(stop,), daemon=True).start()
+    federation = Federation(registry, authority, load_log_certificate(home), live, record)
     rpc.add_RegistryServicer_to_server(RegistryService(federation), door)
     fleet = FleetService(
         home,

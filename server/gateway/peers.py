@@ -27,6 +27,8 @@ from locum.common.identity import (
     subject_of,
     utc_now,
 )
+from locum.common.log.store import LogError
+from locum.server.log import NotLoggedError
 from locum.server.registry import InvitationRow, RefusedError, Registry, RegistryError
 
 log = logging.getLogger("locum.gateway")
@@ -77,13 +79,18 @@ def invited(context: grpc.ServicerContext, registry: Registry) -> InvitationRow:
         refuse(context, error)
 
 
-def refuse(context: grpc.ServicerContext, error: Refusal | RefusedError | RegistryError) -> NoReturn:
+def refuse(
+    context: grpc.ServicerContext, error: Refusal | RefusedError | RegistryError | LogError | NotLoggedError
+) -> NoReturn:
     """Ends a call with the status and sentence of what was raised."""
     if isinstance(error, Refusal):
         code, sentence = error.code, error.sentence
     elif isinstance(error, RegistryError):
         log.error("%s", error.message)
         code, sentence = grpc.StatusCode.UNAVAILABLE, "the coordinator's registry cannot be read"
+    elif isinstance(error, LogError | NotLoggedError):
+        log.error("%s", error.message)
+        code, sentence = grpc.StatusCode.UNAVAILABLE, "the coordinator's log cannot be written"
     else:
         code, sentence = grpc.StatusCode.PERMISSION_DENIED, error.message
     log.warning("refused %s: %s", context.peer(), sentence)

@@ -1,10 +1,11 @@
-"""The gateway's service Registry: enrolment, renewal, reports, proposals, approvals and greetings.
+"""The gateway's service Registry: enrolment, renewal, reports, proposals, approvals, greetings, witnesses of the log.
 
 Rules:
   * `Enrol` is for an invitation's certificate, everything else for an enrolled site's; nobody else is answered.
   * An invitation enrols the site that it names, with one key, once. Who asks again with that key gets the same answer.
   * A site reports and approves for itself only, and an approval counts by its signature, not by the connection.
-  * Tokens, keys and whole requests are never logged.
+  * Who joins, whose certificate is renewed and what a site decides stands in the federation's log, or does not count.
+  * Tokens, keys and whole requests are never written to the gateway's own log.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import grpc
 from cryptography import x509
@@ -29,6 +30,7 @@ from locum.common.identity import (
     Subject,
     certificate_pem,
     certified_key,
+    fingerprint_of,
     parse_request,
     renewal_due,
     request_mac,
@@ -36,17 +38,21 @@ from locum.common.identity import (
     subject_of,
     utc_now,
 )
+from locum.common.log.entries import ApprovalEntry, SiteEntry
+from locum.common.log.store import LogError
 from locum.common.proto import locum_pb2 as pb
 from locum.common.proto.locum_pb2_grpc import RegistryServicer
 from locum.server.authority import Authority
 from locum.server.gateway.live import LEASE_SECONDS, Live
 from locum.server.gateway.peers import Peer, Refusal, invited, refuse, site_of, site_peer
+from locum.server.log import FederationLog, NotLoggedError, now
 from locum.server.registry import InvitationRow, RefusedError, Registry, RegistryError
 
 log = logging.getLogger("locum.gateway")
 
 _MOST_REQUEST = 16 << 10
 _MOST_WORD = 100
+_MOST_LINE = 4 << 10
 #: All proposals go in one message, the newest first; what is beyond stays behind. A client takes 32 MiB.
 _MOST_PROPOSALS = 24 << 20
 #: How far ahead of ours a site's clock may be when it dates an approval: one from the far future could not be ended.
@@ -64,10 +70,11 @@ class Federation:
     authority: Authority
     log_certificate: x509.Certificate
     live: Live
+    log: FederationLog
 
 
 class RegistryService(RegistryServicer):
-    """Answers the six calls; what decides is below, without a connection."""
+    """Answers the seven calls; what decides is below, without a connection."""
 
     def __init__(self, federation: Federation) -> None:
         self._federation = federation
@@ -104,6 +111,11 @@ class RegistryService(RegistryServicer):
         site_of(context, self._federation.registry)
         return pb.Greeting(clock=time.time(), version=version("locum"))
 
+    def Witness(self, request: pb.WitnessRequest, context: grpc.ServicerContext) -> pb.WitnessReply:  # noqa: N802
+        """To a site that watches the log: the newest checkpoint, and the proof that the log has only grown."""
+        peer = site_peer(context, self._federation.registry)
+        return _answer(context, lambda: witness(self._federation, peer, request))
+
 
 def enrol(federation: Federation, invitation: InvitationRow, request: pb.EnrolRequest) -> pb.Certificates:
     """Makes a site of who was invited; raises Refusal, RefusedError, IdentityError or RegistryError."""
@@ -111,11 +123,13 @@ def enrol(federation: Federation, invitation: InvitationRow, request: pb.EnrolRe
     if not hmac.compare_digest(request_mac(invitation.token_sha256, request.request), request.mac):
         raise Refusal(grpc.StatusCode.PERMISSION_DENIED, "the request is not authenticated by the invitation's token")
     key = _requested(federation, request.request, invitation.name)
-    certificate = federation.registry.redeem(
-        invitation.fingerprint,
-        key=key,
-        issue=lambda: federation.authority.issue_site(invitation.name, key),
-    )
+
+    def issue() -> x509.Certificate:
+        issued = federation.authority.issue_site(invitation.name, key)
+        federation.log.append(_certified(invitation.name, "enrolled", issued))
+        return issued
+
+    certificate = federation.registry.redeem(invitation.fingerprint, key=key, issue=issue)
     log.info("%s is enrolled with certificate %s", invitation.name, serial_of(certificate))
     return _certificates(federation, certificate)
 
@@ -128,11 +142,19 @@ def renew(federation: Federation, peer: Peer, request: pb.RenewRequest) -> pb.Ce
         raise Refusal(grpc.StatusCode.PERMISSION_DENIED, "a certificate is renewed under the key that it has")
 
     def issue(newest: x509.Certificate) -> x509.Certificate | None:
-        return federation.authority.issue_site(peer.name, key) if renewal_due(newest, utc_now()) else None
+        if not renewal_due(newest, utc_now()):
+            return None
+        issued = federation.authority.issue_site(peer.name, key)
+        federation.log.append(_certified(peer.name, "renewed", issued))
+        return issued
 
     certificate = federation.registry.renew(peer.name, key=key, issue=issue)
     log.info("%s has certificate %s", peer.name, serial_of(certificate))
     return _certificates(federation, certificate)
+
+
+def _certified(site: str, event: Literal["enrolled", "renewed"], certificate: x509.Certificate) -> SiteEntry:
+    return SiteEntry(at=now(), site=site, event=event, certificate=fingerprint_of(certificate))
 
 
 def report(federation: Federation, site: str, said: pb.ReportRequest) -> pb.ReportReply:
@@ -145,7 +167,8 @@ def report(federation: Federation, site: str, said: pb.ReportRequest) -> pb.Repo
     if not federation.live.report(site, said):
         sentence = f"another agent with this site's key was heard in the last {LEASE_SECONDS:.0f} s"
         raise Refusal(grpc.StatusCode.ALREADY_EXISTS, sentence)
-    return pb.ReportReply(clock=time.time(), registry_state=federation.registry.state())
+    state, sealed = federation.registry.state(), federation.log.sealed()
+    return pb.ReportReply(clock=time.time(), registry_state=state, log_size=sealed)
 
 
 def proposals(federation: Federation) -> pb.ProposalsReply:
@@ -168,15 +191,39 @@ def approve(federation: Federation, peer: Peer, request: pb.ApproveRequest) -> p
     _check_size(request.envelope, MOST_BYTES)
     approval = open_approval(request.envelope, peer.public_key)
     _check_approval(federation.registry, peer, approval)
+    entry = ApprovalEntry(
+        at=now(),
+        site=peer.name,
+        plan=approval.digest,
+        statement=request.envelope.decode(),
+        certificate=fingerprint_of(peer.certificate),
+    )
     newest = federation.registry.record_approval(
         peer.name,
         approval.digest,
         approved=approval.decision == "approve",
         at=approval.at,
         envelope=request.envelope,
+        noted=lambda: federation.log.append_new(entry),
     )
+    federation.log.seal()
     log.info("%s: %s %s%s", peer.name, approval.decision, approval.digest[:12], "" if newest else " (older than known)")
     return pb.ApproveReply()
+
+
+def witness(federation: Federation, peer: Peer, request: pb.WitnessRequest) -> pb.WitnessReply:
+    """Keeps what a site signed of the checkpoint that it has seen, and shows it the newest."""
+    if request.cosignature:
+        _check_size(request.cosignature, _MOST_LINE)
+        try:
+            line = request.cosignature.decode()
+            new = federation.log.cosigned(peer.name, peer.public_key, line, request.size)
+        except ValueError as error:  # of UTF-8, or a NoteError
+            raise Refusal(_WRONG, f"this is no cosignature of the log: {error}") from error
+        if new:
+            log.info("%s has witnessed the log up to entry %d", peer.name, request.size)
+    checkpoint, proof = federation.log.show(request.size)
+    return pb.WitnessReply(checkpoint=checkpoint, proof=proof)
 
 
 def _check_approval(registry: Registry, peer: Peer, approval: Approval) -> None:
@@ -196,7 +243,7 @@ def _answer(context: grpc.ServicerContext, call: Callable[[], _Reply]) -> _Reply
         return call()
     except (IdentityError, EnvelopeError) as error:
         refuse(context, Refusal(_WRONG, str(error)))
-    except (Refusal, RefusedError, RegistryError) as error:
+    except (Refusal, RefusedError, RegistryError, LogError, NotLoggedError) as error:
         refuse(context, error)
 
 

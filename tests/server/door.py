@@ -29,6 +29,7 @@ from locum.server.gateway.registry import Federation, RegistryService
 from locum.server.gateway.turnstile import Turnstile
 from locum.server.home import Home, ServerConfig, read_config
 from locum.server.invitations import invite, make_invitation
+from locum.server.log import open_log
 from locum.server.registry import Registry
 from locum.site_client.enrolment import enrol, open_channel
 from locum.site_client.identity import SiteIdentity
@@ -80,7 +81,8 @@ Servicer = Callable[[grpc.Server, Door], None]
 
 def registry_service(server: grpc.Server, door: Door) -> None:
     """Adds the service Registry."""
-    federation = Federation(door.registry, door.authority, load_log_certificate(door.home), door.live)
+    log = open_log(door.home)
+    federation = Federation(door.registry, door.authority, load_log_certificate(door.home), door.live, log)
     add_RegistryServicer_to_server(RegistryService(federation), server)
 
 

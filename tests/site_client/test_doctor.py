@@ -38,6 +38,7 @@ from locum.common.proto.locum_pb2_grpc import RegistryStub, add_RegistryServicer
 from locum.server.authority import load_log_certificate
 from locum.server.gateway.live import read_live
 from locum.server.gateway.registry import Federation, RegistryService
+from locum.server.log import open_log
 from locum.site_client.doctor import Check, examine, gpu_check
 from locum.site_client.enrolment import enrol, open_channel
 from locum.site_client.identity import FOLDER, SiteIdentity, load_identity, save_identity
@@ -601,7 +602,8 @@ class Elsewhere(RegistryService):
 
 
 def elsewhere(server: grpc.Server, door: Door) -> None:
-    federation = Federation(door.registry, door.authority, load_log_certificate(door.home), door.live)
+    log = open_log(door.home)
+    federation = Federation(door.registry, door.authority, load_log_certificate(door.home), door.live, log)
     add_RegistryServicer_to_server(Elsewhere(federation), server)
 
 
