@@ -25,6 +25,7 @@ from locum.site_client.enrol_cli import enrol
 from locum.site_client.identity import usable
 from locum.site_client.ledger_cli import ledger
 from locum.site_client.options import Home, Json
+from locum.site_client.released_cli import released
 from locum.site_client.start_cli import start
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ app.command()(enrol)
 app.command()(start)
 app.command()(doctor)
 app.command()(ledger)
+app.command()(released)
 
 _SITE_HELP = "A site.yaml: where the images and labels are."
 _SiteFile = Annotated[Path, typer.Argument(metavar="SITE.yaml", show_default=False, help=_SITE_HELP)]
