@@ -42,7 +42,8 @@ class NoiseSource:
 
     def __init__(self, seed: bytes | None = None) -> None:
         self._stream = Stream(os.urandom(SEED_BYTES) if seed is None else seed)
-        self._bits, self._angle = np.empty(_PAIRS, np.uint64), np.empty(_PAIRS, np.uint32)
+        self._bits, self._turns = np.empty(_PAIRS, np.uint64), np.empty(_PAIRS, np.uint32)
+        self._radius, self._angle = np.empty(_PAIRS), np.empty(_PAIRS, np.float32)
         self._normal = np.empty(2 * _PAIRS)
 
     def gaussian(self, shape: int | Sequence[int], std: float) -> Floats32:
@@ -69,14 +70,15 @@ class NoiseSource:
     def _standard(self) -> NDArray[np.float64]:
         """The next piece of standard Gaussian numbers; its array is used again (Box & Muller 1958)."""
         self._stream.fill(self._bits)
-        self._stream.fill(self._angle)
+        self._stream.fill(self._turns)
         self._bits >>= np.uint64(12)
         self._bits |= _ONE
-        radius = 2.0 - self._bits.view(np.float64)  # in (0, 1]
-        np.log(radius, out=radius)
-        radius *= -2
-        np.sqrt(radius, out=radius)
-        angle = self._angle * _TURN
-        np.multiply(radius, np.cos(angle), out=self._normal[:_PAIRS])
-        np.multiply(radius, np.sin(angle, out=angle), out=self._normal[_PAIRS:])
+        np.subtract(2.0, self._bits.view(np.float64), out=self._radius)  # in (0, 1]
+        np.log(self._radius, out=self._radius)
+        self._radius *= -2
+        np.sqrt(self._radius, out=self._radius)
+        # Two arguments of 32 bits would give a float64, whose sine costs ten times as much.
+        np.multiply(self._turns, _TURN, out=self._angle, dtype=np.float32, casting="unsafe")
+        np.multiply(self._radius, np.cos(self._angle), out=self._normal[:_PAIRS])
+        np.multiply(self._radius, np.sin(self._angle, out=self._angle), out=self._normal[_PAIRS:])
         return self._normal
