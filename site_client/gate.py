@@ -60,7 +60,8 @@ class Policy(BaseModel):
         release_case_counts: whether this site's number of cases may be told; if not, a plan is refused in which its
             weight or its metrics, seen by themselves, would tell it. As a part of a secure sum they do not.
         release_training_loss: whether this site's mean training loss may be told.
-        release_site_metrics: whether this site's own metrics may be told where the plan asks for them beside a sum.
+        release_site_metrics: whether this site's own metrics may be told where the plan asks for them beside a sum; if
+            not, a plan with subgroups is refused, for this may be the only site that has one.
         hours: when the site works for others, by its own clock.
         stewards: how many different stewards must approve a plan.
         least_cell: the least patients of a subgroup who are told apart, and of all the others together.
@@ -114,6 +115,8 @@ def refusals(policy: Policy, plan: Plan) -> Iterator[PolicyRefusal]:
     if policy.require_secure_aggregation and not plan.secured:
         yield PolicyRefusal("require_secure_aggregation", "the coordinator would see each site's update")
     yield from _privacy_refusals(policy, plan)
+    if plan.secured and not policy.release_site_metrics and cells_of(plan, "test"):
+        yield PolicyRefusal("release_site_metrics", "of a subgroup that no other site has, the sum is this site's own")
     if not policy.release_case_counts and not plan.secured and plan.participation.weighting == "cases":
         yield PolicyRefusal("release_case_counts", "an update's weight would be the number of cases")
     if not policy.release_case_counts and not plan.secured and plan.released_metrics:
@@ -265,12 +268,10 @@ def _allowed(policy: Policy, plan: Plan, fold: Fold, made: Made) -> dict[str, ND
     if not made.told["cases"]:
         return {name: np.zeros(length) for name, length in lengths.items()}
     found = {name: made.tensors[name] for name in lengths}
-    patients = {cell: frozenset(own) for cell, own in made.told.get("cells", {}).items()}
-    for by in {cell.by for cell in cells_of(plan, fold)}:
-        own = [cell for cell in cells_of(plan, fold) if cell.by == by]
-        _merge(
-            own, told_cells({cell.value: patients.get(cell.key, frozenset()) for cell in own}, policy.least_cell), found
-        )
+    for group in plan.evaluation.subgroups:
+        cells = [cell for cell in cells_of(plan, fold) if cell.by == group.by]
+        patients = {cell.value: frozenset(made.told.get("cells", {}).get(cell.key, ())) for cell in cells}
+        _merge(cells, told_cells(patients, policy.least_cell), found)
     return found
 
 

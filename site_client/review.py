@@ -197,13 +197,14 @@ def _rounds(plan: Plan) -> Words:
 
 def _leaves(plan: Plan, policy: Policy) -> Words:
     counts = plan.tells("case_counts") and policy.release_case_counts
-    shared = plan.tensors.shared
+    shared, bare = plan.tensors.shared, plan.private is None
     return _kept(
         "Before round 1: versions of the installed packages, names and shapes of the network's tensors, and whether "
         "this site fits the contract.",
-        "Before round 1: the number of cases in each fold, and classes without a case." if counts else "",
+        "Before round 1: the number of cases in each fold, and classes without a case." if counts and bare else "",
         *(_given_to_sums(plan) + _told_beside(plan, policy) if plan.secured else _given_plain(plan, policy)),
         *_subgroups(plan, policy),
+        "" if bare else "With update and metrics: this site's signed statement of the epsilon that the run has spent.",
         f"Shared by name, running statistics too where a name covers them: {_listed(shared)}." if shared else "",
         "When something fails: a code, no text.",
     )
@@ -214,7 +215,7 @@ def _subgroups(plan: Plan, policy: Policy) -> Words:
     if not cells_of(plan, "test"):
         return ()
     named = _listed([f"{group.by} {value}" for group in plan.evaluation.subgroups for value in group.values])
-    only = " Where no other site has such cases, the sum over the sites shows this site's own." if plan.secured else ""
+    only = " Where no other site has such cases, a sum over the sites shows this site's own." if plan.secured else ""
     few = f"if it has {policy.least_cell} patients or more of it, and over all others"
     return (f"At the end, the same sums also over the cases of {named}, {few}.{only}",)
 

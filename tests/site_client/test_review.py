@@ -152,7 +152,7 @@ def test_subgroups_are_named_with_how_few_patients_are_told_apart_and_whom_they_
     groups = [{"by": "manufacturer", "values": ["SIEMENS", "GE MEDICAL SYSTEMS"]}]
     leaves = _words(secured(evaluation__subgroups=groups), "What leaves this site", least_cell=7)
     assert "over the cases of manufacturer SIEMENS, manufacturer GE MEDICAL SYSTEMS, if it has 7 patients" in leaves
-    assert "Where no other site has such cases, the sum over the sites shows this site's own." in leaves
+    assert "Where no other site has such cases, a sum over the sites shows this site's own." in leaves
     assert "over all others" not in _words(secured(), "What leaves this site")
 
 

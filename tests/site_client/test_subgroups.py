@@ -137,6 +137,14 @@ def test_a_worker_that_does_not_say_who_is_in_a_cell_has_none_told() -> None:
     assert (left[f"AUC@{OTHER}"] == 2).all()
 
 
+def test_a_site_that_keeps_its_own_metrics_back_refuses_subgroups_of_secure_sums() -> None:
+    of = grouped("A", protection__secure_aggregation="required", participation__quorum=3)
+    (refusal,) = gate.refusals(Policy(release_site_metrics=False), of)
+    assert refusal.clause == "release_site_metrics"
+    assert not list(gate.refusals(Policy(), of))
+    assert not list(gate.refusals(Policy(release_site_metrics=False), plan(protection__secure_aggregation="required")))
+
+
 def test_a_site_without_a_case_gives_zeros() -> None:
     of = grouped("A", protection__secure_aggregation="required", participation__quorum=3)
     task = EvaluateTask(plan_digest=of.digest, round=1, fold="test")
