@@ -187,11 +187,23 @@ def status(home: Home, as_json: Json = False) -> None:
     typer.echo(f"site {found['site']} of {found['federation']} at {found['address']}")
     typer.echo(f"certificate {until} {found['certificate_ends'][:16].replace('T', ' ')} UTC")
     typer.echo(f"the agent {found['agent']['state']}")
+    _print_log(found["log"])
     if found["configuration"] != "ok":
         typer.echo(f"site.yaml: {found['configuration']}")
     for path in found["damaged"]:
         typer.echo(f"does not count, for it was not written by this site or its federation: {path}")
     _print_proposals(found["proposals"])
+
+
+def _print_log(log: dict[str, Any]) -> None:
+    from locum.site_client.review import printable
+
+    if log["problem"]:
+        typer.echo(printable(log["problem"]))
+    if log["witnessed"]:
+        typer.echo(f"witnessed {log['witnessed']} entries of the federation's log, at {log['at']}")
+    for path in log["refused"]:
+        typer.echo(f"evidence of a log that was not what it was: {path}")
 
 
 @contextmanager

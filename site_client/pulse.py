@@ -1,7 +1,8 @@
 """The agent's pulse: tells the coordinator that the site lives and what it does, and brings the news back.
 
 One thread for the life of the agent. Every few seconds, and at once when something changes, it makes the steps that are
-due: Flower's heartbeat, the renewal of a certificate that runs out, a report, the stewards' decisions, the proposals.
+due: Flower's heartbeat, the renewal of a certificate that runs out, a report, the stewards' decisions, the proposals, a
+look at the federation's log.
 Rules:
   * Nothing here holds up the work.
   * A step that fails costs itself, and is made again after a pause. A decision that the coordinator refuses costs no
@@ -30,6 +31,7 @@ from locum.common.proto import locum_pb2_grpc as rpc
 from locum.site_client.fleet import AwayError, Fleet, RefusedError, guarded
 from locum.site_client.releases import Releases
 from locum.site_client.status import CLOCK_WARNING
+from locum.site_client.witness import ForkedError
 
 _BEAT_SECONDS, _NODE_SECONDS, _RENEWAL_SECONDS = 5.0, 20.0, 3600.0
 #: Approvals are looked for so often at most: their signatures are checked each time.
@@ -38,6 +40,8 @@ _DECISION_SECONDS = 2.0
 _TOGETHER_SECONDS = 0.1
 #: A step that failed is made again after so long, if it is not made more seldom anyway.
 _PAUSE_SECONDS = 10.0
+#: The log is looked at so often although the coordinator says that it has not grown.
+_LOOK_SECONDS = 60.0
 _CALL_SECONDS = 10.0
 
 
@@ -60,11 +64,14 @@ class News:
         receive: takes a signed proposal in. Raises LocumError or OSError.
         decisions: the stewards' signed decisions that count, one a plan.
         renew: renews the certificate over a channel if it is due at a time; returns whether it did. Raises LocumError.
+        witness: looks at the federation's log over a channel; returns up to which entry the site vouches for it. Raises
+            ForkedError, which it has told, and LocumError.
     """
 
     receive: Callable[[bytes], object]
     decisions: Callable[[], Iterable[bytes]]
     renew: Callable[[grpc.Channel, datetime], bool]
+    witness: Callable[[grpc.Channel], int]
 
 
 @dataclass
@@ -78,6 +85,9 @@ class _Way:
         state: of the coordinator's registry at the last report.
         fetched: the state whose proposals are here.
         told: the decisions that the coordinator has heard in this state.
+        sealed: how many entries of its log the coordinator has signed, as it says.
+        vouched: for how many of them the site vouches.
+        look: when the log is looked at in any case, by the monotonic clock.
         due: when a step is made again, by its name and the monotonic clock.
     """
 
@@ -87,6 +97,9 @@ class _Way:
     state: int = -1
     fetched: int = -1
     told: set[bytes] = field(default_factory=set)
+    sealed: int = 0
+    vouched: int = -1
+    look: float = 0.0
     due: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -167,6 +180,7 @@ class Pulse:
             (self._report, 0.0),
             (self._decide, _DECISION_SECONDS),
             (self._fetch, 0.0),
+            (self._witness, 0.0),
         )
         while True:
             if self._changed.wait(_BEAT_SECONDS):
@@ -203,7 +217,7 @@ class Pulse:
             self._renewed.set()
 
     def _report(self, way: _Way) -> None:
-        state = self._told(way.registry, way.instance)
+        state, way.sealed = self._told(way.registry, way.instance)
         if state != way.state:
             way.state = state
             way.told.clear()
@@ -241,8 +255,21 @@ class Pulse:
             return str(error)
         return ""
 
-    def _told(self, stub: rpc.RegistryStub, instance: str) -> int:
-        """Says what the agent does; learns the coordinator's clock and the state of its registry."""
+    def _witness(self, way: _Way) -> None:
+        """Looks at the log when it has grown, and once a minute: a coordinator that says nothing of it is asked too."""
+        if way.sealed == way.vouched and time.monotonic() < way.look:
+            return
+        way.look = time.monotonic() + _LOOK_SECONDS
+        try:
+            way.vouched = self.news.witness(way.channel)
+        except ForkedError:  # told where it was found
+            way.vouched = way.sealed
+        except RefusedError:
+            way.vouched = way.sealed
+            raise
+
+    def _told(self, stub: rpc.RegistryStub, instance: str) -> tuple[int, int]:
+        """Says what the agent does; learns the coordinator's clock, the state of its registry, the size of its log."""
         said, before = self._said, time.time()
         request = pb.ReportRequest(
             instance=instance,
@@ -265,4 +292,4 @@ class Pulse:
         if abs(self.offset) > CLOCK_WARNING and not self._warned:
             self._warned = True
             self.log.warning("this machine's clock is %.0f s off the coordinator's; set it", -self.offset)
-        return int(reply.registry_state)
+        return int(reply.registry_state), int(reply.log_size)

@@ -22,6 +22,7 @@ import grpc
 from locum.common.errors import DataError, RunError
 from locum.common.identity import IdentityError
 from locum.common.plan import Plan
+from locum.common.proto.locum_pb2_grpc import RegistryStub
 from locum.common.secagg.roster import Trust
 from locum.site_client import gate
 from locum.site_client.agent import Agent
@@ -36,6 +37,7 @@ from locum.site_client.pulse import News, Pulse
 from locum.site_client.releases import open_releases
 from locum.site_client.secure import Credentials, SecureSite, drawn, seeded
 from locum.site_client.service import Service
+from locum.site_client.witness import FOLDER, Witness, over
 from locum.site_client.worker import Worker, process_context
 
 _M_ARENA_MAX = -8
@@ -107,10 +109,17 @@ def open_service(home: Path, configuration: SiteConfiguration, log: logging.Logg
     releases = open_releases(home, partial(state_of, budget))
     releases.policy(configuration.policy)
     agent = Agent(identity.site, configuration.policy, worker, log, secure, admit, budget)
+    witness = Witness(
+        home / FOLDER,
+        lambda: credentials_of(load_identity(home)),
+        lambda: datetime.fromtimestamp(service.pulse.now(), UTC),
+        log,
+    )
     news = News(
         receive=lambda envelope: approvals().receive(envelope),
         decisions=lambda: approvals().decisions(),
         renew=renewed,
+        witness=lambda channel: witness.look(over(RegistryStub(channel), releases)),
     )
     service = Service(
         home=home,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from locum.common.errors import DataError
+from locum.common.errors import DataError, RunError
 from locum.common.identity import utc_now
 from locum.site_client import gate
 from locum.site_client.approvals import Approvals, open_approvals
@@ -17,6 +17,7 @@ from locum.site_client.configuration import FILE, read_configuration, read_polic
 from locum.site_client.gate import Policy
 from locum.site_client.identity import SiteIdentity
 from locum.site_client.review import Held, day_and_time, printable
+from locum.site_client.witness import FOLDER, seen_by
 
 LOCK, WORD = "agent.lock", "agent.json"
 #: A clock is told to be wrong when it is more than so many seconds off the coordinator's.
@@ -105,10 +106,21 @@ def status(home: Path) -> dict[str, Any]:
         "home": str(home),
         **_identity(approvals.identity),
         "configuration": problem or "ok",
+        "log": _witnessed(home, approvals.identity),
         "agent": {"running": agent.running, "state": agent.in_words(), **agent.said},
         "proposals": [proposal_as_dict(approvals, held) for held in approvals.proposals()],
         "damaged": [str(path) for path in approvals.damaged()],
     }
+
+
+def _witnessed(home: Path, identity: SiteIdentity) -> dict[str, Any]:
+    """What the site has seen of the federation's log, and what is wrong with it; empty if nothing is."""
+    refused = sorted(str(path) for path in (home / FOLDER).glob("refused-*.json"))
+    try:
+        seen = seen_by(home, identity.authority)
+    except RunError as error:
+        return {"witnessed": 0, "at": "", "problem": error.message, "refused": refused}
+    return {"witnessed": seen.size, "at": seen.at, "problem": seen.problem, "refused": refused}
 
 
 def _configured(path: Path) -> tuple[Policy, str]:

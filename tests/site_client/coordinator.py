@@ -55,6 +55,7 @@ class Coordinator(rpc.RegistryServicer, rpc.FleetServicer):  # type: ignore[misc
     Attributes:
         ahead: seconds by which its clock is ahead of this machine's.
         state: of its registry.
+        log_size: entries of its log that it says it has signed.
         envelopes: its proposals.
         refuses: decisions that it does not take, with a word.
         answers: what it answers to a call of the node, by the last part of the path; instead of a proper answer.
@@ -64,6 +65,7 @@ class Coordinator(rpc.RegistryServicer, rpc.FleetServicer):  # type: ignore[misc
 
     ahead: float = 0.0
     state: int = 1
+    log_size: int = 0
     envelopes: list[bytes] = field(default_factory=list)
     refuses: Callable[[bytes], str] = lambda _: ""
     answers: dict[str, Callable[[bytes], pb.FleetAnswer]] = field(default_factory=dict)
@@ -93,7 +95,7 @@ class Coordinator(rpc.RegistryServicer, rpc.FleetServicer):  # type: ignore[misc
 
     def Report(self, request: pb.ReportRequest, context: grpc.ServicerContext) -> pb.ReportReply:  # noqa: N802
         self.heard.append(("report", request))
-        return pb.ReportReply(clock=time.time() + self.ahead, registry_state=self.state)
+        return pb.ReportReply(clock=time.time() + self.ahead, registry_state=self.state, log_size=self.log_size)
 
     def Proposals(self, request: pb.ProposalsRequest, context: grpc.ServicerContext) -> pb.ProposalsReply:  # noqa: N802
         self.heard.append(("proposals", self.state))
@@ -104,6 +106,10 @@ class Coordinator(rpc.RegistryServicer, rpc.FleetServicer):  # type: ignore[misc
         if word := self.refuses(request.envelope):
             context.abort(grpc.StatusCode.NOT_FOUND, word)
         return pb.ApproveReply()
+
+    def Witness(self, request: pb.WitnessRequest, context: grpc.ServicerContext) -> pb.WitnessReply:  # noqa: N802
+        self.heard.append(("witness", request))
+        return pb.WitnessReply()
 
     # --- the node
 

@@ -18,6 +18,7 @@ from locum.site_client import pulse as module
 from locum.site_client.fleet import Fleet
 from locum.site_client.pulse import News, Pulse
 from locum.site_client.releases import begin_releases
+from locum.site_client.witness import ForkedError
 from tests.site_client.coordinator import Coordinator, open_coordinator, until
 
 _LOG = logging.getLogger("tests.pulse")
@@ -40,9 +41,11 @@ class _Site:
         self.received: list[bytes] = []
         self.renewals: list[datetime] = []
         self.fails: dict[str, Exception] = {}
+        self.looks = 0
+        self.vouched = 0
 
     def news(self) -> News:
-        return News(receive=self._receive, decisions=self._decisions, renew=self._renew)
+        return News(receive=self._receive, decisions=self._decisions, renew=self._renew, witness=self._witness)
 
     def _receive(self, envelope: bytes) -> None:
         if envelope == b"bad":
@@ -58,6 +61,11 @@ class _Site:
         self.renewals.append(now)
         self._may_fail("renew")
         return False
+
+    def _witness(self, _: grpc.Channel) -> int:
+        self.looks += 1
+        self._may_fail("witness")
+        return self.vouched
 
     def _may_fail(self, step: str) -> None:
         if step in self.fails:
@@ -99,6 +107,7 @@ _FAILURES: dict[str, Exception] = {
     "receive": OSError(errno.ENOSPC, "No space left on device"),
     "decisions": OSError(errno.EIO, "Input/output error"),
     "renew": RuntimeError("nobody foresaw this"),
+    "witness": RunError("what the site has seen of the log cannot be read", "restore it"),
 }
 
 
@@ -156,6 +165,39 @@ def test_decisions_are_told_anew_over_each_connection_and_when_the_registry_has_
     assert pulse._way is not None
     pulse.follow(pulse._way.channel, pulse._way.fleet, "here")
     until(lambda: len(coordinator.named("decision")) == 3)
+
+
+def test_the_log_is_looked_at_when_it_has_grown(coordinator: Coordinator, start: Start) -> None:
+    site = _Site()
+    site.vouched = coordinator.log_size = 3
+    start(site)
+    until(lambda: site.looks == 1)
+    _beats_on(coordinator, site)
+    assert site.looks == 1
+    site.vouched = coordinator.log_size = 4
+    until(lambda: site.looks == 2)
+    _beats_on(coordinator, site)
+    assert site.looks == 2
+
+
+def test_a_log_that_is_never_said_to_grow_is_looked_at_all_the_same(
+    coordinator: Coordinator, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LOOK_SECONDS", 0.05)
+    site = _Site()
+    start(site)
+    until(lambda: site.looks > 3)
+
+
+def test_a_log_that_forked_costs_no_other_step_and_is_looked_at_again(
+    coordinator: Coordinator, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LOOK_SECONDS", 0.05)
+    site = _Site()
+    site.fails["witness"] = ForkedError("the log has forked", "ask")
+    start(site)
+    _beats_on(coordinator, site)
+    until(lambda: site.looks > 3)
 
 
 def test_a_certificate_is_renewed_by_the_coordinators_clock(coordinator: Coordinator, start: Start) -> None:
