@@ -24,8 +24,8 @@ _Z = 1.959963984540054
 
 
 def wilson(successes: float, total: float) -> Interval | None:
-    """Of a share of cases: the score interval (Wilson, JASA 1927)."""
-    if total <= 0:
+    """Of a share of cases: the score interval (Wilson, JASA 1927); None of numbers that are not those of a share."""
+    if total <= 0 or not 0 <= successes <= total:
         return None
     share, spread = successes / total, _Z**2 / total
     centre = (share + spread / 2) / (1 + spread)

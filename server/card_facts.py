@@ -222,9 +222,10 @@ def _subgroups(known: Known) -> Facts:
 def _calibration_words(plan: Plan) -> str:
     classes = plan.contract.classes
     of = f"of the probability of '{classes[1]}'" if len(classes) == 2 else "of the probability of the likeliest class"
+    shares = "" if plan.private is not None else "; shares with Wilson's intervals"
     return (
         f"{of}, in bins of equal width; the expected calibration error is the mean distance of share and mean "
-        "probability over the bins, by cases (Naeini 2015, Guo 2017); shares with Wilson's intervals"
+        f"probability over the bins, by cases (Naeini 2015, Guo 2017){shares}"
     )
 
 

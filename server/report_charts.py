@@ -194,7 +194,14 @@ def reliability_chart(bins: Sequence[Reliability]) -> Chart:
         figure, axes = _figure(3.6)
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (3, 3)), zorder=1)
         for row in known:
-            axes.plot([row.chance] * 2, row.interval, color=FEDERATED, linewidth=2.2, solid_capstyle="round", zorder=2)
+            axes.plot(
+                [row.chance] * 2,
+                row.interval or [row.share] * 2,
+                color=FEDERATED,
+                linewidth=2.2,
+                solid_capstyle="round",
+                zorder=2,
+            )
         axes.plot([row.chance for row in known], [row.share for row in known], color=FEDERATED, marker="o",
                   markersize=6.5, linewidth=1.2, zorder=3)  # fmt: skip
         axes.set_xlim(-0.02, 1.02)

@@ -213,13 +213,17 @@ def results_of(
             CellRow(cell["by"], cell["value"], cell["cases"], _scores(scalars, cell["overall"], cell["intervals"]))
             for cell in test["federated"].get("subgroups", ())
         ),
-        calibration=_calibration(test["federated"]["all"].get("calibration")),
+        calibration=_calibration(test["federated"]["all"].get("calibration"), noisy=plan.private is not None),
     )
 
 
-def _calibration(table: list[list[float]] | None) -> Calibration | None:
+def _calibration(table: list[list[float]] | None, *, noisy: bool) -> Calibration | None:
+    """The bins of a table; without intervals where it has noise, of which they do not know."""
     error = error_of(table) if table else None
-    return Calibration(tuple(reliability(table)), error) if table and error is not None else None
+    if not table or error is None:
+        return None
+    bins = reliability(table)
+    return Calibration(tuple(replace(row, interval=None) for row in bins) if noisy else tuple(bins), error)
 
 
 def methods(metrics: Iterable[Metric]) -> str:

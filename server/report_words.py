@@ -238,13 +238,18 @@ def _run_words(plan: Plan) -> dict[str, str]:
         "Rounds": f"{plan.rounds}; quorum {many(participation.quorum, 'site')}, deadline "
         f"{seconds(participation.deadline)}, up to {many(participation.attempts, 'attempt')}",
         "Measured": f"{', '.join(evaluation.metrics)}; on validation cases every "
-        f"{'round' if evaluation.every_rounds == 1 else many(evaluation.every_rounds, 'round')}",
+        f"{'round' if evaluation.every_rounds == 1 else many(evaluation.every_rounds, 'round')}{_apart(plan)}",
         "Chosen model": "of the last round" if evaluation.select == "last" else "of the best round on validation cases",
         "Released by a site": _release_words(plan),
         "Admission": f"an update's norm at most {plan.admission.norm_bound:g}, weight at most "
         f"{plan.admission.weight_cap:g}, all values finite",
         "Seed": f"{plan.seed}; {'deterministic' if plan.deterministic else 'not deterministic'}",
     }
+
+
+def _apart(plan: Plan) -> str:
+    named = [f"{group.by} ({', '.join(group.values)}, other)" for group in plan.evaluation.subgroups]
+    return f"; on test cases also by {listed(named)}" if named else ""
 
 
 _TOLD: Mapping[Told, str] = {"metrics": "metric sums", "training_loss": "training loss", "case_counts": "case counts"}

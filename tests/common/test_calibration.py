@@ -83,3 +83,10 @@ def test_a_share_of_few_cases_has_a_wide_interval_and_an_empty_bin_none() -> Non
     assert rows[0].interval is not None
     assert rows[0].interval[1] - rows[0].interval[0] > 0.7
     assert (rows[1].share, rows[1].chance, rows[1].interval) == (None, None, None)
+
+
+def test_a_table_with_noise_has_no_share_that_is_none() -> None:
+    rows = reliability([[5.2, 2.1, 7.9], [-1.3, 0.2, 0.4], [4.0, 3.0, -0.5]])
+    assert [row.interval for row in rows] == [None, None, None]
+    assert rows[1].share is None
+    assert error_of([[-1.0, 0.2, 0.4]]) is None
