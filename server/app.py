@@ -4,7 +4,8 @@ Run configuration: `run-dir`, the folder of a run on one machine, or `run`, the 
 folder the environment variable `LOCUM_SERVER_HOME` names. Checkpoints that are there are continued.
 
 A run ends in three steps, and whoever finds some of them done does the rest: the folder `ending/` is there whole, with
-what the log is told; the log is told it, once; `run.json` is moved to its place, and the run is at its end.
+what the log is told; the log is told it, once, and the statement on the model is signed; `run.json` is moved to its
+place, and the run is at its end.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from locum.server.log import NotLoggedError
 from locum.server.records import Events, RunSummary
 from locum.server.rounds import Finished, open_engine, run
 from locum.server.run_log import Event, RunLog
+from locum.server.statement import write_statement
 
 logger = logging.getLogger("locum.server")
 
@@ -109,6 +111,7 @@ def _run(folder: Path, plan: Plan, grid: Grid, link: Link, events: Events) -> No
         if not (folder / _ENDING).exists():
             engine = open_engine(plan, grid, Checkpoints(folder / "checkpoints", plan), events, link)
             write_result(folder, run(engine), log)
+        log.begin(())  # of a process that finds the end as another one left it
         end(folder, log)
     except OSError as error:
         reason = f"{folder} cannot be written: {error.strerror}; committed rounds are kept"
@@ -145,6 +148,7 @@ def end(folder: Path, log: RunLog) -> None:
     if (ending / "run.json").exists():
         log.append_once((ending / "entries").read_bytes().split(b"\n"))
         log.seal()
+        write_statement(folder, log.log, log.run)
         (ending / "run.json").replace(folder / "run.json")
         flush(folder)
     shutil.rmtree(ending)

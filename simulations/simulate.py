@@ -28,7 +28,7 @@ from locum.common.secagg import LEAST_SITES, MOST_SITES
 from locum.server.watch import Watch
 from locum.simulations.institutions import begin, found_federation, open_agent, open_institution, site_log
 from locum.simulations.preparation import Prepared, cores, prepare
-from locum.simulations.record import PROPOSAL, begin_log
+from locum.simulations.record import PROPOSAL, begin_log, witness_log
 from locum.simulations.sites import Site
 from locum.site_client.agent import Agent
 from locum.site_client.gate import Policy
@@ -40,7 +40,7 @@ _PLAN, _ASKED = "plan.yaml", "simulation.json"
 #: What a run's folder holds besides these two.
 _FILES = (
     *("events.jsonl", "run.json", "model.safetensors", "metrics.json", "report.html", "model_card.md"),
-    *("model_card.json",),
+    *("model_card.json", "statement.json"),
     *("rehearsal.json", "coordinator.log", PROPOSAL),
 )
 _FOLDERS = ("checkpoints", "ending", "sites", "coordinator", "authority", "log")
@@ -178,13 +178,15 @@ def _run(simulation: Simulation, agents: Mapping[str, Agent], console: Console) 
 
     federation, bundle = found_federation(simulation.folder), build_bundle(simulation.plan)
     sites = [open_institution(simulation.folder / "sites" / name, agents[name], federation) for name in sorted(agents)]
-    begin_log(simulation.folder, federation, simulation.plan, sites)
+    log = begin_log(simulation.folder, federation, simulation.plan, sites)
     try:
         with Watch(simulation.folder / "events.jsonl", console):
             run_local(dict(enumerate(sites, start=2)), bundle, simulation.folder, min(cores(), len(sites)))
     except RunError as error:
         where = simulation.folder / "sites" / "NAME" / "site.log"
         raise RunError(error.message, f"{error.remedy} (what each site saw is in {where})") from error
+    finally:
+        witness_log(simulation.folder, log, federation, sites)
     for site in sites:
         site.releases.seal()
 
