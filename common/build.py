@@ -110,8 +110,12 @@ def strided_classifier(
 
 
 def logits(built: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """The class scores of a network; some MONAI networks return them first of several outputs."""
-    output = built(images)
+    """The class scores of a network."""
+    return scores_of(built(images))
+
+
+def scores_of(output: Any) -> torch.Tensor:
+    """The class scores of what a network gave; some MONAI networks return them first of several outputs."""
     scores: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
     return scores
 
@@ -229,6 +233,7 @@ def check_buildable(plan: Plan) -> list[Problem]:
     found += _attempt(("loss",), plan.loss, lambda: loss(plan))
     found += _strategy_problems(plan)
     found += _network_problems(plan)
+    found += _unbounded_problems(plan)
     return found
 
 
@@ -272,7 +277,12 @@ def _network_problems(plan: Plan) -> list[Problem]:
     found = _attempt(("network",), plan.network, lambda: built.append(skeleton(plan)))
     if found:
         return found
-    found = [*_optimiser_problems(plan, built[0]), *_tensor_problems(plan, built[0]), *_noise_problems(plan, built[0])]
+    found = [
+        *_optimiser_problems(plan, built[0]),
+        *_tensor_problems(plan, built[0]),
+        *_noise_problems(plan, built[0]),
+        *_privacy_problems(plan, built[0]),
+    ]
     shapes: list[tuple[int, ...]] = []
     with torch.no_grad():
         probe = torch.empty((2, plan.contract.channels, *plan.training.input_size), device="meta")
@@ -316,6 +326,41 @@ def _noise_problems(plan: Plan, built: nn.Module) -> list[Problem]:
             remedy = "set protection.ring: 64" if plan.protection.ring == 32 else "ask for a larger epsilon"
             return [Problem(("protection", "site_noise"), str(error), remedy)]
     return []
+
+
+def privacy_problem(built: nn.Module) -> str:
+    """Why a network cannot be trained with differential privacy, as far as its layers show; empty if it can."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    for name, layer in built.named_modules():
+        if isinstance(layer, _BatchNorm):
+            return f"'{name}' normalises over the batch ({type(layer).__name__}), which mixes patients"
+        if getattr(layer, "running_mean", None) is not None:
+            return f"'{name}' keeps running statistics ({type(layer).__name__}), and they have no noise"
+    return ""
+
+
+def _privacy_problems(plan: Plan, built: nn.Module) -> list[Problem]:
+    """What a plan with differential privacy cannot train."""
+    problem = privacy_problem(built) if plan.private is not None else ""
+    if not problem:
+        return []
+    takes_norm = "norm" in _parameters_of(plan.network)
+    remedy = "set norm: instance" if takes_norm else "use a network with instance or group normalisation"
+    return [Problem(("network",), problem, remedy)]
+
+
+def _unbounded_problems(plan: Plan) -> list[Problem]:
+    """Metrics that no noise can hide a patient in."""
+    if plan.private is None:
+        return []
+    message = "one patient can change it without bound, so no noise is enough"
+    remedy = "leave it out of release.metrics, or use another metric"
+    return [
+        Problem(("release", "metrics"), f"{name}: {message}", remedy)
+        for name in plan.released_metrics
+        if metric_of(name).bound is None
+    ]
 
 
 def _optimiser_problems(plan: Plan, built: nn.Module) -> list[Problem]:

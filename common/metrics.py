@@ -10,6 +10,7 @@ Rules:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ Value = float | list[list[float]] | None
 
 _BINS = 1024
 _LOGIT_RANGE, _FINENESS = 16.0, 8.0
+#: Bins that count as one where noise is added: 32 groups.
+_GROUP = 32
 #: Bins over the logit of a score, ever finer towards 0: early in training all scores lie close together.
 _EDGES = _LOGIT_RANGE * np.sinh(np.linspace(-_FINENESS, _FINENESS, _BINS + 1)) / np.sinh(_FINENESS)
 
@@ -79,6 +82,10 @@ class Metric:
 
     `better` is +1 where more is better, −1 where less is. `scalar` is false where the value is a matrix. `interval`
     gives the 95 % interval of the value of sums, by the `method` that it is known by; None where there is none.
+
+    For differential privacy: `bound` is the largest L2 norm that the sums of one case can have, None where there is
+    none. `merge` says to which place of the sums each place is moved before noise is added, so that there are fewer
+    to hide; a value can be had of such sums as of any others.
     """
 
     name: str
@@ -90,6 +97,8 @@ class Metric:
     scalar: bool = True
     interval: Callable[[Floats, int], Interval | None] | None = None
     method: str = ""
+    bound: Callable[[int], float] | None = None
+    merge: Callable[[int], NDArray[np.intp]] | None = None
 
     def length(self, classes: int) -> int:
         """How many numbers its sums have."""
@@ -159,11 +168,27 @@ def _auc_interval(sums: Floats, classes: int) -> Interval | None:
     return None if error is None or area is None else logit(area, error)
 
 
+def _auc_bound(classes: int) -> float:
+    """A case counts once in each histogram pair."""
+    return math.sqrt(len(_auc_classes(classes)))
+
+
+def _auc_merge(classes: int) -> NDArray[np.intp]:
+    """Each bin's place in the middle of its group of bins: noise in a thousand bins would leave no area."""
+    places = np.arange(classes * 2 * _BINS)
+    return places - places % _GROUP + _GROUP // 2
+
+
 def _confusion_sums(outcomes: Outcomes, classes: int) -> Floats:
     matrix = np.zeros((classes, classes))
     if len(outcomes.labels):
         np.add.at(matrix, (outcomes.labels, outcomes.scores.argmax(axis=1)), 1)
     return matrix.ravel()
+
+
+def _one(_classes: int) -> float:
+    """A case counts in one place."""
+    return 1.0
 
 
 def _confusion_value(sums: Floats, classes: int) -> Value:
@@ -221,6 +246,11 @@ def _dice_sums(outcomes: Outcomes, classes: int) -> Floats:
     return moment_sums(outcomes.dice, classes - 1)
 
 
+def _dice_bound(classes: int) -> float:
+    """A Dice, a count and a square of each foreground class, none above one."""
+    return math.sqrt(3 * (classes - 1))
+
+
 def _surface_sums(outcomes: Outcomes, classes: int) -> Floats:
     return moment_sums(outcomes.surface, classes - 1)
 
@@ -228,14 +258,13 @@ def _surface_sums(outcomes: Outcomes, classes: int) -> Floats:
 _STUDENT = "Student's t over cases"
 
 auc = Metric("AUC", _auc_sums, _auc_value, _auc_exact, interval=_auc_interval,
-             method="DeLong 1988, on the logit scale")  # fmt: skip
+             method="DeLong 1988, on the logit scale", bound=_auc_bound, merge=_auc_merge)  # fmt: skip
 accuracy = Metric("accuracy", _confusion_sums, _accuracy_value, from_sums(_confusion_sums, _accuracy_value),
-                  interval=_accuracy_interval, method="Wilson 1927")  # fmt: skip
-confusion = Metric(
-    "confusion", _confusion_sums, _confusion_value, from_sums(_confusion_sums, _confusion_value), scalar=False
-)
+                  interval=_accuracy_interval, method="Wilson 1927", bound=_one)  # fmt: skip
+confusion = Metric("confusion", _confusion_sums, _confusion_value, from_sums(_confusion_sums, _confusion_value),
+                   scalar=False, bound=_one)  # fmt: skip
 dice = Metric("Dice", _dice_sums, mean_of_means, from_sums(_dice_sums, mean_of_means),
-              interval=_share_interval, method=_STUDENT)  # fmt: skip
+              interval=_share_interval, method=_STUDENT, bound=_dice_bound)  # fmt: skip
 surface_distance = Metric(
     "surface_distance", _surface_sums, mean_of_means, from_sums(_surface_sums, mean_of_means), -1, "mm",
     interval=_length_interval, method=_STUDENT,

@@ -1,7 +1,8 @@
 """What a worker can be asked to do with its session.
 
-`describe`, `train` and `evaluate` answer the coordinator through the agent. `outcomes`, `pictures` and `fit_alone` are
-for a simulation, which owns the data it made; no message type leads to them.
+`describe`, `patients`, `train` and `evaluate` answer the coordinator through the agent; the last two with the noise
+that its ledger has reserved, `private` of a request, which a plan with differential privacy must have and no other may.
+`outcomes`, `pictures` and `fit_alone` are for a simulation, which owns the data it made; no message type leads to them.
 """
 
 from __future__ import annotations
@@ -19,18 +20,23 @@ from locum.common.metrics import Outcomes
 from locum.common.plan import Fold, parse_plan
 from locum.common.plan_checks import OTHER
 from locum.common.sums import CASES, cells_of
+from locum.site_client.privacy.measures import noised_sums
+from locum.site_client.privacy.noise import NoiseSource
 from locum.site_client.session import (
     Session,
     at_model,
     at_whole_model,
+    check_private,
     describe,
     fit_alone,
     measure,
     open_session,
+    patients,
     train_round,
 )
 from locum.site_client.settings import Settings
 from locum.site_client.training.pictures import sample_pictures
+from locum.site_client.training.private import Setting
 
 
 def session_for(session: Session | None, settings: Settings, request: Mapping[str, Any]) -> Session:
@@ -47,14 +53,27 @@ def _describe(session: Session, _request: Mapping[str, Any], _tensors: Arrays) -
     return describe(session), {}
 
 
+def _patients(session: Session, _request: Mapping[str, Any], _tensors: Arrays) -> tuple[dict[str, Any], Tensors]:
+    return {"patients": patients(session)}, {}
+
+
 def _train(session: Session, request: Mapping[str, Any], tensors: Arrays) -> tuple[dict[str, Any], Tensors]:
+    given = request.get("private")
     update, done, cases = train_round(
-        session, tensors, request["round"], start=request.get("start"), attempt=request.get("attempt", 1)
+        session,
+        tensors,
+        request["round"],
+        start=request.get("start"),
+        attempt=request.get("attempt", 1),
+        setting=Setting(given["noise"], given["rate"]) if given is not None else None,
     )
     return {"steps": done.steps, "loss": done.loss, "cases": cases}, update
 
 
 def _evaluate(session: Session, request: Mapping[str, Any], tensors: Arrays) -> tuple[dict[str, Any], Tensors]:
+    if session.plan.private is not None:
+        return _evaluate_privately(session, request, tensors)
+    check_private(session.plan, request.get("private"))
     at_model(session, tensors, request["round"])
     found = measure(session, request["fold"])
     cells = _cells(session, request["fold"])
@@ -67,6 +86,19 @@ def _evaluate(session: Session, request: Mapping[str, Any], tensors: Arrays) -> 
         "cases": len(found.patients),
         "cells": {key: sorted({int(patients[row]) for row in rows}) for key, rows in cells.items()},
     }, sums
+
+
+def _evaluate_privately(
+    session: Session, request: Mapping[str, Any], tensors: Arrays
+) -> tuple[dict[str, Any], Tensors]:
+    """Patients for cases, and noise in the sums; no sums where the plan releases none, and then no noise is needed."""
+    plan, given = session.plan, request.get("private")
+    if plan.released_metrics:
+        check_private(plan, given)
+    at_model(session, tensors, request["round"])
+    found = measure(session, request["fold"])
+    sums = {} if given is None else noised_sums(plan, found, multiplier=given["noise"], noise=NoiseSource())
+    return {"cases": len(set(found.patients))}, sums
 
 
 def _sums(session: Session, found: Outcomes) -> Tensors:
@@ -110,6 +142,7 @@ def _fit_alone(session: Session, request: Mapping[str, Any], _tensors: Arrays) -
 _Operation = Callable[[Session, Mapping[str, Any], Arrays], tuple[dict[str, Any], Tensors]]
 OPERATIONS: dict[str, _Operation] = {
     "describe": _describe,
+    "patients": _patients,
     "train": _train,
     "evaluate": _evaluate,
     "outcomes": _outcomes,

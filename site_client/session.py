@@ -27,9 +27,9 @@ from locum.common.messages import Arrays
 from locum.common.metrics import Outcomes
 from locum.common.plan import Fold, Plan
 from locum.site_client.imaging.catalog import Case
-from locum.site_client.imaging.fitting import fitting_cases
+from locum.site_client.imaging.fitting import fitting_cases, patients_of
 from locum.site_client.settings import Settings
-from locum.site_client.training import data, evaluate, train
+from locum.site_client.training import data, evaluate, private, train
 
 _KEPT_ROUNDS = 3
 _NAMED_CLASSES = 2
@@ -46,6 +46,7 @@ class Session:
     device: torch.device
     cases: Mapping[Fold, tuple[Case, ...]]
     _datasets: dict[tuple[Fold, bool], CacheDataset] = field(default_factory=dict)
+    _together: bool | None = None
 
     def dataset(self, fold: Fold, *, augment: bool) -> CacheDataset:
         """The prepared cases of a fold; raises SiteFailure (NO_DATA, DATA_UNREADABLE)."""
@@ -54,6 +55,16 @@ class Session:
             budget = self.settings.cache_bytes - sum(map(data.held_bytes, self._datasets.values()))
             self._datasets[key] = data.dataset(self.plan, self.cases[fold], augment=augment, budget_bytes=budget)
         return self._datasets[key]
+
+    def people(self) -> data.People:
+        """The training cases by patient, for a plan with differential privacy; raises as :meth:`dataset` does."""
+        return data.people(self.dataset("train", augment=True), self.cases["train"])
+
+    def admitted(self) -> bool:
+        """Whether the gradients of patients can be computed side by side; raises SiteFailure (PRIVACY_REFUSED)."""
+        if self._together is None:
+            self._together = private.admitted(self.plan, self.network, self.people())
+        return self._together
 
 
 def open_session(settings: Settings, plan: Plan) -> Session:
@@ -94,11 +105,17 @@ def _cases(settings: Settings, plan: Plan) -> dict[Fold, tuple[Case, ...]]:
 
 
 def describe(session: Session) -> dict[str, object]:
-    """What a site can say about itself before round 1: configuration, counts, ability and why not."""
+    """What a site can say about itself before round 1: configuration, counts, ability and why not.
+
+    Raises:
+        SiteFailure: PRIVACY_REFUSED if a plan with differential privacy has a network that cannot be trained so.
+    """
     plan, cases = session.plan, session.cases
     shared = build.shared_tensors(session.network, session.roles)
     missing = _missing_classes(plan, cases["train"])
     reason = _inability(plan, cases, missing)
+    if plan.private is not None and not reason:
+        session.admitted()
     return {
         "configuration": build.configuration(plan, shared),
         "cases": {fold: len(found) for fold, found in cases.items()},
@@ -137,19 +154,53 @@ def _missing_classes(plan: Plan, cases: Sequence[Case]) -> list[str]:
     return [name for name in plan.contract.classes if name not in present]
 
 
+def patients(session: Session) -> dict[Fold, int]:
+    """How many patients of each fold fit the contract."""
+    return patients_of(session.cases)
+
+
 def train_round(
-    session: Session, model: Arrays, round_number: int, *, start: int | None = None, attempt: int = 1
+    session: Session,
+    model: Arrays,
+    round_number: int,
+    *,
+    start: int | None = None,
+    attempt: int = 1,
+    setting: private.Setting | None = None,
 ) -> tuple[Model, train.Trained, int]:
     """Trains one round from `model`; returns the update (local − global), what was done, and the number of cases.
 
     Each attempt at a round trains on other draws. `start` is the round that the model is of: the one before unless
-    told.
+    told. With differential privacy, `setting` is what the ledger has reserved, and patients are told for cases.
+
+    Raises:
+        SiteFailure: PRIVACY_REFUSED if there is a setting and the plan has no differential privacy, or the other way
+            round.
     """
+    check_private(session.plan, setting)
     at_model(session, model, round_number - 1 if start is None else start)
-    done = _train_steps(session, round_number, attempt)
+    if setting is None:
+        done, cases = _train_steps(session, round_number, attempt), len(session.cases["train"])
+    else:
+        done, cases = _train_privately(session, round_number, setting)
     _save_local(session, round_number)
     after = build.shared_tensors(session.network, session.roles)
-    return {name: after[name] - model[name] for name in after}, done, len(session.cases["train"])
+    return {name: after[name] - model[name] for name in after}, done, cases
+
+
+def check_private(plan: Plan, setting: object) -> None:
+    """Raises SiteFailure (PRIVACY_REFUSED) where a plan asks for noise and its request gives none, or reversed."""
+    if (plan.private is None) != (setting is None):
+        missing = "no noise" if setting is None else "noise that the plan does not ask for"
+        raise SiteFailure(Code.PRIVACY_REFUSED, f"the worker was given {missing}")
+
+
+def _train_privately(session: Session, round_number: int, setting: private.Setting) -> tuple[train.Trained, int]:
+    people, together = session.people(), session.admitted()
+    done = private.train_privately(
+        session.plan, session.network, people, round_number=round_number, setting=setting, together=together
+    )
+    return done, len(people.cases)
 
 
 def _train_steps(session: Session, round_number: int, attempt: int = 1) -> train.Trained:
@@ -183,7 +234,10 @@ def measure(session: Session, fold: Fold) -> Outcomes:
 
 
 def fit_alone(session: Session, rounds: int) -> Model:
-    """Trains from the plan's start without a federation, `rounds` rounds of its steps; returns every tensor."""
+    """Trains from the plan's start without a federation, `rounds` rounds of its steps; returns every tensor.
+
+    Without differential privacy too if the plan has it: nothing of it leaves a simulation.
+    """
     session.network.load_state_dict(build.initial_state(session.plan)[0].state_dict())
     for round_number in range(1, rounds + 1):
         _train_steps(session, round_number)

@@ -56,12 +56,12 @@ class PoissonSampler:
     def draw(self) -> list[list[int]]:
         """The patients of one step, each as the cases that were drawn of it; often fewer or more than expected."""
         drawn = np.flatnonzero(self._uniform(len(self.patients)) < self.rate)
-        return [self._some(self.patients[patient]) for patient in drawn]
+        return [self._some(self.patients[patient]) for patient in drawn.tolist()]
 
     def _some(self, cases: Sequence[int]) -> list[int]:
         if len(cases) <= self.images:
             return list(cases)
-        chosen = np.argsort(self._uniform(len(cases)))[: self.images]
+        chosen = np.argsort(self._uniform(len(cases)))[: self.images].tolist()
         return [cases[place] for place in chosen]
 
     def _uniform(self, count: int) -> NDArray[np.float64]:
@@ -69,4 +69,4 @@ class PoissonSampler:
         bits = np.empty(count, np.uint64)
         for start in range(0, count, _PIECE):
             self._stream.fill(bits[start : start + _PIECE])
-        return (bits >> np.uint64(11)) * 2.0**-53
+        return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

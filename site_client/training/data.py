@@ -10,8 +10,10 @@ Rules:
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -222,6 +224,43 @@ def read(loader: DataLoader) -> Iterator[Batch]:
         if batch is None:
             return
         yield batch
+
+
+@dataclass(frozen=True)
+class People:
+    """The training cases of a site, patient by patient, for training with differential privacy.
+
+    Attributes:
+        dataset: the cases.
+        cases: the cases of each patient, as positions in the dataset.
+    """
+
+    dataset: CacheDataset
+    cases: tuple[tuple[int, ...], ...]
+
+    def reseed(self) -> None:
+        """Starts augmentation anew, from the operating system's entropy.
+
+        With a seed that the plan tells, what is drawn for one patient would tell which patients were drawn before it.
+        """
+        self.dataset.transform.set_random_state(seed=int.from_bytes(os.urandom(4), "big"))
+
+    def read(self, cases: Sequence[int]) -> Batch:
+        """Some cases of one patient as one batch, with all the crops that augmentation makes of each.
+
+        Raises SiteFailure (DATA_UNREADABLE).
+        """
+        with _unreadable():
+            batch: Batch = list_data_collate([self.dataset[case] for case in cases])
+            return batch
+
+
+def people(prepared: CacheDataset, cases: Sequence[Case]) -> People:
+    """The cases of a dataset, which are `cases` in their order, by patient."""
+    found: dict[str, list[int]] = {}
+    for place, case in enumerate(cases):
+        found.setdefault(case.patient, []).append(place)
+    return People(prepared, tuple(map(tuple, found.values())))
 
 
 def evaluation_loader(plan: Plan, data: CacheDataset) -> DataLoader:
