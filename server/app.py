@@ -45,9 +45,12 @@ def main(grid: Grid, context: Context) -> None:
     """Runs a plan to its end."""
     if "run-dir" in context.run_config:
         folder = Path(str(context.run_config["run-dir"]))
-        events = Events(folder / "events.jsonl")
+        plan, link, events = load_plan(folder / "plan.yaml"), Direct(Home(folder)), Events(folder / "events.jsonl")
         try:
-            _run(folder, load_plan(folder / "plan.yaml"), grid, Direct(Home(folder)), events)
+            _run(folder, plan, grid, link, events)
+        except LocumError:
+            _log_end(link, plan, "failed")
+            raise
         finally:
             events.close()
     else:

@@ -1,23 +1,29 @@
-"""What a simulation's log says beside its run: its hospitals, and that they approve the plan."""
+"""What a simulation's log says beside its run: its hospitals, that they approve the plan, and that they witness it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from locum.common.canonical import sha256_hex
 from locum.common.durable import replace_file
 from locum.common.envelope import Approval, Proposal, seal_approval, seal_proposal
-from locum.common.identity import fingerprint_of
+from locum.common.identity import fingerprint_of, utc_now
 from locum.common.log.entries import ApprovalEntry, Entry, ProposalEntry, SiteEntry
+from locum.common.log.note import NoteError
 from locum.common.plan import Plan
 from locum.server.authority import load_log_key
 from locum.server.home import Home
 from locum.server.log import FederationLog, now, open_log
 from locum.simulations.institutions import Federation, Institution, credentials_of
+from locum.site_client.fleet import RefusedError
 from locum.site_client.releases import Releases
 from locum.site_client.secure import Credentials
+from locum.site_client.witness import FOLDER as WITNESS
+from locum.site_client.witness import Ask, ForkedError, Witness
 
 PROPOSAL = "proposal.json"
 _BY = "simulation"
@@ -59,3 +65,34 @@ def _approved(member: Credentials, digest: str, releases: Releases) -> Entry:
     )
     releases.decided(digest, statement)
     return releases.decision(statement, lambda: entry)
+
+
+def witness_log(folder: Path, log: FederationLog, federation: Federation, sites: Iterable[Institution]) -> None:
+    """Each site looks at the log as a hospital's agent does, and signs it. Raises NotLoggedError, and OSError."""
+    log.seal()
+    for site in sites:
+        own = credentials_of(site.agent.site, federation)
+        witness = Witness(folder / "sites" / own.site / WITNESS, partial(_same, own), utc_now, site.agent.log)
+        with suppress(ForkedError):  # which the site's log and the log's missing line tell
+            witness.look(_within(log, own, site.releases))
+
+
+def _same(own: Credentials) -> Credentials:
+    return own
+
+
+def _within(log: FederationLog, own: Credentials, releases: Releases) -> Ask:
+    """Asks the coordinator in this process."""
+
+    def hand_in(size: int, line: str) -> None:
+        try:
+            log.cosigned(own.site, own.key.public_key(), line, size)
+        except NoteError as error:
+            raise RefusedError(str(error)) from error
+
+    def ask(size: int, line: str) -> tuple[bytes, Sequence[bytes]]:
+        if line:
+            releases.cosignature(line, lambda: hand_in(size, line))
+        return log.show(size)
+
+    return ask

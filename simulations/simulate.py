@@ -185,8 +185,7 @@ def _run(simulation: Simulation, agents: Mapping[str, Agent], console: Console) 
     except RunError as error:
         where = simulation.folder / "sites" / "NAME" / "site.log"
         raise RunError(error.message, f"{error.remedy} (what each site saw is in {where})") from error
-    finally:
-        witness_log(simulation.folder, log, federation, sites)
+    witness_log(simulation.folder, log, federation, sites)
     for site in sites:
         site.releases.seal()
 

@@ -179,7 +179,8 @@ def over(stub: RegistryStub, releases: Releases) -> Ask:
         request = pb.WitnessRequest(size=size, cosignature=line.encode())
 
         def call() -> pb.WitnessReply:
-            return guarded(lambda: stub.Witness(request, timeout=_CALL_SECONDS))
+            reply: pb.WitnessReply = guarded(lambda: stub.Witness(request, timeout=_CALL_SECONDS))
+            return reply
 
         reply = releases.cosignature(line, call) if line else call()
         return reply.checkpoint, list(reply.proof)

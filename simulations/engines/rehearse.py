@@ -23,14 +23,17 @@ from pathlib import Path
 
 from locum.common.cli import main
 from locum.common.errors import RunError
+from locum.common.log.origins import site_origin
 from locum.common.plan import Plan
 from locum.server.event_file import EventReader
 from locum.server.home import Home
+from locum.server.log import open_log
 from locum.server.runs import Run, find
 
 _READY_SECONDS = 90.0
 _LOOK_SECONDS = 0.1
 _END_SECONDS = 20.0
+_WITNESS_SECONDS = 30.0
 _RUN = "rehearsal.json"
 #: Agents that have just been started may be missing once; sites that fail again and again do not come back.
 _MOST_PAUSES = 2
@@ -87,6 +90,7 @@ def run_rehearsal(rehearsal: Rehearsal, watch: Callable[[Run], AbstractContextMa
         run = _asked(rehearsal)
         with watch(run):
             _await_end(run, processes)
+        _await_witnesses(rehearsal)
     for name in _RESULTS:
         shutil.copyfile(run.folder / name, rehearsal.folder / name)
 
@@ -170,6 +174,16 @@ def _await_end(run: Run, processes: Sequence[_Process]) -> None:
         time.sleep(_LOOK_SECONDS)
     if status.state not in {"completed", "completed with losses"}:
         raise RunError(status.reason or f"the run {run.id} was {status.state}", status.remedy)
+
+
+def _await_witnesses(rehearsal: Rehearsal) -> None:
+    """Waits until every site has signed the log as it is at the end, or for a while: a run is complete without it."""
+    log, end = open_log(Home(rehearsal.home)), time.monotonic() + _WITNESS_SECONDS
+    while time.monotonic() < end:
+        seen = log.witnesses()
+        if all(seen.get(site_origin(log.federation, name), 0) >= log.store.size for name in rehearsal.sites):
+            return
+        time.sleep(_LOOK_SECONDS)
 
 
 # --- processes
