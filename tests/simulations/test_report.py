@@ -17,7 +17,7 @@ from locum.common import build
 from locum.common.build import check_buildable
 from locum.common.metrics import Outcomes
 from locum.common.plan import Plan, parse_plan
-from locum.server.records import Evaluated, RoundRecord, RunSummary, SecureRecord
+from locum.server.records import CellRecord, Evaluated, RoundRecord, RunSummary, SecureRecord
 from locum.simulations import report, report_pictures, results
 from locum.simulations.federations import FederationSpec, federation
 from locum.simulations.institutions import found_federation, open_agent
@@ -472,6 +472,34 @@ def test_the_card_lists_what_a_person_must_add(written: tuple[Plan, Page, str, s
     assert "the licence of the model" in card
     assert "{{" not in card
     assert "{%" not in card
+
+
+def test_the_cards_facts_are_those_of_the_simulation(tmp_path: Path) -> None:
+    plan = plan_of(CLASSIFY.replace("confusion]", "confusion, calibration, ECE]"))
+    interval = {"AUC": (0.6, 0.97)}
+    cells = (
+        CellRecord(by="manufacturer", value="SIEMENS", cases=21, overall={"AUC": 0.875}, intervals=interval),
+        CellRecord(by="manufacturer", value="other", cases=0, overall={"AUC": None}),
+    )
+    metrics = metrics_of(plan)
+    metrics["test"]["federated"]["subgroups"] = [cell.model_dump(mode="json") for cell in cells]
+    html, card = write(tmp_path, plan, metrics=json.loads(json.dumps(metrics)))
+    facts = json.loads((tmp_path / "model_card.json").read_text())
+    federated = metrics["test"]["federated"]
+    first, *others = facts["results"]["models"]
+    assert [model["kind"] for model in others] == ["pooled", *["alone"] * len(SITES)]
+    for name, score in first["scores"].items():
+        assert score["value"] == federated["all"][name]
+        assert score["interval"] == list(federated["intervals"]["all"][name])
+    assert {row["site"]: row["cases"] for row in facts["results"]["sites"]} == federated["cases"]
+    assert facts["results"]["calibration"]["error"] == pytest.approx(federated["all"]["ECE"])
+    assert [row["cases"] for row in facts["results"]["subgroups"]] == [21, 0]
+    assert "| manufacturer: SIEMENS | 21 | 0.875 (0.600 to 0.970) |" in card
+    assert "| manufacturer: other | none told apart | not defined" in card
+    assert "bootstrap over patients" in facts["parts"]["results"]["facts"]["Intervals"]
+    assert Page(html).unlabelled == []
+    for words in ("Reliability; dashed: perfect calibration", "manufacturer: SIEMENS 21 0.875 0.600 to 0.970"):
+        assert words in Page(html).text
 
 
 # --- with real sites
