@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from typer.testing import CliRunner
 from locum.common import plan_cli
 from locum.common.build import check_buildable
 from locum.common.errors import PlanError
-from locum.common.sums import most_noised
+from locum.common.sums import most_noised, site_noise
 from tests.plans import plan, secured
 
 NOISE = {"epsilon": 8.0, "delta": 1e-6, "clip": 1.0}
@@ -62,3 +64,15 @@ def test_the_plan_check_tells_how_large_the_noise_is_and_what_has_none(tmp_path:
     assert "note: site noise: in the mean of 3 sites the noise has a norm of" in told
     assert "an update one of at most 1;" in told
     assert "the sums of AUC, accuracy, the training loss, the numbers of cases have none" in told
+
+
+def test_the_page_tells_how_large_the_noise_is(project: Path) -> None:
+    page = (project / "docs" / "secure-aggregation.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert len(rows) == 6
+    for sites, size, epsilon, number, norm in rows:
+        noise = {"epsilon": float(epsilon), "delta": 1e-5, "clip": 1.0}
+        found = site_noise(noisy(rounds=20, protection__site_noise=noise), sites=int(sites), size=int(size))
+        assert found is not None
+        assert found.deviation(int(sites)) == pytest.approx(float(number), rel=0.01)
+        assert found.deviation(int(sites)) * math.sqrt(int(size)) == pytest.approx(float(norm), rel=0.01)
