@@ -27,6 +27,7 @@ from locum.server.event_file import Event, read_events
 from locum.server.model_card import MODEL_FILE
 from locum.server.records import Evaluated, RoundRecord, RunSummary
 from locum.server.runs import Run, Status
+from locum.server.statement import FILE as STATEMENT_FILE
 
 METRICS_FILE, PLAN_FILE = "metrics.json", "plan.yaml"
 _CHUNK = 1 << 20
@@ -203,7 +204,7 @@ def seconds_total(outcome: Outcome) -> float:
 
 
 def pull(run: Run, out: Path) -> Outcome:
-    """Puts a run's model, metrics, plan, report and model card into `out`; returns what they are of.
+    """Puts a run's model, metrics, plan, report, model card and statement into `out`; returns what they are of.
 
     Raises:
         RunError: no round is committed, the model is damaged, or `out` holds something else or cannot be written.
@@ -217,6 +218,8 @@ def pull(run: Run, out: Path) -> Outcome:
         outcome = _with_model(outcome, out / MODEL_FILE)
         replace_file(out / PLAN_FILE, outcome.plan.to_yaml().encode())
         report.write(out, outcome)
+        if outcome.final and (statement := run.folder / STATEMENT_FILE).exists():
+            replace_file(out / STATEMENT_FILE, statement.read_bytes())
         replace_file(out / METRICS_FILE, json.dumps(metrics_of(outcome), indent=1).encode())
     except OSError as error:
         raise RunError(f"{out} cannot be written: {error.strerror}", "choose another --out") from error

@@ -28,11 +28,14 @@ from locum.common.envelope import Approval, Proposal, Spent, seal_approval, seal
 from locum.common.identity import certificate_pem, fingerprint_of, new_key
 from locum.common.log.entries import (
     ApprovalEntry,
+    DecisionEntry,
     EndEntry,
     Entry,
     FederationEntry,
     MetricsEntry,
+    OwnerEntry,
     ProposalEntry,
+    ReleaseEntry,
     RosterEntry,
     RoundEntry,
     RunEntry,
@@ -44,6 +47,7 @@ from locum.common.log.entries import (
 from locum.common.log.merkle import Frontier, leaf_hash
 from locum.common.log.note import Checkpoint, cosign, sign, with_lines
 from locum.common.log.origins import federation_origin, site_origin
+from locum.common.log.store import Log
 from locum.common.plan import Plan
 from locum.common.secagg.roster import threshold_of
 from locum.server.authority import Authority, found, load_log_certificate, load_log_key
@@ -258,7 +262,13 @@ class Federation:
     def witnessed(self, notes: Sequence[str], *, minutes: float = 600) -> list[str]:
         """The checkpoints, the last of them cosigned by every site."""
         *before, last = notes
+        if minutes == 600 and sha256_hex(last.encode()) == self._last_note:
+            return [*before, with_lines(last, self._lines.values())]
         return [*before, with_lines(last, [self.cosigned(last, site, minutes=minutes) for site in self.sites])]
+
+    @cached_property
+    def _last_note(self) -> str:
+        return sha256_hex(self.checkpoints(map(written, self.history()))[-1].encode())
 
     def statement(self, entries: Sequence[Entry], notes: Sequence[str], **lies: Any) -> bytes:
         """The statement that goes with the model."""
@@ -325,6 +335,50 @@ class Federation:
             bundles.STATEMENT: self.statement(entries, notes),
             bundles.MODEL: model_of(end.round),
         }
+
+    # --- a site's own log
+
+    def releases(self, site: str) -> list[Entry]:
+        """What a site says it let go in the true run: its decision, an update a round, its numbers, its cosignature.
+
+        0 owner, 1 decision, 2 that it was sent, then an update and numbers a round, the test, and a cosignature.
+        """
+        (entry,) = [e for e in self.history() if isinstance(e, ApprovalEntry) and e.site == site]
+        said: list[Entry] = [
+            OwnerEntry(at=moment(self.at(1)), federation=self.name, site=site),
+            DecisionEntry(at=moment(self.at(5)), plan=self.plan.digest, statement=entry.statement),
+            self.released("decision", 5, sha256=sha256_hex(entry.statement.encode())),
+        ]
+        for number in range(1, self.plan.rounds + 1):
+            uploads = (self.upload(site, number),) if self.plan.secured else ()
+            said.append(self.released("train", 10 * number, run=RUN, round=number, statements=uploads))
+            said.append(self.released("evaluate", 10 * number + 5, run=RUN, round=number))
+        after = 10 * (self.plan.rounds + 1)
+        said.append(self.released("evaluate", after, run=RUN, round=self.plan.rounds))
+        return [*said, self.released("cosignature", after + 1, statements=(sha256_hex(self.line(site).encode()),))]
+
+    def line(self, site: str) -> str:
+        """The site's cosignature under the last checkpoint of the true log, the same at every call."""
+        return self._lines[site]
+
+    @cached_property
+    def _lines(self) -> dict[str, str]:
+        last = self.checkpoints(map(written, self.history()))[-1]
+        return {site: self.cosigned(last, site) for site in self.sites}
+
+    def released(self, purpose: str, minutes: float, /, **fields: Any) -> ReleaseEntry:
+        """Something that left."""
+        return ReleaseEntry(
+            **{"at": moment(self.at(minutes)), "purpose": purpose, "bytes": 9, "sha256": sha(purpose), **fields}
+        )
+
+    def site_log(self, site: str, entries: Sequence[Entry] | None = None, *, name: str = "", key: Any = None) -> Path:
+        """A folder with a site's log of these entries, signed with its key after the last."""
+        folder = self.folder / (name or f"log-{len(list(self.folder.iterdir()))}")
+        log = Log(folder, site_origin(self.name, site))
+        log.append(*(self.releases(site) if entries is None else entries))
+        log.checkpoint(lambda checkpoint: sign(checkpoint, checkpoint.origin, key or self.keys[site], self.at(700)))
+        return folder
 
 
 def _bare(note: str) -> str:

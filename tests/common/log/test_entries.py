@@ -39,9 +39,7 @@ def test_texts_are_spelt_as_the_standard_says(text: str) -> None:
     assert read_entry(written(entry)) == entry
 
 
-def test_what_no_standard_can_spell_is_an_error() -> None:
-    with pytest.raises(EntryError):
-        written(metrics(spent={"north": "\ud800 half a character"}))
+def test_another_spelling_is_an_error() -> None:
     leaf = written(RunEntry(at="2026-05-04T08:00:00Z", run="run", plan="0" * 64, event="started"))
     assert read_entry(leaf)
     for other in (leaf + b" ", leaf.replace(b":", b": "), leaf[1:], b"", b"[]", leaf.replace(b"started", b"begun")):
