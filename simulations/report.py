@@ -74,7 +74,7 @@ def _context(
         folds={site.site: site.folds or None for site in data},
         emulated=tuple(site.site for site in data if site.emulated),
         model=model_file(folder / MODEL_FILE, plan),
-        log=newest_checkpoint(folder / "log"),
+        log=newest_checkpoint(folder / "log") or newest_checkpoint(folder / "coordinator" / "log"),
     )
     return {
         "known": known,
