@@ -44,6 +44,7 @@ class Known:
         emulated: the sites whose data a program made.
         model: what the model's file holds.
         log: the newest checkpoint of the log when the card was written; None if there is none.
+        statement: the SHA-256 of the signed statement on the model; empty if there is none.
     """
 
     plan: Plan
@@ -58,6 +59,7 @@ class Known:
     emulated: Sequence[str]
     model: ModelFile
     log: Mapping[str, Any] | None = None
+    statement: str = ""
 
 
 def facts_of(known: Known) -> dict[str, Any]:
@@ -86,6 +88,7 @@ def facts_of(known: Known) -> dict[str, Any]:
         },
         "versions": dict(words.versions()),
         "log": dict(known.log) if known.log else None,
+        "statement": known.statement or None,
         "not_stated": [{"text": item.text, "items": asdict(item.items)} for item in NOT_STATED],
     }  # fmt: skip
 

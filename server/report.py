@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from locum.common.canonical import sha256_hex
 from locum.common.durable import replace_file
 from locum.server import report_charts as charts
 from locum.server import report_words as words
@@ -28,6 +29,7 @@ from locum.server.records import Evaluated, RoundRecord, RunSummary
 from locum.server.report_charts import Chart
 from locum.server.report_results import Results, label, released_metrics, results_of
 from locum.server.runs import Status
+from locum.server.statement import FILE as STATEMENT_FILE
 from locum.server.templates import html
 
 _PAGE, _CARD = "locum.server/report.html.j2", "locum.server/model_card.md.j2"
@@ -58,6 +60,7 @@ def _context(folder: Path, outcome: Outcome) -> dict[str, Any]:
         emulated=(),
         model=model_file(folder / MODEL_FILE, plan),
         log=newest_checkpoint(outcome.run.folder.parents[1] / "log"),
+        statement=_digest_of(outcome.run.folder / STATEMENT_FILE) if outcome.final else "",
     )
     return {
         "known": known,
@@ -87,6 +90,10 @@ def _context(folder: Path, outcome: Outcome) -> dict[str, Any]:
         "say": words,
         "label": label,
     }
+
+
+def _digest_of(path: Path) -> str:
+    return sha256_hex(path.read_bytes()) if path.exists() else ""
 
 
 def unfinished(status: Status, summary: RunSummary) -> str:

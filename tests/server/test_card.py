@@ -13,6 +13,7 @@ from flwr.app import RecordDict
 
 from locum.common.build import metric_of
 from locum.common.calibration import reliability
+from locum.common.canonical import sha256_hex
 from locum.common.messages import EvaluateTask, Tensors, pack, unpack
 from locum.common.metrics import Outcomes, join
 from locum.common.plan import Plan
@@ -366,7 +367,16 @@ def test_clipping_is_not_called_privacy() -> None:
 
 def test_the_newest_checkpoint_of_the_log_is_told_and_a_log_without_one_is_not(tmp_path: Path, plain: Pulled) -> None:
     assert newest_checkpoint(tmp_path) is None
+    log = Direct(Home(plain.run.folder)).log(plain.run.plan).log
+    log.seal()
     found = newest_checkpoint(plain.run.folder / "log")
-    assert found is None or found["size"] > 0
-    facts = facts_of(replace(known(plan()), log={"origin": "o", "size": 7, "root": "ab"}))
-    assert facts["log"] == {"origin": "o", "size": 7, "root": "ab"}
+    assert found is not None
+    assert (found["origin"], found["size"]) == (log.store.origin, log.store.size)
+    assert found["root"] == log.store.root().hex()
+    assert facts_of(replace(known(plan()), log=found))["log"] == found
+
+
+def test_the_card_names_the_signed_statement_on_the_model(plain: Pulled) -> None:
+    statement = plain.run.folder / "statement.json"
+    assert plain.facts["statement"] == sha256_hex(statement.read_bytes())
+    assert plain.facts["statement"] in plain.card
