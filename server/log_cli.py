@@ -30,8 +30,10 @@ def show_log(
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
-    typer.echo(f"{found['origin']}: {found['size']} entries, root {found['root']}")
-    typer.echo(f"the last checkpoint counts {found['checkpoint']} of them")
+    typer.echo(f"log: {found['origin']}")
+    typer.echo(f"entries: {found['size']}")
+    typer.echo(f"root: {found['root']}")
+    typer.echo(f"last checkpoint: {found['checkpoint']} entries")
     for name, row in found["witnesses"].items():
         typer.echo(f"{name}: {_in_words(row)}")
     if not found["witnesses"]:
