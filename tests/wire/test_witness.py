@@ -21,7 +21,7 @@ from locum.common.proto.locum_pb2_grpc import RegistryStub, add_RegistryServicer
 from locum.server.authority import load_log_certificate
 from locum.server.gateway.peers import site_peer
 from locum.server.gateway.registry import Federation as Registered
-from locum.server.gateway.registry import RegistryService, witness
+from locum.server.gateway.registry import RegistryService
 from locum.server.home import Home
 from locum.server.log import FederationLog, open_log
 from locum.site_client.identity import SiteIdentity
@@ -50,7 +50,7 @@ def test_every_site_vouches_for_the_end_of_a_run_and_none_for_another_history_of
         until(lambda: _vouched(log) == dict.fromkeys(SITES, log.store.size), 60, "not every site has signed")
         _check_entries(log, run.id)
         told = json.loads(locum("server", "log", "--json", "--home", federation.home.path))
-        assert told["witnesses"] == dict.fromkeys(SITES, {"size": log.store.size, "behind": 0})
+        assert told["witnesses"] == {name: {"size": log.store.size, "behind": 0} for name in SITES}
 
         federation.server.stop()
         true = tmp_path / "true"
@@ -123,7 +123,7 @@ class _TwoFaced(RegistryService):
 
     def Witness(self, request: pb.WitnessRequest, context: grpc.ServicerContext) -> pb.WitnessReply:  # noqa: N802
         peer = site_peer(context, self._federation.registry)
-        return witness(self.faces[peer.name], peer, request)
+        return RegistryService(self.faces[peer.name]).Witness(request, context)
 
 
 def _look(door: Door, identity: SiteIdentity) -> int:
@@ -189,8 +189,8 @@ def test_a_line_that_is_not_the_sites_own_signature_of_a_checkpoint_is_not_kept(
             (berlin, 3, b"hello"),
             (berlin, 3, line.encode() * 100),
         ):
+            request = pb.WitnessRequest(size=size, cosignature=cosignature)
             with door.channel(identity) as channel, pytest.raises(grpc.RpcError) as caught:
-                request = pb.WitnessRequest(size=size, cosignature=cosignature)
                 RegistryStub(channel).Witness(request, timeout=10)
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert log.store.latest() == note
