@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from locum.common.errors import DataError
+from locum.common.errors import DataError, LocumError
 from locum.server.home import default_home
 
 if TYPE_CHECKING:
@@ -157,8 +157,11 @@ def _print(story: Story, parts: list[str], site: str | None, of_round: int | Non
 
 def _write_page(story: Story, out: Path) -> None:
     from locum.common.durable import replace_file
-    from locum.server.audit_page import page
 
+    try:
+        from locum.server.audit_page import page
+    except ModuleNotFoundError as error:
+        raise LocumError(f"a page needs the package {error.name}", "pip install 'locum[server]'") from error
     try:
         replace_file(out, page(story))
     except OSError as error:

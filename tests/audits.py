@@ -273,11 +273,12 @@ class Federation:
     def statement(self, entries: Sequence[Entry], notes: Sequence[str], **lies: Any) -> bytes:
         """The statement that goes with the model."""
         (end,) = [entry for entry in entries if isinstance(entry, EndEntry)][-1:]
-        spent = Loss(epsilon=self.plan.rounds / 2, delta=1e-6)
+        spent = {site: Loss(epsilon=entry.round / 2, delta=1e-6)
+                 for entry in entries if isinstance(entry, RoundEntry) for site in entry.spent}  # fmt: skip
         fields = {
             "federation": self.name, "run": RUN, "plan": self.plan.digest, "round": end.round, "status": end.status,
             "roster": tuple(self.sites), "checkpoint": _bare(notes[-1]), "at": end.at,
-            "epsilon": dict.fromkeys(self.sites, spent) if self.plan.private else {},
+            "epsilon": spent,
             "authority": certificate_pem(self.authority.certificate).decode(),
             "log": certificate_pem(self.log_certificate).decode(),
         }  # fmt: skip
@@ -338,10 +339,11 @@ class Federation:
 
     # --- a site's own log
 
-    def releases(self, site: str) -> list[Entry]:
+    def releases(self, site: str, *, line: str | None = None) -> list[Entry]:
         """What a site says it let go in the true run: its decision, an update a round, its numbers, its cosignature.
 
-        0 owner, 1 decision, 2 that it was sent, then an update and numbers a round, the test, and a cosignature.
+        0 owner, 1 decision, 2 that it was sent, then an update and numbers a round, the test, and a cosignature, that
+        is `line`, or the one under the true log.
         """
         (entry,) = [e for e in self.history() if isinstance(e, ApprovalEntry) and e.site == site]
         said: list[Entry] = [
@@ -355,7 +357,10 @@ class Federation:
             said.append(self.released("evaluate", 10 * number + 5, run=RUN, round=number))
         after = 10 * (self.plan.rounds + 1)
         said.append(self.released("evaluate", after, run=RUN, round=self.plan.rounds))
-        return [*said, self.released("cosignature", after + 1, statements=(sha256_hex(self.line(site).encode()),))]
+        return [
+            *said,
+            self.released("cosignature", after + 1, statements=(sha256_hex((line or self.line(site)).encode()),)),
+        ]
 
     def line(self, site: str) -> str:
         """The site's cosignature under the last checkpoint of the true log, the same at every call."""

@@ -14,6 +14,7 @@ from locum.common.audit.words import reason
 LIMITS = (
     "Whether two stewards approved where a site asks for two: the site tells others only that the approval stands.",
     "What happened inside a site: that its images are what they are called, and that it trained on all of them.",
+    "What a site has spent in attempts that do not count, before its next statement says it.",
     "That the first model is the one that the plan's seed gives: that takes torch, and is checked by each site.",
 )
 
