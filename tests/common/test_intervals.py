@@ -146,6 +146,34 @@ def test_the_interval_of_a_mean_over_classes_that_vary_apart_is_wide_enough() ->
     assert held / 300 >= 0.95
 
 
+def _three(rng: np.random.Generator, cases: int) -> Outcomes:
+    labels = np.arange(cases) % 3
+    raw = np.exp(rng.normal(size=(cases, 3)) + np.eye(3)[labels])
+    return classified(labels, raw / raw.sum(axis=1, keepdims=True))
+
+
+def test_the_interval_of_a_mean_of_areas_is_wide_enough() -> None:
+    metric, rng, held = metric_of("AUC"), np.random.default_rng(4), 0
+    truth = metric.exact(_three(rng, 120_000), 3)
+    assert metric.interval is not None
+    assert isinstance(truth, float)
+    for _ in range(300):
+        interval = metric.interval(metric.sums(_three(rng, N), 3), 3)
+        assert interval is not None
+        held += interval[0] <= truth <= interval[1]
+    assert held / 300 >= 0.95
+
+
+def test_sums_do_not_know_that_two_cases_are_of_one_patient() -> None:
+    """The limit that the card tells: an interval of the same cases twice is narrower, and should not be."""
+    found, metric = _auc(np.random.default_rng(1)), metric_of("AUC")
+    assert metric.interval is not None
+    once, twice = (metric.interval(times * metric.sums(found, 2), 2) for times in (1, 2))
+    assert once is not None
+    assert twice is not None
+    assert twice[1] - twice[0] < 0.8 * (once[1] - once[0])
+
+
 @given(st.integers(0, 10_000), st.integers(2, 5), st.sampled_from(["AUC", "accuracy", "Brier"]))
 @settings(deadline=None)
 def test_the_interval_of_added_sums_is_that_of_all_cases_and_holds_the_value(seed: int, sites: int, name: str) -> None:

@@ -91,6 +91,7 @@ def test_everything_that_is_promised_is_there_and_belongs_together(ended: Run, p
         "model_card.md",
         "model_card.json",
         "plan.yaml",
+        "statement.json",
     }
     metrics = json.loads((pulled / "metrics.json").read_text())
     model = (pulled / "model.safetensors").read_bytes()
