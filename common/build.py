@@ -328,6 +328,10 @@ def _noise_problems(plan: Plan, built: nn.Module) -> list[Problem]:
     return []
 
 
+#: Normalisations that look at one image alone, as a plan writes them.
+_NORMS = {"instance": "instance", "[instance, {affine: true}]": ["instance", {"affine": True}]}
+
+
 def privacy_problem(built: nn.Module) -> str:
     """Why a network cannot be trained with differential privacy, as far as its layers show; empty if it can."""
     from torch.nn.modules.batchnorm import _BatchNorm
@@ -345,9 +349,19 @@ def _privacy_problems(plan: Plan, built: nn.Module) -> list[Problem]:
     problem = privacy_problem(built) if plan.private is not None else ""
     if not problem:
         return []
-    takes_norm = "norm" in _parameters_of(plan.network)
-    remedy = "set norm: instance" if takes_norm else "use a network with instance or group normalisation"
+    fitting = [words for words, norm in _NORMS.items() if _private_with(plan, norm)]
+    remedy = f"set norm: {fitting[0]}" if fitting else "use a network with instance or group normalisation"
     return [Problem(("network",), problem, remedy)]
+
+
+def _private_with(plan: Plan, norm: object) -> bool:
+    """Whether the network takes a norm with which it can be trained with differential privacy."""
+    parameters = {**plan.network.parameters, "norm": norm}
+    other = plan.model_copy(update={"network": Part.model_validate({"name": plan.network.name, **parameters})})
+    try:
+        return not privacy_problem(skeleton(other))
+    except CONSTRUCTION_ERRORS:
+        return False
 
 
 def _unbounded_problems(plan: Plan) -> list[Problem]:

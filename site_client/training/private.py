@@ -18,14 +18,17 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call, grad_and_value, vmap
+from torch.overrides import TorchFunctionMode
 
-from locum.common import build
+from locum.common import build, names
 from locum.common.errors import Code, SiteFailure
 from locum.common.plan import DifferentialPrivacy, Plan
 from locum.site_client.privacy.noise import NoiseSource
@@ -146,7 +149,9 @@ class Engine:
 
     def _loss(self, parameters: Mapping[str, torch.Tensor], images: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
         output = functional_call(self._network, dict(parameters), (images,))
-        return self._criterion(build.scores_of(output).float(), truth)
+        # A loss of one's own may rely on what it writes in place.
+        with _OutOfPlace() if self._plan.loss.name in names.LOSSES else nullcontext():
+            return self._criterion(build.scores_of(output).float(), truth)
 
     def _add_clipped(self, gradients: Sequence[torch.Tensor]) -> None:
         """Adds rows of gradients (patients × numbers), each multiplied by min(1, C/norm)."""
@@ -164,6 +169,17 @@ class Engine:
         for parameter, part in zip(self.trainable.values(), parts, strict=True):
             parameter.grad = part.view_as(parameter)
         self._total.zero_()
+
+
+class _OutOfPlace(TorchFunctionMode):
+    """MONAI's losses write the truth of an image into a tensor of zeros; zeros that are no patient's cannot take it."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Calls what is asked for, but scatters into a copy."""
+        meant = torch.Tensor.scatter if func is torch.Tensor.scatter_ else func
+        return meant(*args, **(kwargs or {}))
 
 
 def admitted(plan: Plan, network: nn.Module, people: People) -> bool:
