@@ -1,6 +1,6 @@
 """Whose log it is, and who signs: the names that stand in checkpoints (C2SP tlog-checkpoint: an origin is unique).
 
-A federation's name may hold spaces, and no name of a key may: they are written as in an address (RFC 3986, section 2.1).
+A federation's name may hold spaces, and no name of a key may: they are written as in an address (RFC 3986, 2.1).
 """
 
 from __future__ import annotations
