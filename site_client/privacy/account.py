@@ -19,6 +19,7 @@ from locum.site_client.gate import Policy
 from locum.site_client.privacy.accountant import Mechanism, epsilon
 from locum.site_client.privacy.budget import FOLDS
 from locum.site_client.privacy.ledger import Ledger, Row, composed, reserved
+from locum.site_client.privacy.noise import NoiseSource
 
 Words = tuple[str, ...]
 #: Noise multipliers between which the room for another plan is looked for, and how often the gap is halved.
@@ -32,7 +33,7 @@ _COUNTED = (
     "Reserved, noise as a multiple of the clip, and the rate at which each patient is drawn (1: everybody):",
 )
 _COMPOSED = (
-    "Noise: AES-256-CTR, Box–Muller, seeded by the operating system.",
+    f"Noise: {NoiseSource.name}.",
     "Accountant: privacy loss distributions (dp-accounting, PLD); every rounding is against the site.",
 )
 _TAIL = "Delta {delta:g}: the probability with which the loss may be larger than that epsilon."

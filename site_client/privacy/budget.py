@@ -12,7 +12,6 @@ Rules:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,6 +24,7 @@ from locum.common.plan import DifferentialPrivacy, Fold, Plan
 from locum.site_client.gate import Policy
 from locum.site_client.privacy.accountant import Mechanism, noise_for
 from locum.site_client.privacy.ledger import Ledger, LedgerError, Limit, Reservation, SpentError, State, Use
+from locum.site_client.privacy.sampling import rate_of, steps_of
 
 FOLDS: tuple[Fold, ...] = ("train", "validation", "test")
 
@@ -157,12 +157,9 @@ def one_release(plan: Plan, purpose: Fold, patients: int) -> tuple[Mechanism, Li
 
 
 def drawing(plan: Plan, patients: int) -> tuple[float, int]:
-    """The rate q and the steps of one round; in an epoch a patient is drawn once, on average."""
-    training = plan.training
-    rate = min(1.0, training.batch_size / patients)
-    if training.local_steps is not None:
-        return rate, training.local_steps
-    return rate, (training.local_epochs or 1) * math.ceil(patients / training.batch_size)
+    """The rate q and the steps of one round."""
+    rate = rate_of(plan, patients)
+    return rate, steps_of(plan, rate)
 
 
 def whole_run(plan: Plan, patients: Mapping[Fold, int]) -> tuple[Mechanism, ...]:
