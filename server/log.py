@@ -97,7 +97,7 @@ def _fact(entry: Entry) -> bytes:
 class FederationLog:
     """A coordinator's log, in one of its processes; threads may share it.
 
-    Every method raises LogError if the log is damaged, and those that write NotLoggedError if it cannot be written.
+    Every method raises LogError if the log is damaged, and NotLoggedError if it cannot be written or read.
 
     Attributes:
         federation: whose log it is.
@@ -113,7 +113,7 @@ class FederationLog:
 
     def append(self, *entries: Entry) -> None:
         """Appends all of these entries or none; they are on the disk when it returns."""
-        with self._written():
+        with self._usable():
             self.store.append(*entries)
 
     def append_once(self, *entries: Entry) -> None:
@@ -138,15 +138,15 @@ class FederationLog:
 
     def seal(self) -> str:
         """Signs a checkpoint of the log as it is, unless one is signed; returns the newest."""
-        with self._written():
+        with self._usable():
             return self.store.checkpoint(lambda checkpoint: sign(checkpoint, checkpoint.origin, self.key))
 
     @contextmanager
-    def _written(self) -> Iterator[None]:
+    def _usable(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            reason = f"the log in {self.folder} cannot be written: {os.strerror(error.errno or errno.EIO)}"
+            reason = f"the log in {self.folder} cannot be used: {os.strerror(error.errno or errno.EIO)}"
             raise NotLoggedError(reason, "free space or mend the disk; what waits for it goes on by itself") from error
 
     def keep(self, stop: threading.Event) -> None:
@@ -161,7 +161,8 @@ class FederationLog:
 
     def sealed(self) -> int:
         """How many entries the newest checkpoint counts."""
-        note = self.store.latest()
+        with self._usable():
+            note = self.store.latest()
         return opened(note)[0].size if note else 0
 
     def show(self, seen: int) -> tuple[bytes, list[bytes]]:
@@ -169,22 +170,23 @@ class FederationLog:
 
         A log that is shorter than what was seen has no such proof.
         """
-        note = self.store.latest()
-        if note is None:
-            return b"", []
-        size = opened(note)[0].size
-        return _bare(note).encode(), self.store.consistency(seen, size) if seen <= size else []
+        with self._usable():
+            note = self.store.latest()
+            if note is None:
+                return b"", []
+            size = opened(note)[0].size
+            return _bare(note).encode(), self.store.consistency(seen, size) if seen <= size else []
 
     def cosigned(self, site: str, key: PublicKey, line: str, size: int) -> bool:
         """Keeps what a site signed of the checkpoint of `size` entries; returns whether it is new.
 
         Raises NoteError if there is no such checkpoint, or the site's key did not sign it.
         """
-        note = self.store.checkpoint_of(size)
-        if note is None:
-            raise NoteError(f"there is no checkpoint of {size} entries")
-        check_cosignature(with_lines(_bare(note), [line]), site_origin(self.federation, site), key)
-        with self._written():
+        with self._usable():
+            note = self.store.checkpoint_of(size)
+            if note is None:
+                raise NoteError(f"there is no checkpoint of {size} entries")
+            check_cosignature(with_lines(_bare(note), [line]), site_origin(self.federation, site), key)
             return self.store.add_cosignature(size, line)
 
     def witnesses(self) -> dict[str, int]:
@@ -210,7 +212,7 @@ def open_log(home: Home) -> FederationLog:
         home.log.mkdir(mode=0o700, exist_ok=True)
         store = Log(home.log, federation_origin(federation))
     except OSError as error:
-        reason = f"the log in {home.log} cannot be opened: {error.strerror}"
+        reason = f"the log in {home.log} cannot be used: {error.strerror}"
         raise NotLoggedError(reason, "free space or mend the disk") from error
     log = FederationLog(federation, store, home.log, key)
     if store.size == 0:

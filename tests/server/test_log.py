@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -37,6 +38,7 @@ from locum.common.messages import LOCAL, Description, TrainResult, TrainTask
 from locum.common.plan import Plan
 from locum.common.proto import locum_pb2 as pb
 from locum.common.proto.locum_pb2_grpc import RegistryStub
+from locum.server import wire
 from locum.server.adopt import adopt
 from locum.server.app import end, write_result
 from locum.server.home import Home, read_config
@@ -58,7 +60,7 @@ from tests.plans import plan
 from tests.secure_peers import SecurePeer, run_secure
 from tests.server.coordinator import enrol, new_home
 from tests.server.door import Door, open_door
-from tests.wire.federation import locum
+from tests.wire.federation import locum, until
 
 
 def entries_of(folder: Path) -> list[Entry]:
@@ -316,6 +318,26 @@ def test_a_run_that_was_stopped_or_failed_without_a_process_has_its_end_in_the_l
     }
     assert said == {stopped.id: ["started", "stopped"], failed.id: ["started", "failed"], waiting.id: []}
     assert opened(log.store.latest() or "")[0].size == log.store.size
+
+
+def test_a_run_whose_log_cannot_be_written_waits_until_it_can_and_then_says_that_it_paused(
+    home: Home, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(wire, "_FIRST_PAUSE", 0.01)
+    run = create_run(home, plan(), by="test")
+    link = Wire(home, read_config(home), run=run, events=Events(run.events))
+    link.log(run.plan).begin([])
+    entries, aside = home.log / "entries.jsonl", home.path / "aside"
+    entries.rename(aside)
+    with pytest.raises(NotLoggedError):
+        link.log(run.plan).append(link.log(run.plan).void(1, 1, "train", {}))
+    waiting = threading.Thread(target=link.wait, args=(RunError("the disk is full", "free space"), ()))
+    waiting.start()
+    until(lambda: caplog.text.count("cannot be used") > 1)
+    assert waiting.is_alive()
+    aside.rename(entries)
+    waiting.join()
+    assert told(home.log) == ["federation", "run started", "run paused", "run resumed"]
 
 
 # --- members and plans
