@@ -126,7 +126,7 @@ class Federation:
             digest=lies.get("digest", self.plan.digest),
             at=self.at(minutes).timestamp(),
             decision=decision,
-            steward="A. Steward",
+            steward=lies.get("steward", "A. Steward"),
         )
         return ApprovalEntry(
             at=moment(self.at(minutes)),
