@@ -43,7 +43,7 @@ from locum.server.adopt import adopt
 from locum.server.app import end, write_result
 from locum.server.home import Home, read_config
 from locum.server.link import Direct
-from locum.server.log import open_log
+from locum.server.log import NotLoggedError, open_log
 from locum.server.proposals import propose
 from locum.server.records import Events
 from locum.server.registry import Registry
