@@ -31,7 +31,6 @@ from google.protobuf.message import DecodeError
 from locum.common.blobs import SHA256
 from locum.common.durable import replace_file
 from locum.common.errors import LocumError
-from locum.common.log.entries import Entry
 from locum.common.messages import BLOB_THRESHOLD, INLINE, Arrays, Carrier, Fields, MessageError, Sealer
 from locum.common.plan import Plan
 from locum.common.proto import locum_pb2 as pb
@@ -205,13 +204,10 @@ class Wire:
             self._pause = _FIRST_PAUSE
         before = self._present()
         self._events.emit("paused", reason=refusal.message, missing=sorted(missing or self._missing(before)))
-        unlogged = self._said([], "paused")
-        while True:
+        untold: tuple[Event, ...] = () if self._said("paused") else ("paused",)
+        self._rest()
+        while not self._said(*untold, "resumed"):  # what has no room for a line has none for a round
             self._rest()
-            unlogged = self._said(unlogged, "resumed")
-            if not unlogged:
-                break
-            unlogged.pop()  # it is not resumed: what has no room for a line has none for a round
         self._calm_after = time.monotonic() + self._pause
         self._events.emit("resumed")
 
@@ -224,16 +220,15 @@ class Wire:
             self._check()
             time.sleep(_LOOK_SECONDS)
 
-    def _said(self, unlogged: list[Entry], event: Event) -> list[Entry]:
-        """Logs that the run is paused or goes on, after what could not be logged before; what still cannot be."""
-        log = self.log(self._plan)
-        entries = [*unlogged, log.said(event)]
+    def _said(self, *events: Event) -> bool:
+        """Logs that the run is paused or goes on; returns whether it could."""
         try:
-            log.append(*entries)
+            log = self.log(self._plan)
+            log.append(*map(log.said, events))
         except NotLoggedError as error:
             logger.warning("%s", error)
-            return entries
-        return []
+            return False
+        return True
 
     def _missing(self, present: set[tuple[str, str]]) -> set[str]:
         try:
