@@ -71,7 +71,8 @@ def noise_for(epsilon: float, delta: float, *, rate: float, steps: int) -> float
     def enough(interval: float) -> Callable[[int], bool]:
         return lambda index: _epsilon(_merged([Mechanism(_value(index), rate, steps)]), delta, interval) <= epsilon
 
-    return _value(_least(enough(_FINE), _least(enough(_COARSE), _index(1.0))))
+    near = _least(enough(_COARSE), _index(1.0), stride=_STEPS_A_DECADE // 8)
+    return _value(_least(enough(_FINE), near, stride=1))
 
 
 def _check_delta(delta: float) -> None:
@@ -134,12 +135,12 @@ def _index(value: float) -> int:
     return round(math.log10(value)) * _STEPS_A_DECADE
 
 
-def _least(holds: Callable[[int], bool], near: int) -> int:
+def _least(holds: Callable[[int], bool], near: int, *, stride: int) -> int:
     """The least index from which on `holds` is true, searched from `near`; never below that of `LEAST_NOISE`."""
-    floor, stride = _index(LEAST_NOISE), 1
+    floor = _index(LEAST_NOISE)
     if holds(near):
         high, low = near, near - stride
-        while low > floor and holds(low):
+        while low >= floor and holds(low):
             high, stride = low, 2 * stride
             low -= stride
         low = max(low, floor - 1)
