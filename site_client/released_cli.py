@@ -63,11 +63,11 @@ def _about(one: Released) -> str:
     return entry.run if not entry.round else f"round {entry.round} of {entry.run}"
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
-        count /= 1000  # type: ignore[assignment]
+        count /= 1000
     return f"{count:.3g} GB"
 
 
@@ -75,7 +75,6 @@ def _summary(found: Account, every: Sequence[Released], *, hidden: bool) -> str:
     told = [one for one in every if not one.is_report]
     reports = len(every) - len(told)
     more = f"; {reports} reports of what the agent does{' (--reports)' if hidden and reports else ''}"
-    checked = (
-        f"the site's own log was checked: {found.checkpoint.size} entries, root {found.checkpoint.root.hex()[:16]}"
-    )
+    size, root = found.checkpoint.size, found.checkpoint.root.hex()[:16]
+    checked = f"the site's own log was checked: {size} entries, root {root}"
     return f"{len(told)} releases, {_size(sum(one.entry.bytes for one in told))}{more}\n{checked}"
