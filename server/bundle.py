@@ -100,18 +100,14 @@ def _simulations(home: Home, folder: Path) -> Source:
 def make_bundle(source: Source, path: Path, *, with_model: bool = True) -> Manifest:
     """Writes a run's bundle; raises RunError if it cannot be written or the log says nothing of the run."""
     log = open_log(source.home)
-    told = list(entries_of(log, source.name))
-    if not told:
-        raise RunError(f"the log says nothing of {source.name} yet", "make the bundle when the run has begun")
-    ends = [entry for entry in told if isinstance(entry, EndEntry)]
+    model = _released(log, source.name)
     size = opened(log.seal())[0].size
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with tempfile.TemporaryDirectory() as scratch:
             members = _members(source, log, size)
-            if ends:
+            if model is not None:
                 members |= _results(source, Path(scratch), with_model=with_model)
-            model = ends[-1].model if ends else None
             made = write_bundle(beside, Parts(log.federation, source.name, source.plan.digest, model, members))
         flush(beside)
         beside.replace(path)
@@ -121,6 +117,18 @@ def make_bundle(source: Source, path: Path, *, with_model: bool = True) -> Manif
         beside.unlink(missing_ok=True)
     flush(path.absolute().parent)
     return made
+
+
+def _released(log: FederationLog, run: str) -> str | None:
+    """The SHA-256 of the model that a run released, if it did; raises RunError if the log does not know the run."""
+    model, begun = None, False
+    for entry in entries_of(log, run):
+        begun = True
+        if isinstance(entry, EndEntry):
+            model = entry.model
+    if not begun:
+        raise RunError(f"the log says nothing of {run} yet", "make the bundle when the run has begun")
+    return model
 
 
 def _members(source: Source, log: FederationLog, size: int) -> dict[str, parts.Source]:

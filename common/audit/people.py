@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from locum.common.audit.rules import Rule, Wrong
 from locum.common.audit.standing import OF_RUN, Standing, writer_of
-from locum.common.identity import IdentityError, check_valid
+from locum.common.audit.tree import valid
 from locum.common.log.entries import (
     ApprovalEntry,
     Entry,
@@ -102,15 +102,13 @@ def _signed(standing: Standing, entry: ApprovalEntry) -> None:
             f"the decision of {site} is under a certificate that it does not have, or not any more",
             "nobody can say that this hospital decided it",
         )
-    try:
-        check_valid(standing.anchors.sites[entry.certificate], time_of(entry))
-    except IdentityError as error:
-        raise Wrong(
-            f"the decision of {site} is under a certificate of another time: {error}", "it counts for nothing"
-        ) from error
     said = standing.approval_of(entry)
     if said is None or (said.site, said.digest) != (site, entry.plan):
         raise Wrong(f"the decision of {site} is not signed by it, or about another plan", "the approval is forged")
+    times = time_of(entry), datetime.fromtimestamp(said.at, UTC)
+    certificates = [standing.anchors.sites[certificate] for certificate in member.certificates]
+    if not any(valid(certificate, at) for certificate in certificates for at in times):
+        raise Wrong(f"the decision of {site} is under a certificate that had expired", "it counts for nothing")
 
 
 def _decided(standing: Standing) -> str:

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from cryptography import x509
+
 from locum.common.audit.bundle import CHECKPOINTS
 from locum.common.audit.rules import Wrong, some
 from locum.common.audit.standing import Anchors, Standing
@@ -215,7 +217,7 @@ class Tree:
             raise Wrong(
                 f"{what}: {error}", "it is forged, or this site was shown another history of the log than this one"
             ) from error
-        if not any(_valid(self.anchors, certificate, at) for certificate in certificates):
+        if not any(valid(self.anchors.sites[certificate], at) for certificate in certificates):
             raise Wrong(
                 f"{what}: no certificate of it was valid at {at:%Y-%m-%d %H:%M}", "its key was not its own then"
             )
@@ -229,9 +231,10 @@ def _between(good: int, size: int) -> str:
     return f"entry {good} was" if size - good == 1 else f"one of the entries {good} to {size - 1} was"
 
 
-def _valid(anchors: Anchors, certificate: str, at: datetime) -> bool:
+def valid(certificate: x509.Certificate, at: datetime) -> bool:
+    """Whether a certificate was valid at a time."""
     try:
-        check_valid(anchors.sites[certificate], at)
+        check_valid(certificate, at)
     except IdentityError:
         return False
     return True
