@@ -120,19 +120,20 @@ class FederationLog:
         """Appends those of these entries that are not there, to the byte; looks through the whole log."""
         wanted = {written(entry): entry for entry in entries}
         if wanted:
-            for leaf in self.store.entries():
-                wanted.pop(leaf, None)
+            with self._usable():
+                for leaf in self.store.entries():
+                    wanted.pop(leaf, None)
             self.append(*wanted.values())
 
     def append_new(self, *entries: Entry) -> None:
         """Appends those of these entries about members and plans that say what the log has not said at any time."""
-        with self._known.lock:
+        with self._usable(), self._known.lock:
             self._known.follow(self.store)
-            self.append(*(entry for entry in entries if _fact(entry) not in self._known.facts))
+            self.store.append(*(entry for entry in entries if _fact(entry) not in self._known.facts))
 
     def last_of(self, run: str) -> str:
         """What was said last of a run: the event of its newest entry of that kind, `ended`, or nothing."""
-        with self._known.lock:
+        with self._usable(), self._known.lock:
             self._known.follow(self.store)
             return self._known.runs.get(run, "")
 
@@ -192,9 +193,10 @@ class FederationLog:
     def witnesses(self) -> dict[str, int]:
         """By key's name, the size of the newest checkpoint that it cosigned."""
         found: dict[str, int] = {}
-        for note in self.store.checkpoints():
-            checkpoint, lines = opened(note)
-            found |= {line.name: checkpoint.size for line in lines if line.name != checkpoint.origin}
+        with self._usable():
+            for note in self.store.checkpoints():
+                checkpoint, lines = opened(note)
+                found |= {line.name: checkpoint.size for line in lines if line.name != checkpoint.origin}
         return found
 
 

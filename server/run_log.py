@@ -70,11 +70,9 @@ class RunLog:
 
     def begin(self, left: Iterable[bytes]) -> None:
         """Says that the run has started or goes on, once a process, after what the process before has `left` out."""
-        mine = f'"run":"{self.run}"'.encode()
-        known = self._begun or any(mine in leaf for leaf in self.log.store.entries())
         self.append_once(left)
         if not self._begun:
-            self.append(self.said("resumed" if known else "started"))
+            self.append(self.said("resumed" if self.log.last_of(self.run) else "started"))
             self._begun = True
 
     # --- the entries
