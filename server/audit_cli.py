@@ -62,16 +62,22 @@ def bundle(
     as_json: _Json = False,
 ) -> None:
     """Put into one file all that a reviewer needs to check a run."""
+    from locum.common.audit.tell import failure_lines
+    from locum.common.audit.verify import verify as check
     from locum.server.bundle import make_bundle, source_of
 
     source = source_of(run, home or default_home(), run_dir)
     path = out or Path(f"{source.name}.audit.zip")
     made = make_bundle(source, path, with_model=not without_model)
+    verdict = check(path, authority=source.fingerprint)
     if as_json:
-        _tell({"bundle": str(path), **made.model_dump(mode="json")})
+        told = {"bundle": str(path), "holds": verdict.holds, "authority": source.fingerprint}
+        _tell({**told, **made.model_dump(mode="json")})
         return
     size = path.stat().st_size
     typer.echo(f"{path} holds the record of {made.run}: {len(made.members) + 1} members, {size:,} bytes")
+    if verdict.first is not None:
+        typer.echo("\n".join(("note: a reviewer will find that", *failure_lines(verdict.first))))
     typer.echo(f"authority: {source.fingerprint}    tell it to the reviewer in another way than the file goes")
     typer.echo(f"next: locum audit verify {path}")
 

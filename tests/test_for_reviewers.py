@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from locum.common.audit.bundle import LIMITS
+from locum.common.audit.verify import TITLES
 from locum.common.cli import main
 from locum.common.identity import certificate_pem
 from locum.common.log.entries import written
@@ -91,3 +93,18 @@ def test_a_command_says_what_the_page_shows(
             continue
         assert plain(line) in told[at:], f"{line!r} is not in:\n" + "\n".join(told)
         at = told.index(plain(line), at) + 1
+
+
+def test_every_message_of_the_page_on_the_record_is_one_that_the_program_says() -> None:
+    root = PAGE.parent.parent
+    listed = (root / "docs" / "audit.md").read_text(encoding="utf-8").split("## When something is wrong")[1]
+    messages = re.findall(r"^\| `([^`]+)`", listed, re.MULTILINE)
+    code = "".join(path.read_text(encoding="utf-8") for path in (root / "common" / "audit").glob("*.py"))
+    assert len(messages) > 5
+    assert [message for message in messages if message not in code] == []
+
+
+def test_the_page_on_the_record_has_every_check_and_every_member() -> None:
+    page = (PAGE.parent / "audit.md").read_text(encoding="utf-8")
+    assert [title for number, title in TITLES.items() if f"| {number} | **{title}**" not in page] == []
+    assert [name for name in LIMITS if f"| `{name}` |" not in page] == []
