@@ -137,6 +137,11 @@ class Releases:
     def _known(self) -> _Known:
         return _read(self.log)
 
+    @property
+    def known_ledger(self) -> State | None:
+        """How far the privacy ledger had come at the newest entry that says so."""
+        return self._known.ledger
+
     # --- what leaves
 
     def answer(self, run: str, message: Message, reply: Message, sent: Sent, send: Callable[[], T]) -> T:

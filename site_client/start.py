@@ -32,7 +32,7 @@ from locum.site_client.enrolment import connection_error, needs_renewal, open_ch
 from locum.site_client.gate import Policy
 from locum.site_client.identity import SiteIdentity, load_identity
 from locum.site_client.privacy.budget import Budget, Signer, state_of
-from locum.site_client.privacy.ledger import Ledger, LedgerError
+from locum.site_client.privacy.ledger import Ledger, LedgerError, State
 from locum.site_client.pulse import News, Pulse
 from locum.site_client.releases import open_releases
 from locum.site_client.secure import Credentials, SecureSite, drawn, seeded
@@ -107,6 +107,7 @@ def open_service(home: Path, configuration: SiteConfiguration, log: logging.Logg
     )
     budget = open_budget(home, configuration, log, lambda: datetime.fromtimestamp(service.pulse.now(), UTC))
     releases = open_releases(home, partial(state_of, budget))
+    _compare(budget.ledger, releases.known_ledger, log)
     releases.policy(configuration.policy)
     agent = Agent(identity.site, configuration.policy, worker, log, secure, admit, budget)
     witness = Witness(
@@ -157,6 +158,15 @@ def open_budget(
         return Signer(identity.site, identity.key)
 
     return Budget(ledger, configuration.accounts.population, configuration.policy, signer, now)
+
+
+def _compare(ledger: Ledger, known: State | None, log: logging.Logger) -> None:
+    """Warns of a ledger that does not go on from what the site's log knows of it: a chain alone cannot show that."""
+    try:
+        if known is not None:
+            ledger.check(known)
+    except LedgerError as error:
+        log.warning("the ledger is not the one that this site's log knows of: %s; %s", error, error.remedy)
 
 
 def open_log(home: Path, site: str, configuration: SiteConfiguration) -> logging.Logger:
