@@ -33,7 +33,7 @@ def _context(story: Story) -> dict[str, Any]:
         "verdict": story.told,
         "plan": plan,
         "plan_words": words.plan_words(plan) if plan else {},
-        "plan_yaml": plan.to_yaml() if plan else "",
+        "plan_yaml": story.plan_text,
         "private": plan.private if plan else None,
         "members": members,
         "budgets": _budgets(story, members),

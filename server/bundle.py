@@ -20,14 +20,15 @@ from cryptography import x509
 
 from locum.common.audit import bundle as parts
 from locum.common.audit.bundle import Manifest, Parts, write_bundle
-from locum.common.canonical import canonical_json
+from locum.common.canonical import canonical_json, sha256_hex
 from locum.common.durable import flush
+from locum.common.envelope import EnvelopeError, open_proposal
 from locum.common.errors import RunError
-from locum.common.identity import certificate_pem, fingerprint_of, load_certificate, parse_certificate
+from locum.common.identity import certificate_pem, certified_key, fingerprint_of, load_certificate, parse_certificate
 from locum.common.log.entries import EndEntry
 from locum.common.log.note import opened
 from locum.common.messages import LOCAL
-from locum.common.plan import Plan, load_plan
+from locum.server.authority import load_log_certificate
 from locum.server.home import Home, read_config
 from locum.server.log import FederationLog, open_log
 from locum.server.model_card import CARD_FILE, MODEL_FILE
@@ -45,15 +46,15 @@ class Source:
         name: of the run, in the log.
         home: what has `authority/` and `log/`.
         folder: the run's own.
-        plan: its plan.
-        proposal: the plan as it was proposed, signed.
+        plan: its plan as it was proposed, canonical JSON: a later version of Locum may write more keys.
+        proposal: that, signed.
         certificates: every one that was issued to a site.
     """
 
     name: str
     home: Home
     folder: Path
-    plan: Plan
+    plan: bytes = field(repr=False)
     proposal: bytes = field(repr=False)
     certificates: tuple[x509.Certificate, ...] = field(repr=False)
 
@@ -81,7 +82,7 @@ def _coordinators(home: Home, name: str | None) -> Source:
     with closing(Registry(home.registry)) as registry:
         _, proposal = registry.proposal(run.created.digest)
         certificates = tuple(certificate for _, certificate in registry.certificates())
-    return Source(run.id, home, run.folder, run.plan, proposal, certificates)
+    return Source(run.id, home, run.folder, _plan_of(home, proposal), proposal, certificates)
 
 
 def _simulations(home: Home, folder: Path) -> Source:
@@ -91,7 +92,14 @@ def _simulations(home: Home, folder: Path) -> Source:
         certificates = tuple(parse_certificate(path.read_bytes()) for path in found)
     except OSError as error:
         raise RunError(f"{folder} holds no simulation with a log", "give the --out of a simulation") from error
-    return Source(LOCAL, home, folder, load_plan(folder / "plan.yaml"), proposal, certificates)
+    return Source(LOCAL, home, folder, _plan_of(home, proposal), proposal, certificates)
+
+
+def _plan_of(home: Home, proposal: bytes) -> bytes:
+    try:
+        return canonical_json(open_proposal(proposal, certified_key(load_log_certificate(home))).plan)
+    except EnvelopeError as error:
+        raise RunError(f"the proposal is damaged: {error}", "restore it from a backup") from error
 
 
 # --- the bundle
@@ -108,7 +116,7 @@ def make_bundle(source: Source, path: Path, *, with_model: bool = True) -> Manif
             members = _members(source, log, size)
             if model is not None:
                 members |= _results(source, Path(scratch), with_model=with_model)
-            made = write_bundle(beside, Parts(log.federation, source.name, source.plan.digest, model, members))
+            made = write_bundle(beside, Parts(log.federation, source.name, sha256_hex(source.plan), model, members))
         flush(beside)
         beside.replace(path)
     except OSError as error:
@@ -141,7 +149,7 @@ def _members(source: Source, log: FederationLog, size: int) -> dict[str, parts.S
         parts.ENTRIES: (leaf + b"\n" for leaf in log.store.entries(0, size)),
         parts.CHECKPOINTS: _checkpoints(log, size),
         parts.PROPOSAL: source.proposal,
-        parts.PLAN: source.plan.canonical(),
+        parts.PLAN: source.plan,
     }
 
 

@@ -78,7 +78,7 @@ class Federation:
         folder: an empty folder.
         plan: the plan of its run.
         sites: their names.
-        rounds: of the run, all committed.
+        older: keys of the plan that the version of Locum which ran did not know.
     """
 
     folder: Path
@@ -86,6 +86,7 @@ class Federation:
     sites: Sequence[str] = SITES
     name: str = NAME
     days: float = 90
+    older: Sequence[str] = ()
     authority: Authority = field(init=False)
     keys: dict[str, ec.EllipticCurvePrivateKey] = field(init=False)
 
@@ -100,13 +101,24 @@ class Federation:
         }
         self.proposal = seal_proposal(
             Proposal(
-                digest=self.plan.digest,
-                plan=self.plan.model_dump(mode="json"),
+                digest=self.digest,
+                plan=json.loads(self.content),
                 proposed_at=self.at(4).timestamp(),
                 by="the ML team",
             ),
             self.log_key,
         )
+
+    @property
+    def content(self) -> bytes:
+        """The plan as it was proposed."""
+        written = json.loads(self.plan.canonical())
+        return canonical_json({key: value for key, value in written.items() if key not in self.older})
+
+    @property
+    def digest(self) -> str:
+        """Its digest."""
+        return sha256_hex(self.content)
 
     @property
     def fingerprint(self) -> str:
@@ -123,7 +135,7 @@ class Federation:
         """A site's decision, as it stands in the log; `key`, `certificate` and `digest` may be others'."""
         said = Approval(
             site=site,
-            digest=lies.get("digest", self.plan.digest),
+            digest=lies.get("digest", self.digest),
             at=self.at(minutes).timestamp(),
             decision=decision,
             steward=lies.get("steward", "A. Steward"),
@@ -131,14 +143,14 @@ class Federation:
         return ApprovalEntry(
             at=moment(self.at(minutes)),
             site=site,
-            plan=self.plan.digest,
+            plan=self.digest,
             statement=seal_approval(said, lies.get("key", self.keys[site])).decode(),
             certificate=lies.get("certificate", fingerprint_of(self.certificates[site])),
         )
 
     def spent(self, site: str, number: int, purpose: Any, epsilon: float, /, **lies: Any) -> str:
         """What a site says it has spent."""
-        fields = {"site": site, "run": RUN, "plan": self.plan.digest, "round": number, "purpose": purpose,
+        fields = {"site": site, "run": RUN, "plan": self.digest, "round": number, "purpose": purpose,
                   "at": BEGAN.timestamp(), "epsilon": epsilon, "delta": 1e-6, **lies}  # fmt: skip
         key = fields.pop("key", self.keys[site])
         return seal_spent(Spent(**fields), key).decode()
@@ -163,7 +175,7 @@ class Federation:
                 log_key=fingerprint_of(self.log_certificate),
             ),
             *sites,
-            ProposalEntry(at=moment(self.at(4)), plan=self.plan.digest, statement=sha256_hex(self.proposal)),
+            ProposalEntry(at=moment(self.at(4)), plan=self.digest, statement=sha256_hex(self.proposal)),
             *(self.approval(site, 5 + n / 60) for n, site in enumerate(self.sites)),
         ]
 
@@ -225,7 +237,7 @@ class Federation:
 
     def of_run(self, minutes: float) -> dict[str, Any]:
         """What every entry of the run has."""
-        return {"at": moment(self.at(minutes)), "run": RUN, "plan": self.plan.digest}
+        return {"at": moment(self.at(minutes)), "run": RUN, "plan": self.digest}
 
     def history(self) -> list[Entry]:
         """The whole true log of a run, the same at every call.
@@ -276,7 +288,7 @@ class Federation:
         spent = {site: Loss(epsilon=entry.round / 2, delta=1e-6)
                  for entry in entries if isinstance(entry, RoundEntry) for site in entry.spent}  # fmt: skip
         fields = {
-            "federation": self.name, "run": RUN, "plan": self.plan.digest, "round": end.round, "status": end.status,
+            "federation": self.name, "run": RUN, "plan": self.digest, "round": end.round, "status": end.status,
             "roster": tuple(self.sites), "checkpoint": _bare(notes[-1]), "at": end.at,
             "epsilon": spent,
             "authority": certificate_pem(self.authority.certificate).decode(),
@@ -305,12 +317,12 @@ class Federation:
             bundles.ENTRIES: b"".join(leaf + b"\n" for leaf in leaves),
             bundles.CHECKPOINTS: lines_of(signed),
             bundles.PROPOSAL: self.proposal,
-            bundles.PLAN: self.plan.canonical(),
+            bundles.PLAN: self.content,
             **(self._results(told, signed) if ends else {}),
             **{_member(name): value for name, value in members.items()},
         }
         path = self.folder / name
-        parts = Parts(self.name, RUN, self.plan.digest, ends[-1].model if ends else None,
+        parts = Parts(self.name, RUN, self.digest, ends[-1].model if ends else None,
                       {name: value for name, value in content.items() if value is not None})  # fmt: skip
         write_bundle(path, parts)
         return path
@@ -348,7 +360,7 @@ class Federation:
         (entry,) = [e for e in self.history() if isinstance(e, ApprovalEntry) and e.site == site]
         said: list[Entry] = [
             OwnerEntry(at=moment(self.at(1)), federation=self.name, site=site),
-            DecisionEntry(at=moment(self.at(5)), plan=self.plan.digest, statement=entry.statement),
+            DecisionEntry(at=moment(self.at(5)), plan=self.digest, statement=entry.statement),
             self.released("decision", 5, sha256=sha256_hex(entry.statement.encode())),
         ]
         for number in range(1, self.plan.rounds + 1):

@@ -25,9 +25,9 @@ _NO_CASE = "NO_DATA"
 
 
 def _of_this_plan(standing: Standing, entry: _Mine) -> None:
-    if entry.plan != standing.plan.digest:
+    if entry.plan != standing.digest:
         raise Wrong(
-            f"it is of the plan {entry.plan[:12]}, and the run's is {standing.plan.digest[:12]}",
+            f"it is of the plan {entry.plan[:12]}, and the run's is {standing.digest[:12]}",
             "the sites approved another plan than the one that was run",
         )
     if standing.said == "":

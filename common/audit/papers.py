@@ -44,9 +44,10 @@ _OTHER_VERSION = "verify it with the version that ran"
 
 @dataclass(frozen=True)
 class Proposed:
-    """The plan of a bundle, and the SHA-256 of the proposal that the log key signed."""
+    """The plan of a bundle, as it is read and as it was proposed; the SHA-256 of the signed proposal."""
 
     plan: Plan
+    content: bytes
     proposal: str
 
 
@@ -108,9 +109,7 @@ def plan_of(bundle: Bundle, anchors: Anchors) -> Proposed:
         ) from error
     if proposal.digest != bundle.manifest.plan or canonical_json(proposal.plan) != content:
         raise Wrong("the proposal is of another plan", "the sites were shown another plan than the one in the bundle")
-    if plan.canonical() != content:
-        raise Wrong("the plan is not as this version of Locum writes it", _OTHER_VERSION)
-    return Proposed(plan, sha256_hex(envelope))
+    return Proposed(plan, content, sha256_hex(envelope))
 
 
 # --- after the log
@@ -178,7 +177,7 @@ def _claims(statement: Statement, standing: Standing) -> list[tuple[str, Any, An
     return [
         ("model", statement.model, end and end.model),
         ("run", said.run, standing.run),
-        ("plan", said.plan, standing.plan.digest),
+        ("plan", said.plan, standing.digest),
         ("round", said.round, end and end.round),
         ("status", said.status, end and end.status),
         ("roster", said.roster, roster and roster.sites),

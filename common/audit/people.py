@@ -85,14 +85,14 @@ def _members(standing: Standing) -> str:
 
 
 def _proposed(standing: Standing, entry: ProposalEntry) -> None:
-    if entry.plan == standing.plan.digest and entry.statement != standing.proposal:
+    if entry.plan == standing.digest and entry.statement != standing.proposal:
         raise Wrong(
             "the proposal in the log is another than the one in the bundle", "the sites were shown something else"
         )
 
 
 def _signed(standing: Standing, entry: ApprovalEntry) -> None:
-    if entry.plan != standing.plan.digest:
+    if entry.plan != standing.digest:
         return
     site, member = entry.site, standing.members.get(entry.site)
     if standing.proposed is None:

@@ -93,7 +93,8 @@ class Standing:
 
     Attributes:
         run: the run's name.
-        plan: its plan.
+        plan: its plan, as this version of Locum reads it.
+        content: the plan as it was proposed, canonical JSON, which an earlier version may have written; `digest` of it.
         proposal: the SHA-256 of the signed proposal in the bundle.
         members: by site, enrolled or revoked.
         revoked_at: by the SHA-256 of a key, when its site was shown out.
@@ -114,6 +115,8 @@ class Standing:
 
     run: str
     plan: Plan
+    content: bytes = field(repr=False)
+    digest: str
     proposal: str
     anchors: Anchors
     members: dict[str, Member] = field(default_factory=dict)
@@ -158,7 +161,7 @@ class Standing:
         elif isinstance(entry, ApprovalEntry):
             self._approval(entry)
         elif isinstance(entry, ProposalEntry):
-            if entry.plan == self.plan.digest:
+            if entry.plan == self.digest:
                 self.proposed = entry.statement
         elif self.is_mine(entry):
             self.last = number
@@ -187,7 +190,7 @@ class Standing:
 
     def _approval(self, entry: ApprovalEntry) -> None:
         key = self.anchors.key_of(entry.certificate)
-        if entry.plan != self.plan.digest or key is None:
+        if entry.plan != self.digest or key is None:
             return
         said = self.approval_of(entry)
         if said is None:

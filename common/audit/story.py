@@ -7,9 +7,12 @@ Rules:
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from locum.common.audit.standing import Standing
 from locum.common.audit.verify import Verdict, verify
@@ -156,6 +159,16 @@ class Story:
         """The run's plan; None if the bundle could not be read to its end."""
         return self.told.standing.plan if self.told.standing else None
 
+    @property
+    def plan_text(self) -> str:
+        """The plan as it was proposed, YAML; empty if it could not be read."""
+        standing = self.told.standing
+        if standing is None:
+            return ""
+        if standing.plan.digest == standing.digest:
+            return standing.plan.to_yaml()
+        return yaml.safe_dump(json.loads(standing.content), sort_keys=False, allow_unicode=True, width=120)
+
     # --- as the log goes by
 
     def watch(self, number: int, entry: Entry, standing: Standing) -> None:
@@ -163,7 +176,7 @@ class Story:
         if isinstance(entry, SiteEntry):
             self.site(entry.site).events.append(Happened(number, entry.at, entry.event))
         elif isinstance(entry, ProposalEntry):
-            if entry.plan == standing.plan.digest:
+            if entry.plan == standing.digest:
                 self.proposed = Happened(number, entry.at, "proposed")
         elif isinstance(entry, ApprovalEntry):
             self._decided(number, entry, standing)
@@ -175,7 +188,7 @@ class Story:
         return self.sites.setdefault(name, Site(name))
 
     def _decided(self, number: int, entry: ApprovalEntry, standing: Standing) -> None:
-        said = standing.approval_of(entry) if entry.plan == standing.plan.digest else None
+        said = standing.approval_of(entry) if entry.plan == standing.digest else None
         if said is not None:
             self.decisions.append(Decided(number, entry.at, entry.site, said.decision, said.steward))
 

@@ -216,7 +216,7 @@ def metrics(story: Story, site: str | None, of: int | None) -> list[str]:
 
 def plan(story: Story, _site: str | None, _round: int | None) -> list[str]:
     """The whole plan."""
-    return story.plan.to_yaml().splitlines() if story.plan else ["the plan cannot be read"]
+    return story.plan_text.splitlines() or ["the plan cannot be read"]
 
 
 def course(story: Story, _site: str | None, _round: int | None) -> list[str]:
@@ -257,6 +257,6 @@ def story_fields(story: Story) -> dict[str, Any]:
         "refusals": [{**vars(left), "why": left.why} for left in story.left],
         "metrics": list(map(vars, story.metrics)),
         "end": story.end and story.end.model_dump(mode="json"),
-        "plan": None if story.plan is None else json.loads(story.plan.canonical()),
+        "plan": None if story.told.standing is None else json.loads(story.told.standing.content),
         "not_shown": list(LIMITS),
     }

@@ -182,7 +182,8 @@ def _look_through(checks: _Checks, stack: ExitStack, path: Path, authority: str 
     with checks.at(3):
         proposed = papers.plan_of(bundle, anchors)
         checks.hold(3, f"{proposed.plan.name}, {bundle.manifest.plan}, signed by the log key")
-    standing = Standing(bundle.manifest.run, proposed.plan, proposed.proposal, anchors)
+    manifest = bundle.manifest
+    standing = Standing(manifest.run, proposed.plan, proposed.content, manifest.plan, proposed.proposal, anchors)
     with checks.at(5):
         tree = Tree(anchors, checkpoints(bundle.lines(CHECKPOINTS)))
     _read(checks, bundle, standing, tree)

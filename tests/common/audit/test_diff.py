@@ -106,7 +106,7 @@ def test_a_decision_that_the_coordinator_keeps_to_itself_is_found(federation: Fe
     from locum.common.canonical import sha256_hex
     from locum.common.log.entries import DecisionEntry
 
-    said = DecisionEntry(at=revoked.at, plan=federation.plan.digest, statement=revoked.statement)
+    said = DecisionEntry(at=revoked.at, plan=federation.digest, statement=revoked.statement)
     sent = federation.released("decision", 35, sha256=sha256_hex(revoked.statement.encode()))
     kept = federation.site_log("north", [*releases, said])
     assert differences(true, kept) == []  # a first steward's, of two: nobody was told

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from locum.common.audit import bundle as bundles
 from locum.common.audit.verify import TITLES, verify
 from locum.common.canonical import canonical_json, sha256_hex
+from locum.common.envelope import Proposal, seal_proposal
 from locum.common.identity import certificate_pem, fingerprint_of, new_key
 from locum.common.log.entries import Entry, RoundEntry, SiteEntry, moment, written
 from locum.common.log.note import with_lines
@@ -612,6 +613,23 @@ def test_an_approval_under_an_expired_certificate_counts_for_nothing(tmp_path: P
     assert failure(path) is None  # one that was signed in time, and written down late, counts
     path = federation.bundle([*entries[:NORTH], federation.approval("north", days), *late[1:]])
     assert "had expired" in caught(path, 10, NORTH).told
+
+
+def test_a_plan_of_an_earlier_version_is_read_and_its_digest_stays(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, plan(), older=("deterministic", "admission"))
+    assert federation.digest != federation.plan.digest
+    verdict = verify(federation.bundle())
+    assert verdict.holds, verdict.first
+    assert verdict.plan == federation.digest
+
+
+def test_a_plan_of_a_later_version_is_told(open_hand: Federation, tmp_path: Path) -> None:
+    content = canonical_json({**json.loads(open_hand.content), "zeal": 1})
+    proposal = Proposal(digest=sha256_hex(content), plan=json.loads(content), proposed_at=0.0, by="somebody")
+    envelope = seal_proposal(proposal, open_hand.log_key)
+    path = open_hand.bundle(name="later.zip", proposal_json=envelope, plan_json=content)
+    found = caught(meddled(path, lambda _: None, plan=sha256_hex(content)), 3, None)
+    assert "verify it with the version that ran" in found.means
 
 
 # --- what is no bundle
