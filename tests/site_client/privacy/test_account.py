@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from locum.common.cli import main
+from locum.common.errors import PlanError
 from locum.common.plan import Plan
 from locum.simulations.preparation import Prepared
 from locum.site_client.gate import Policy
@@ -21,6 +22,7 @@ from locum.site_client.privacy.accountant import Mechanism, epsilon
 from locum.site_client.privacy.budget import whole_run
 from locum.site_client.privacy.ledger import Ledger, Limit, Use
 from locum.site_client.privacy.projection import project
+from locum.site_client.review import plan_in_words
 from tests.plans import plan
 from tests.site_client.enrolled import Hospital
 from tests.site_client.privacy.private_plans import private
@@ -246,3 +248,24 @@ def test_a_review_of_a_plan_without_differential_privacy_says_how_it_is_noted(
     main(["site", "review", of.digest, "--home", str(hospital.home)])
     assert "This site's ledger\n  A run of this plan is noted as one without" in capsys.readouterr().out
     assert main(["site", "ledger", "--plan", of.digest, "--home", str(hospital.home)]) not in {None, 0}
+
+
+def test_a_review_of_a_private_plan_counts_patients_and_says_what_is_not_protected() -> None:
+    of = private(images=3)
+    words = plan_in_words(of, Policy())
+    privacy, leaves = "\n".join(words["Privacy"]), "\n".join(words["What leaves this site"])
+    assert "of up to 3 images of a patient in a step the mean counts" in privacy
+    assert "Of the metrics: epsilon 1 more for each fold" in privacy
+    assert "A run may repeat 1 round; more than that is refused here" in privacy
+    assert "NOT protected: how many patients there are" in privacy
+    assert "the number of training patients, as the update's weight" in leaves
+    assert "signed statement of the epsilon" in leaves
+    assert "cases in each fold" not in leaves
+    assert "single ones" not in leaves
+
+
+@pytest.mark.parametrize("wrong", [0, -1, float("inf"), float("nan")])
+def test_an_epsilon_of_zero_or_infinity_is_an_error_of_the_plan(wrong: float) -> None:
+    for key in ("epsilon", "metrics_epsilon", "delta", "clip"):
+        with pytest.raises(PlanError, match=key):
+            private(**{key: wrong})
