@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-#: Less noise than this is never advised: at σ = 0.1 one step with everybody costs an epsilon of 90 already.
-LEAST_NOISE = 0.1
+#: Less noise than this is never advised: at σ = 0.2 one step with everybody costs an epsilon of 33 already.
+LEAST_NOISE = 0.2
 
 _FINE, _COARSE = 1e-4, 1e-3
 #: Points of a distribution, at most; beyond, its grid is ten times coarser. Only absurd epsilons (hundreds) get there.
