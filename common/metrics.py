@@ -108,7 +108,7 @@ class Metric:
 _NOTHING = Outcomes((), np.zeros(0, np.int64), *(np.zeros((0, 0)) for _ in range(3)))
 
 
-def _auc_one(positive: Floats, negative: Floats) -> float | None:
+def area_under_curve(positive: Floats, negative: Floats) -> float | None:
     """Area under the ROC curve as the Mann–Whitney statistic (Hanley & McNeil, Radiology 1982)."""
     if len(positive) == 0 or len(negative) == 0:
         return None
@@ -131,7 +131,7 @@ def _auc_exact(outcomes: Outcomes, classes: int) -> float | None:
     if len(outcomes.labels) == 0:
         return None
     areas = [
-        _auc_one(outcomes.scores[outcomes.labels == c, c], outcomes.scores[outcomes.labels != c, c])
+        area_under_curve(outcomes.scores[outcomes.labels == c, c], outcomes.scores[outcomes.labels != c, c])
         for c in _auc_classes(classes)
     ]
     return _mean(areas)

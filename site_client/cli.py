@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from locum.common.errors import DataError, RunError
+from locum.site_client.check_cli import check_model
 from locum.site_client.doctor_cli import doctor
 from locum.site_client.enrol_cli import enrol
 from locum.site_client.identity import usable
@@ -44,6 +45,7 @@ app.command()(start)
 app.command()(doctor)
 app.command()(ledger)
 app.command()(released)
+app.command()(check_model)
 
 _SITE_HELP = "A site.yaml: where the images and labels are."
 _SiteFile = Annotated[Path, typer.Argument(metavar="SITE.yaml", show_default=False, help=_SITE_HELP)]

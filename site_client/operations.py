@@ -2,12 +2,14 @@
 
 `describe`, `patients`, `train` and `evaluate` answer the coordinator through the agent; the last two with the noise
 that its ledger has reserved, `private` of a request, which a plan with differential privacy must have and no other may.
-`outcomes`, `pictures` and `fit_alone` are for a simulation, which owns the data it made; no message type leads to them.
+`outcomes`, `pictures`, `fit_alone`, `losses` and `canaries` are for a simulation, which owns the data it made; no
+message type leads to them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from locum.common.metrics import Outcomes
 from locum.common.plan import Fold, parse_plan
 from locum.common.plan_checks import OTHER
 from locum.common.sums import CASES, cells_of
+from locum.site_client.check import canaries_at, losses_at
 from locum.site_client.privacy.measures import noised_sums
 from locum.site_client.privacy.noise import NoiseSource
 from locum.site_client.session import (
@@ -139,6 +142,18 @@ def _fit_alone(session: Session, request: Mapping[str, Any], _tensors: Arrays) -
     return {}, fit_alone(session, request["rounds"])
 
 
+def _losses(session: Session, request: Mapping[str, Any], tensors: Arrays) -> tuple[dict[str, Any], Tensors]:
+    at_model(session, tensors, request["round"])
+    found = losses_at(session)
+    return {}, {"members": found.members, "others": found.others}
+
+
+def _canaries(session: Session, request: Mapping[str, Any], tensors: Arrays) -> tuple[dict[str, Any], Tensors]:
+    at_model(session, tensors, request["round"])
+    found = canaries_at(session)
+    return {"canaries": asdict(found) if found is not None else None}, {}
+
+
 _Operation = Callable[[Session, Mapping[str, Any], Arrays], tuple[dict[str, Any], Tensors]]
 OPERATIONS: dict[str, _Operation] = {
     "describe": _describe,
@@ -148,4 +163,6 @@ OPERATIONS: dict[str, _Operation] = {
     "outcomes": _outcomes,
     "pictures": _pictures,
     "fit_alone": _fit_alone,
+    "losses": _losses,
+    "canaries": _canaries,
 }

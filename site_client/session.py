@@ -197,9 +197,8 @@ def check_private(plan: Plan, setting: object) -> None:
 
 def _train_privately(session: Session, round_number: int, setting: private.Setting) -> tuple[train.Trained, int]:
     people, together = session.people(), session.admitted()
-    done = private.train_privately(
-        session.plan, session.network, people, round_number=round_number, setting=setting, together=together
-    )
+    engine = private.Engine(session.plan, session.network, together=together)
+    done = private.train_privately(session.plan, engine, people, round_number=round_number, setting=setting)
     return done, len(people.cases)
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -35,6 +35,9 @@ from locum.site_client.privacy.noise import NoiseSource
 from locum.site_client.privacy.sampling import PoissonSampler, steps_of
 from locum.site_client.training.data import Batch, People
 from locum.site_client.training.train import Trained, schedule_factor, truth_of
+
+if TYPE_CHECKING:
+    from locum.site_client.training.canaries import Canaries
 
 #: Patients whose gradients are computed at once, at most, and the most memory that their gradients may take.
 _AT_ONCE, _GRADIENT_BYTES = 8, 1 << 30
@@ -58,11 +61,17 @@ class Setting:
 
 
 def train_privately(
-    plan: Plan, network: nn.Module, people: People, *, round_number: int, setting: Setting, together: bool = True
+    plan: Plan,
+    engine: Engine,
+    people: People,
+    *,
+    round_number: int,
+    setting: Setting,
+    canaries: Canaries | None = None,
 ) -> Trained:
-    """Trains `network` in place for one round; the loss told is the mean over the patients that were drawn.
+    """Trains the engine's network in place for one round; the loss told is the mean over the patients drawn.
 
-    `together` is what :func:`admitted` found.
+    `canaries` are for a check (:mod:`locum.site_client.check`) whose update goes nowhere.
 
     Raises:
         SiteFailure: PRIVACY_REFUSED for a plan without differential privacy, DATA_UNREADABLE, LOSS_NOT_FINITE if the
@@ -70,16 +79,20 @@ def train_privately(
     """
     private = _private(plan)
     sampler = PoissonSampler(people.cases, setting.rate, private.images)
-    engine, noise = Engine(plan, network, together=together), NoiseSource()
+    noise = NoiseSource() if canaries is None else canaries.noise
     optimiser = build.optimiser(plan, engine.trainable.values(), schedule_factor(plan, round_number))
-    network.train()
+    engine.network.train()
     people.reseed()
     torch.manual_seed(int.from_bytes(os.urandom(8), "big"))
     losses: list[float] = []
-    steps = steps_of(plan, setting.rate)
+    steps, expected = steps_of(plan, setting.rate), setting.rate * len(people.cases)
     for _ in range(steps):
         losses += engine.add(people.read(drawn) for drawn in sorted(sampler.draw(), key=len))
-        engine.release(noise, setting.noise * private.clip, expected=setting.rate * len(people.cases))
+        if canaries is not None:
+            canaries.join(engine)
+        engine.release(noise, setting.noise * private.clip, expected=expected)
+        if canaries is not None:
+            canaries.watch(engine, expected=expected)
         optimiser.step()
     if not all(bool(torch.isfinite(parameter).all()) for parameter in engine.trainable.values()):
         raise SiteFailure(Code.LOSS_NOT_FINITE, f"the weights are not finite after round {round_number}")
@@ -96,18 +109,18 @@ def _private(plan: Plan) -> DifferentialPrivacy:
 class Engine:
     """Sums clipped gradients of patients, and releases the sum with noise as the gradient of the network.
 
-    Patients are computed side by side (`vmap`), or one after the other where the network cannot be mapped; both give
-    the same numbers.
+    Patients are computed side by side (`vmap`), or one after the other where the network cannot be mapped, as
+    :func:`admitted` finds; both give the same numbers.
     """
 
     def __init__(self, plan: Plan, network: nn.Module, *, together: bool = True) -> None:
-        self._plan, self._network, self._criterion = plan, network, build.loss(plan)
+        self._plan, self.network, self._criterion = plan, network, build.loss(plan)
         self._clip = _private(plan).clip * _CLOSE
         self.trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        sizes = [parameter.numel() for parameter in self.trainable.values()]
+        self._sizes = [parameter.numel() for parameter in self.trainable.values()]
         first = next(iter(self.trainable.values()))
-        self._total = torch.zeros(sum(sizes), device=first.device)
-        self._parts = dict(zip(self.trainable, torch.split(self._total, sizes), strict=True))
+        self._total = torch.zeros(sum(self._sizes), device=first.device)
+        self._parts = dict(zip(self.trainable, torch.split(self._total, self._sizes), strict=True))
         self._at_once = max(1, min(_AT_ONCE, _GRADIENT_BYTES // self._total.nbytes))
         self.together = together
 
@@ -121,6 +134,10 @@ class Engine:
             self._add_clipped([gradients[name].flatten(1) for name in self._parts])
             losses += values.tolist()
         return losses
+
+    def add_rows(self, rows: torch.Tensor) -> None:
+        """Adds patients whose gradients are given (patients × numbers of the network), clipped as all others are."""
+        self._add_clipped(torch.split(rows.to(self._total.device), self._sizes, dim=1))
 
     def _chunks(self, patients: Iterable[Batch]) -> Iterable[list[Batch]]:
         """As many as are computed at once, all with the same number of images; reads no further than it must."""
@@ -148,7 +165,7 @@ class Engine:
         return {name: gradient[None] for name, gradient in gradients.items()}, value[None]
 
     def _loss(self, parameters: Mapping[str, torch.Tensor], images: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-        output = functional_call(self._network, dict(parameters), (images,))
+        output = functional_call(self.network, dict(parameters), (images,))
         # A loss of one's own may rely on what it writes in place.
         with _OutOfPlace() if self._plan.loss.name in names.LOSSES else nullcontext():
             return self._criterion(build.scores_of(output).float(), truth)
@@ -165,7 +182,7 @@ class Engine:
         """Sets the gradients of the network: the sum with noise, over the number of patients expected. Starts anew."""
         noised = torch.from_numpy(noise.noised(self._total.cpu().numpy(), std)).to(self._total.device)
         noised /= expected
-        parts = torch.split(noised, [parameter.numel() for parameter in self.trainable.values()])
+        parts = torch.split(noised, self._sizes)
         for parameter, part in zip(self.trainable.values(), parts, strict=True):
             parameter.grad = part.view_as(parameter)
         self._total.zero_()
