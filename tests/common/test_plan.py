@@ -61,6 +61,9 @@ def test_all_errors_of_form_are_told_at_once() -> None:
     assert len(message.splitlines()) == 3
 
 
+_PRIVATE = {"differential_privacy": {"epsilon": 1, "delta": 1e-5, "clip": 1}}
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -97,7 +100,12 @@ def test_all_errors_of_form_are_told_at_once() -> None:
             {"release": {"per_site": ["training_loss"], "training_loss": False}},
             "each site is to tell its training_loss, which release.training_loss withholds",
         ),
-        ({"protection": {"differential_privacy": {"epsilon": 1, "delta": 1e-5, "clip": 1}}}, "no differential privacy"),
+        ({"protection": _PRIVATE}, "the training loss has no noise"),
+        ({"protection": _PRIVATE, "release": {"training_loss": False}}, "no budget is set apart for them"),
+        ({"protection": _PRIVATE, "training__gradient_clip": 1.0}, "clipped already"),
+        ({"protection": _PRIVATE, "training__sampling": "balanced"}, "drawn independently of their class"),
+        ({"protection": _PRIVATE, "training__precision": "mixed"}, "computed in float32"),
+        ({"protection": {"differential_privacy": {"epsilon": 0, "delta": 1e-5, "clip": 1}}}, "greater than 0"),
         ({"release": {"case_counts": False}}, "weights by cases tell the number of cases"),
         (
             {
