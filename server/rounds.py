@@ -68,7 +68,7 @@ from locum.server.link import Link
 from locum.server.records import Bounds, CellRecord, Evaluated, Events, Number, RoundRecord
 from locum.server.run_log import voided
 from locum.server.secure import SecureSums
-from locum.server.spending import Release, Statement, stated
+from locum.server.spending import Release, Statement, is_due, stated
 from locum.server.strategies import strategy_of
 
 #: Sums of metrics count cases, or add up fractions and millimetres over them.
@@ -347,7 +347,9 @@ def gathered(engine: Engine, roster: Roster, committed: Committed, _attempt: int
 def _spent(engine: Engine, site: str, envelope: str | None, number: int, purpose: str) -> Statement | Refused | None:
     """The statement of what a site has spent that came with its answer; or why the answer does not count."""
     release = Release(engine.log.run, engine.plan.digest, number, purpose)
-    return stated(envelope, engine.link.certificate(site), site=site, release=release) if envelope else None
+    due = is_due(engine.plan, purpose)
+    certificate = engine.link.certificate(site) if due else None
+    return stated(envelope, certificate, site=site, release=release, due=due)
 
 
 def mean_loss(told: Mapping[str, Told]) -> float | None:

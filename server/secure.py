@@ -82,7 +82,7 @@ from locum.server.checkpoints import Committed
 from locum.server.records import SecureRecord
 from locum.server.setup import Party, SetUp
 from locum.server.signer import Signer
-from locum.server.spending import Release, Statement, stated
+from locum.server.spending import Release, Statement, is_due, stated
 
 _BLOCK = 1 << 16
 #: What rounding and floating point may add to a norm.
@@ -337,7 +337,8 @@ class _Asked:
         if reason:
             return Refused(reason, Code.MESSAGE_UNREADABLE)
         release = Release(self.engine.log.run, plan.digest, context.round, context.purpose)
-        spent = stated(header.spent, self.session.parties[site].certificate, site=site, release=release)
+        certificate, due = self.session.parties[site].certificate, is_due(plan, context.purpose)
+        spent = stated(header.spent, certificate, site=site, release=release, due=due)
         if isinstance(spent, Refused):
             return spent
         try:

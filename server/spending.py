@@ -9,6 +9,7 @@ from cryptography import x509
 
 from locum.common.envelope import EnvelopeError, Spent, open_spent
 from locum.common.identity import certified_key
+from locum.common.plan import Plan
 from locum.server.admission import Refused
 
 
@@ -30,12 +31,19 @@ class Release:
     purpose: str
 
 
+def is_due(plan: Plan, purpose: str) -> bool:
+    """Whether whoever contributes must say what it has spent: what is released has noise, and a price."""
+    return plan.private is not None and (purpose == "train" or bool(plan.released_metrics))
+
+
 def stated(
-    envelope: str | None, certificate: x509.Certificate | None, *, site: str, release: Release
+    envelope: str | None, certificate: x509.Certificate | None, *, site: str, release: Release, due: bool
 ) -> Statement | Refused | None:
-    """The statement that came with a site's answer, if one did; why the answer cannot count where it is not right."""
+    """The statement that came with a site's answer, where one is due; or why the answer does not count."""
     if envelope is None:
-        return None
+        return Refused("it does not say what it has spent of its patients' privacy") if due else None
+    if not due:
+        return Refused("it says what it has spent where nothing is")
     if certificate is None:
         return Refused("its statement of what it has spent cannot be checked: its certificate is not known")
     try:

@@ -178,7 +178,7 @@ class Agent:
             done, sums = self._asked_of_worker("evaluate", asked, model, reserved, **request)
         except SiteFailure as failure:
             if failure.code is Code.NO_DATA and asked.plan.secured:
-                return Made({}, {"cases": 0})
+                return Made({}, {"cases": 0}, self._spend_nothing(asked, task))
             raise
         return Made(sums, done, self._spend(reserved))
 
@@ -227,6 +227,12 @@ class Agent:
         if done.get("steps", 1) > reserved.mechanism.steps:
             raise SiteFailure(Code.INTERNAL, f"{done['steps']} steps, {reserved.mechanism.steps} were reserved")
         return {**done, "cases": reserved.patients}, made
+
+    def _spend_nothing(self, asked: _Task, task: EvaluateTask) -> gate.Spend:
+        """Of a fold without a patient: a statement like that of any other site, so that nobody learns of it by that."""
+        if asked.plan.private is None or self.budget is None or not asked.plan.released_metrics:
+            return gate.nothing_spent
+        return partial(self.budget.nothing, asked.plan, run=asked.run, round_number=task.round, purpose=task.fold)
 
     def _spend(self, reserved: Reserved | None) -> gate.Spend:
         if reserved is None or self.budget is None:

@@ -13,7 +13,6 @@ from locum.common.log.entries import (
     FederationEntry,
     MetricsEntry,
     ProposalEntry,
-    RosterEntry,
     RoundEntry,
     SiteEntry,
 )
@@ -121,7 +120,7 @@ def _decided(standing: Standing) -> str:
 # --- who took part had agreed
 
 
-def _agreed(standing: Standing, entry: RosterEntry | RoundEntry | MetricsEntry) -> None:
+def _agreed(standing: Standing, entry: RoundEntry | MetricsEntry) -> None:
     for site in entry.sites:
         if not standing.approved(site):
             raise Wrong(
@@ -161,6 +160,6 @@ RULES = (
         11,
         "whoever took part had approved",
         _all_agreed,
-        dict.fromkeys((RosterEntry, RoundEntry, MetricsEntry), _agreed),
+        dict.fromkeys((RoundEntry, MetricsEntry), _agreed),
     ),
 )

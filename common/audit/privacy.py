@@ -18,8 +18,10 @@ def _round(standing: Standing, entry: RoundEntry) -> None:
 
 
 def _fold(standing: Standing, entry: MetricsEntry) -> None:
-    privacy = standing.plan.private
-    _check_all(standing, entry, entry.fold, None if privacy is None else privacy.metrics_epsilon)
+    plan = standing.plan
+    _check_all(
+        standing, entry, entry.fold, plan.private.metrics_epsilon if plan.private and plan.released_metrics else None
+    )
 
 
 def _check_all(standing: Standing, entry: RoundEntry | MetricsEntry, purpose: str, most: float | None) -> None:

@@ -105,7 +105,15 @@ class Budget:
             self.ledger.commit(reserved.reservation.id)
         except LedgerError as error:
             raise SiteFailure(Code.PRIVACY_REFUSED, f"{error.message}; {error.remedy}") from error
-        use, signer = reserved.use, self.signer()
+        return self._statement(reserved.use, reserved.reservation.of_run, reserved.delta)
+
+    def nothing(self, plan: Plan, *, run: str, round_number: int, purpose: Fold) -> str:
+        """The statement about a fold without a patient: epsilon 0."""
+        use = Use(self.population, run, plan.digest, round_number, purpose)
+        return self._statement(use, 0.0, _private(plan).delta)
+
+    def _statement(self, use: Use, epsilon: float, delta: float) -> str:
+        signer = self.signer()
         spent = Spent(
             site=signer.site,
             run=use.run,
@@ -113,8 +121,8 @@ class Budget:
             round=use.round,
             purpose=use.purpose,
             at=self.now().timestamp(),
-            epsilon=reserved.reservation.of_run,
-            delta=reserved.delta,
+            epsilon=epsilon,
+            delta=delta,
         )
         return seal_spent(spent, signer.key).decode()
 

@@ -208,11 +208,31 @@ class _Spender(Peer):
         return super().header(plan, task).model_copy(update={"spent": envelope})
 
 
+_PRIVACY = {"epsilon": 1, "delta": 1e-5, "clip": 1}
+
+
+def _private(rounds: int) -> Plan:
+    """A plan whose updates have noise, and which releases nothing else."""
+    without = {"metrics": [], "training_loss": False}
+    return plan(rounds=rounds, protection__differential_privacy=_PRIVACY, release=without)
+
+
 def test_what_sites_have_spent_stands_as_they_signed_it(tmp_path: Path) -> None:
-    finished = run_peers(plan(rounds=2), [_Spender("a", tmp_path), Peer("b")], tmp_path)
+    finished = run_peers(_private(2), [_Spender("a", tmp_path), _Spender("b", tmp_path)], tmp_path)
     stated = [json.loads(entry.spent["a"])["body"]["epsilon"] for entry in of_kind(tmp_path / "log", RoundEntry)]
     assert stated == [0.5, 1.0]
-    assert [record.epsilon for record in finished.history] == [{"a": 0.5}, {"a": 1.0}]
+    assert [record.epsilon for record in finished.history] == [{"a": 0.5, "b": 0.5}, {"a": 1.0, "b": 1.0}]
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_an_update_counts_only_with_a_statement_where_one_is_due_and_with_none_where_nothing_is_spent(
+    private: bool, tmp_path: Path
+) -> None:
+    right, wrong = (_Spender, lambda site, _: Peer(site)) if private else (lambda site, _: Peer(site), _Spender)
+    peers = [right("a", tmp_path), right("b", tmp_path), wrong("c", tmp_path)]
+    run_peers(_private(1) if private else plan(rounds=1), peers, tmp_path)
+    (round_,) = of_kind(tmp_path / "log", RoundEntry)
+    assert (round_.sites, round_.refused) == (("a", "b"), {"c": "NOT_ADMITTED"})
 
 
 @pytest.mark.parametrize(
@@ -221,9 +241,10 @@ def test_what_sites_have_spent_stands_as_they_signed_it(tmp_path: Path) -> None:
 def test_a_statement_that_is_not_the_sites_own_of_this_very_round_is_not_written_and_its_update_does_not_count(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    run_peers(plan(rounds=1), [Peer("a"), Peer("b"), _Spender("c", tmp_path, changes)], tmp_path)
+    right = [_Spender("a", tmp_path), _Spender("b", tmp_path)]
+    run_peers(_private(1), [*right, _Spender("c", tmp_path, changes)], tmp_path)
     (round_,) = of_kind(tmp_path / "log", RoundEntry)
-    assert (round_.sites, round_.refused, round_.spent) == (("a", "b"), {"c": "NOT_ADMITTED"}, {})
+    assert (round_.sites, round_.refused, set(round_.spent)) == (("a", "b"), {"c": "NOT_ADMITTED"}, {"a", "b"})
 
 
 # --- whatever dies
