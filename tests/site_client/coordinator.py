@@ -87,6 +87,10 @@ class Coordinator(rpc.RegistryServicer, rpc.FleetServicer):  # type: ignore[misc
         message.metadata.__dict__["_message_id"] = message.object_id
         self._waiting.append(message)
 
+    def parts_of(self, reply: Message) -> list[bytes]:
+        """The parts in which a reply arrived."""
+        return [self._objects[name] for name in get_all_nested_objects(reply)]
+
     def named(self, name: str) -> list[Any]:
         """What was heard under a name."""
         return [content for known, content in self.heard if known == name]

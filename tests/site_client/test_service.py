@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import grpc
@@ -19,11 +24,15 @@ from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
 from locum.common.activity import Activity
 from locum.common.errors import Code
 from locum.common.fab import build_bundle
+from locum.common.log.entries import RefusalEntry, ReleaseEntry, read_entry
+from locum.common.log.store import Log
 from locum.common.messages import INLINE, LOCAL, TRAIN, Carrier, TrainResult, pack
 from locum.common.proto import locum_pb2 as pb
+from locum.site_client import pulse
 from locum.site_client import service as module
 from locum.site_client.configuration import read_configuration
 from locum.site_client.fleet import Incoming, RunOf, dated
+from locum.site_client.releases import open_releases
 from locum.site_client.service import Service
 from locum.site_client.start import open_log, open_service
 from locum.site_client.status import Doing, doing
@@ -34,6 +43,7 @@ from tests.site_client.coordinator import Coordinator, open_coordinator, until
 from tests.site_client.enrolled import Hospital
 
 OF = plan()
+ORIGIN = "locum.Test%20federation/sites/north"
 
 
 class _Answerer:
@@ -116,7 +126,7 @@ def site(hospital: Hospital, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
         answerer.told = service.doing
         made = Site(hospital, coordinator, service, answerer)
         yield made
-        service.end()
+        made.service.end()
         if made.thread is not None:
             made.thread.join(30)
             assert not made.thread.is_alive()
@@ -339,3 +349,141 @@ def test_nothing_is_written_while_nothing_changes(site: Site) -> None:
     pulls = len(site.coordinator.named("pull-messages"))
     until(lambda: len(site.coordinator.named("pull-messages")) > pulls + 5)
     assert (site.hospital.home / "agent.json").stat().st_mtime_ns == written
+
+
+# --- what leaves is written down
+
+
+def _releases(site: Site) -> list[ReleaseEntry]:
+    """The entries of the site's own log of what left, reports left out."""
+    found = map(read_entry, Log(site.hospital.home / "log", ORIGIN).entries())
+    return [entry for entry in found if isinstance(entry, ReleaseEntry) and not entry.purpose.startswith("report.")]
+
+
+def _answers(site: Site) -> list[ReleaseEntry]:
+    return [entry for entry in _releases(site) if entry.purpose == TRAIN]
+
+
+def test_every_reply_that_arrived_stands_in_the_log_with_its_digest_size_run_and_round(site: Site) -> None:
+    site.start()
+    for _ in range(3):
+        site.works()
+    arrived = [(reply.object_id, sum(map(len, site.coordinator.parts_of(reply)))) for reply in site.coordinator.replies]
+    found = _answers(site)
+    assert [(entry.sha256, entry.bytes) for entry in found] == arrived
+    assert {(entry.run, entry.round, entry.code) for entry in found} == {("run-1", 1, None)}
+
+
+def test_the_entry_is_on_the_disk_when_the_first_byte_arrives(site: Site) -> None:
+    there: list[str] = []
+
+    def pushed(body: bytes) -> pb.FleetAnswer:
+        there.extend(entry.sha256 for entry in _answers(site))
+        answer = site.coordinator._push_messages(body)
+        return pb.FleetAnswer(status=200, body=answer.SerializeToString())
+
+    site.coordinator.answers["push-messages"] = pushed
+    site.start()
+    assert there == [site.works().object_id]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_agent_killed_before_or_after_it_sent_delivers_again_under_one_entry(when: str, site: Site) -> None:
+    site.finished()
+    arguments = [str(site.hospital.home), str(site.coordinator.port), when]
+    killed = subprocess.run([sys.executable, "-c", _KILLED, *arguments], check=False, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(site.coordinator.replies) == (when == "after")
+    (entry,) = _answers(site)
+    site.service.releases = open_releases(site.hospital.home)
+    site.start()
+    until(lambda: site.service.journal.current() is None)
+    assert {reply.object_id for reply in site.coordinator.replies} == {entry.sha256}
+    assert _answers(site) == [entry]
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+import grpc
+from locum.site_client.configuration import read_configuration
+from locum.site_client.fleet import Fleet
+from locum.site_client.start import open_log, open_service
+
+home, port, when = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+whole = Fleet.push
+
+def push(fleet, reply):
+    if when == "after":
+        whole(fleet, reply)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Fleet.push = push
+configuration = read_configuration(home / "site.yaml")
+service = open_service(home, configuration, open_log(home, "north", configuration))
+service.connect = lambda: grpc.insecure_channel(f"127.0.0.1:{port}")
+service.run()
+"""
+
+
+def test_nothing_leaves_while_the_log_cannot_be_written_and_what_is_finished_leaves_afterwards(site: Site) -> None:
+    for _ in range(300):  # so that no other file is as large
+        site.service.releases.cosignature("line", lambda: None)
+    site.start()
+    site.works()
+    until(lambda: site.service.journal.current() is None)
+    entries = site.hospital.home / "log" / "entries.jsonl"
+    size = entries.stat().st_size
+    site.answerer.before = lambda: _limit(size)
+    replies = len(site.coordinator.replies)
+    site.coordinator.give(_message(), OF)
+    try:
+        until(lambda: "cannot be written" in (doing(site.hospital.home).said.get("problem") or ""))
+        assert entries.stat().st_size == size
+        assert len(site.coordinator.replies) == replies
+    finally:
+        site.answerer.before = lambda: None
+        _limit(resource.RLIM_INFINITY)
+    until(lambda: len(site.coordinator.replies) > replies)
+    assert site.answerer.trained == 2
+    assert [entry.sha256 for entry in _answers(site)] == [reply.object_id for reply in site.coordinator.replies]
+
+
+def _limit(size: int) -> None:
+    """No file of this process grows beyond so many bytes; to write more fails, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def test_a_refusal_has_two_entries_why_and_that_it_left(site: Site) -> None:
+    closed = f"{time.strftime('%a', time.localtime(time.time() + 2 * 86_400))} 00:00-01:00"
+    (site.hospital.home / "site.yaml").write_text(f"stores: [store]\npolicy: {{hours: ['{closed}']}}\n")
+    configuration = read_configuration(site.hospital.home / "site.yaml")
+    service = open_service(site.hospital.home, configuration, site.service.log)
+    service.connect, site.service = site.coordinator.channel, service
+    site.start()
+    site.coordinator.give(_message(), OF)
+    until(lambda: site.coordinator.replies)
+    found = [read_entry(leaf) for leaf in Log(site.hospital.home / "log", ORIGIN).entries()]
+    (number,) = [number for number, entry in enumerate(found) if isinstance(entry, RefusalEntry)]
+    refusal, release = found[number], found[number + 1]
+    assert isinstance(refusal, RefusalEntry)
+    assert isinstance(release, ReleaseEntry)
+    assert (refusal.run, refusal.asked, refusal.code, refusal.clause) == ("run-1", TRAIN, "POLICY_REFUSED", "hours")
+    assert (release.purpose, release.code) == (TRAIN, "POLICY_REFUSED")
+    assert release.sha256 == site.coordinator.replies[0].object_id
+
+
+def test_a_report_is_written_down_when_its_words_change_and_not_at_each_beat(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pulse, "_BEAT_SECONDS", 0.05)
+    site.service.pulse.start()
+    site.start()
+    site.works()
+    until(lambda: len(site.coordinator.named("report")) > 10)
+    found = [read_entry(leaf) for leaf in Log(site.hospital.home / "log", ORIGIN).entries()]
+    reports = [entry for entry in found if isinstance(entry, ReleaseEntry) and entry.purpose.startswith("report.")]
+    words = [(entry.purpose, entry.run, entry.round) for entry in reports]
+    assert all(one != other for one, other in pairwise(words))
+    heard = {(f"report.{said.activity}", said.run or None) for said in site.coordinator.named("report")}
+    assert {(purpose, run) for purpose, run, _ in words} == heard
