@@ -43,6 +43,7 @@ class Known:
         folds: by site, its cases of each fold; None of a site that does not tell.
         emulated: the sites whose data a program made.
         model: what the model's file holds.
+        privacy_check: what was tried against the model, as in `metrics.json` of a simulation; None if nothing was.
         log: the newest checkpoint of the log when the card was written; None if there is none.
         statement: the SHA-256 of the signed statement on the model; empty if there is none.
     """
@@ -58,6 +59,7 @@ class Known:
     folds: Mapping[str, Mapping[Any, int] | None]
     emulated: Sequence[str]
     model: ModelFile
+    privacy_check: Mapping[str, Any] | None = None
     log: Mapping[str, Any] | None = None
     statement: str = ""
 
@@ -86,6 +88,7 @@ def facts_of(known: Known) -> dict[str, Any]:
             **_protection(plan, summary),
             "words": [{"name": name, "text": text} for name, text in words.protection_words(plan, summary.history)],
         },
+        "privacy_check": dict(known.privacy_check) if known.privacy_check else None,
         "versions": dict(words.versions()),
         "log": dict(known.log) if known.log else None,
         "statement": known.statement or None,

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from locum.common.errors import PlanError, RunError
 from locum.common.plan import Plan, changed, load_plan
+from locum.site_client.privacy.attacks import FAILED
 from locum.site_client.worker import process_context
 
 if TYPE_CHECKING:
@@ -31,6 +33,9 @@ def simulate(
     engine: Annotated[str, typer.Option(help="How to run it: local, or rehearse.")] = "local",
     seed: Annotated[int | None, typer.Option(help="Instead of the plan's seed.", min=0)] = None,
     baselines: Annotated[bool, typer.Option("--baselines", help="Also train each site alone, and pooled.")] = False,
+    privacy_check: Annotated[
+        bool, typer.Option("--privacy-check", help="Also try to tell from the model whom it was trained on.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME if left out.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the run that --out holds.")] = False,
@@ -54,13 +59,19 @@ def simulate(
     else:
         chosen = _plan(plan, seed)
         folder = out or Path("runs") / chosen.name
-        asked = {"engine": engine, **_asked(sites, sites_file, data, baselines)}
+        asked = {"engine": engine, "privacy_check": privacy_check, **_asked(sites, sites_file, data, baselines)}
     hospitals = _hospitals(asked, chosen)
     check_sites(chosen, len(hospitals))
     if resume is None:
         open_folder(folder, chosen, asked, force=force)
-    both = bool(asked["baselines"]) or baselines
-    wanted = Simulation(chosen, hospitals, folder, baselines=both, engine=asked["engine"])
+    wanted = Simulation(
+        chosen,
+        hospitals,
+        folder,
+        baselines=bool(asked["baselines"]) or baselines,
+        privacy_check=bool(asked.get("privacy_check")) or privacy_check,
+        engine=asked["engine"],
+    )
     try:
         metrics = run(wanted, console)
     except KeyboardInterrupt:
@@ -71,8 +82,18 @@ def simulate(
         raise RunError(reason, f"free space or mend the disk, then `locum simulate --resume {folder}`") from error
     if as_json:
         sys.stdout.write(json.dumps(metrics, indent=1) + "\n")
-        return
-    _show(metrics, folder, console)
+    else:
+        _show(metrics, folder, console)
+    _check_privacy(metrics)
+
+
+def _check_privacy(metrics: dict[str, Any]) -> None:
+    """Raises RunError if canaries proved a fault."""
+    failed = metrics.get("privacy_check", {}).get("failed", {})
+    if failed:
+        told = "".join(f"\n  {site}: {reason}" for site, reason in failed.items())
+        remedy = "train no plan with differential privacy with this version, and tell its makers"
+        raise RunError(f"the privacy check FAILED{told}", remedy)
 
 
 def _check_engine(engine: str) -> None:
@@ -131,4 +152,6 @@ def _show(metrics: dict[str, Any], folder: Path, console: Console) -> None:
     for name, values in rows.items():
         table.add_row(name, *["–" if values[metric] is None else f"{values[metric]:.3f}" for metric in scalars])
     console.print(table)
+    for topic, text in metrics.get("privacy_check", {}).get("words", {}).items():
+        console.print(Text(f"{topic}: {text}", "bold red" if text.startswith(FAILED) else ""), soft_wrap=True)
     console.print(f"{metrics['rounds']} rounds, {metrics['seconds_total']:.0f} s; open {folder / 'report.html'}")

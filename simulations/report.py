@@ -74,6 +74,7 @@ def _context(
         folds={site.site: site.folds or None for site in data},
         emulated=tuple(site.site for site in data if site.emulated),
         model=model_file(folder / MODEL_FILE, plan),
+        privacy_check=metrics.get("privacy_check"),
         log=newest_checkpoint(folder / "log") or newest_checkpoint(folder / "coordinator" / "log"),
     )
     return {
@@ -93,6 +94,7 @@ def _context(
         "data": data,
         "quarantined": quarantined(data),
         "asked": asked_words(folder) | {"Baselines": "trained" if results.pooled else "not trained"},
+        "privacy_check": metrics.get("privacy_check"),
         "protection": words.protection_words(plan, summary.history),
         "versions": words.versions(),
         "model": known.model,

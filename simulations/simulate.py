@@ -60,6 +60,7 @@ class Simulation:
         sites: the hospitals.
         folder: the run's folder.
         baselines: whether each site alone and pooled data are trained too.
+        privacy_check: whether it is tried to tell from the model whom it was trained on.
         engine: how the rounds are run.
     """
 
@@ -67,6 +68,7 @@ class Simulation:
     sites: Sequence[Site]
     folder: Path
     baselines: bool = False
+    privacy_check: bool = False
     engine: Engine = "local"
 
 
@@ -208,7 +210,7 @@ def _finish(
     from safetensors.numpy import load_file
 
     from locum.server.records import RunSummary
-    from locum.simulations import report, results
+    from locum.simulations import checks, report, results
     from locum.simulations.report_data import data_of
 
     plan, folder = simulation.plan, simulation.folder
@@ -233,6 +235,11 @@ def _finish(
         round_seconds=[record.seconds for record in summary.history],
         cells=summary.test.cells,
     )
+    if simulation.privacy_check:
+        tell("trying to tell from the model whom it was trained on")
+        metrics["privacy_check"] = checks.privacy_check(
+            plan, workers, model, round_number=summary.round, parallel=cores()
+        )
     replace_file(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
     count = report.pictures_each(len(workers))
     pictures = report.pictures_of(plan, tested, model, round_number=summary.round, count=count)

@@ -19,7 +19,7 @@ import numpy as np
 from locum.common.messages import Arrays
 from locum.common.metrics import Floats, join
 from locum.common.plan import Fold, Plan
-from locum.site_client.privacy.attacks import FALSE_ALARMS, Attack, Estimate, attack, patient_losses
+from locum.site_client.privacy.attacks import FAILED, FALSE_ALARMS, Attack, Estimate, attack, patient_losses
 from locum.site_client.privacy.budget import one_release
 from locum.site_client.privacy.noise import NoiseSource
 from locum.site_client.privacy.one_run import Audit, audit
@@ -123,7 +123,7 @@ def canaries_at(session: Session, *, noise: NoiseSource | None = None) -> Audit 
 
 def words_of(plan: Plan, finding: Finding) -> dict[str, str]:
     """What was found, by topic."""
-    return {"Membership inference": _of_attack(finding.membership), "Canaries": _of_canaries(plan, finding.canaries)}
+    return {"Membership inference": of_attack(finding.membership), "Canaries": of_canaries(plan, finding.canaries)}
 
 
 def limits_of(plan: Plan) -> tuple[str, ...]:
@@ -131,7 +131,8 @@ def limits_of(plan: Plan) -> tuple[str, ...]:
     return LIMITS if plan.private is None else (*LIMITS, *CANARY_LIMITS)
 
 
-def _of_attack(found: Attack | None) -> str:
+def of_attack(found: Attack | None) -> str:
+    """What membership inference found."""
     if found is None:
         return "cannot be tried: there must be patients that were trained on, and patients that were not"
     rates = "; ".join(
@@ -150,7 +151,8 @@ def _meaning(area: Estimate) -> str:
     return "which is what guessing has"
 
 
-def _of_canaries(plan: Plan, found: Audit | None) -> str:
+def of_canaries(plan: Plan, found: Audit | None) -> str:
+    """What canaries showed."""
     if plan.private is None:
         return "do not apply: the plan has no differential privacy, and claims no epsilon"
     if found is None:
@@ -160,4 +162,4 @@ def _of_canaries(plan: Plan, found: Audit | None) -> str:
         f"{found.auc}, and the noise claimed predicts {found.predicted:.3f}. Epsilon of the round is at least "
         f"{found.bound:.2f} (95 % confidence), and {found.claimed:.2f} is claimed, both at delta {found.delta:.1g}"
     )
-    return f"FAILED: {found.failed}. {told}" if found.failed else f"{told}: no fault was found"
+    return f"{FAILED}: {found.failed}. {told}" if found.failed else f"{told}: no fault was found"

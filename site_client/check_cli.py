@@ -67,9 +67,10 @@ def _tensors(path: Path) -> Mapped:
 
 def _show(plan: Plan, finding: Finding) -> None:
     from locum.site_client.check import limits_of, words_of
+    from locum.site_client.privacy.attacks import FAILED
 
     for topic, text in words_of(plan, finding).items():
-        typer.secho(f"{topic}: {text}.", fg=typer.colors.RED if text.startswith("FAILED") else None)
+        typer.secho(f"{topic}: {text}.", fg=typer.colors.RED if text.startswith(FAILED) else None)
     typer.echo("\nWhat this shows, and what not:")
     for limit in limits_of(plan):
         typer.echo(f"* {limit}")

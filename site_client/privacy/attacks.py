@@ -19,6 +19,8 @@ import numpy as np
 
 from locum.common.metrics import Floats, Outcomes, area_under_curve
 
+#: How words begin that tell of a fault.
+FAILED = "FAILED"
 #: The false alarm rates at which the share of members found is told.
 FALSE_ALARMS = (0.01, 0.1)
 #: The least probability that a loss is taken of: float32 has nothing between it and 0.
