@@ -295,7 +295,7 @@ def test_a_site_that_was_shown_out_takes_part_in_nothing(open_hand: Federation) 
     *before, last = open_hand.checkpoints(map(written, entries))
     lines = [open_hand.cosigned(last, site) for site in ("riverside", "st-anne")]
     path = open_hand.bundle(entries, notes=[*before, with_lines(last, lines)], name="out.zip")
-    assert "was shown out before" in caught(path, 11, ROSTER + 1).told
+    assert "was shown out before" in caught(path, 11, ROUND_1 + 1).told
 
 
 def test_a_cosignature_after_the_certificate_had_expired_does_not_count(tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ LIES: dict[str, tuple[Lie, int, int | None]] = {
     "an approval of another site passed off as this one's": (
         lambda f, e: _with(e, NORTH, f.approval("st-anne", 5).model_copy(update={"site": "north"})), 10, NORTH),
     "a missing approval": (
-        lambda f, e: [*e[:NORTH], *e[NORTH + 1:]], 11, ROSTER - 1),
+        lambda f, e: [*e[:NORTH], *e[NORTH + 1:]], 11, ROUND_1 - 1),
     "an approval taken back before the second round": (
         lambda f, e: _with(e, ROUND_1, e[ROUND_1], f.approval("north", 11, "revoke")), 11, ROUND_2 + 1),
     "a run that was never started": (
@@ -598,7 +598,7 @@ def test_a_site_with_a_new_key_must_approve_again(tmp_path: Path) -> None:
     )
     entries = _with(federation.history(), 7, federation.history()[7], again)
     pems = b"".join(map(certificate_pem, [*federation.certificates.values(), certificate]))
-    found = caught(federation.bundle(entries, certificates_pem=pems), 11, ROSTER + 1)
+    found = caught(federation.bundle(entries, certificates_pem=pems), 11, ROUND_1 + 1)
     assert "an earlier key only" in found.told
     anew = federation.approval("north", 5.7, key=key, certificate=fingerprint_of(certificate))
     entries.insert(9, anew)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -304,8 +305,11 @@ def test_masked_metrics_come_with_the_statement_of_their_fold(tmp_path: Path) ->
     assert open_spent((header.spent or "").encode(), key).purpose == "validation"
 
 
-def test_a_site_without_a_patient_of_the_fold_gives_zeros_and_has_spent_nothing(tmp_path: Path) -> None:
+def test_a_site_without_a_patient_of_the_fold_gives_zeros_and_says_as_others_do_what_it_has_spent_which_is_nothing(
+    tmp_path: Path,
+) -> None:
     circle = Circle(tmp_path, private(secure=True)).set_up()
     circle.hands["north"].patients = {"train": 40, "validation": 0, "test": 0}
     header, _ = unpack(answered(circle.give("north", circle.context(purpose="test"))), MaskedResult)
-    assert (header.spent, _rows(circle)) == (None, [])
+    spent = json.loads(header.spent or "{}")["body"]
+    assert (spent["purpose"], spent["epsilon"], _rows(circle)) == ("test", 0, [])
