@@ -10,13 +10,14 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from locum.simulations.benchmarks import engine_overhead, log, secure_sum, training_throughput, wire
+from locum.simulations.benchmarks import engine_overhead, log, private_training, secure_sum, training_throughput, wire
 
 _ALL = {
     "engine_overhead": engine_overhead.measure,
     "training_throughput": training_throughput.measure,
     "wire": wire.measure,
     "secure_sum": secure_sum.measure,
+    "private_training": private_training.measure,
     "log": log.measure,
 }
 
