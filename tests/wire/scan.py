@@ -1,15 +1,19 @@
-"""Looks for numbers in everything that lies in a folder: files, databases, what is compressed or base64 in them."""
+"""Looks for numbers and words in all that lies in a folder: files, databases, what is compressed or base64 in them."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
 import re
 import sqlite3
 import struct
+import unicodedata
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 
@@ -65,6 +69,28 @@ def rows_of(model: Arrays) -> set[bytes]:
     return found
 
 
+def text(words: str) -> set[bytes]:
+    """Words in the forms in which a program writes them, in three cases, and their SHA-256."""
+    spellings = {form for case in (words, words.lower(), words.upper()) for form in _spelt(case)}
+    hashed = {form for one in (words.encode(), words.lower().encode()) for form in _digests(one)}
+    return spellings | hashed
+
+
+def _spelt(words: str) -> set[bytes]:
+    """One spelling: Unicode in two normal forms, Latin-1, escapes of JSON, HTML, Python and addresses, hex."""
+    composed = {unicodedata.normalize(form, words) for form in ("NFC", "NFD")}
+    encoded = {one.encode(kind) for one in composed for kind in ("utf-8", "utf-16-le", "utf-16-be", "utf-32-le")}
+    named = {words.encode("latin-1", "ignore"), words.encode("ascii", "xmlcharrefreplace")}
+    escaped = {json.dumps(words)[1:-1].encode(), words.encode("ascii", "backslashreplace"), quote(words).encode()}
+    hexed = {one.hex().encode() for one in encoded} | {one.hex().upper().encode() for one in encoded}
+    return encoded | named | escaped | hexed
+
+
+def _digests(content: bytes) -> set[bytes]:
+    digest = hashlib.sha256(content)
+    return {digest.digest(), digest.hexdigest().encode()}
+
+
 def _rows(row: np.ndarray[tuple[int], np.dtype[np.float32]]) -> set[bytes]:
     return {row.astype(kind).tobytes() for kind in ("<f4", ">f4", "<f8", ">f8")}
 
@@ -83,13 +109,18 @@ def found(folder: Path, patterns: Patterns, *, rightly: str = "") -> dict[str, s
         if rightly and re.search(rightly, name):
             continue
         try:
-            contents = list(_contents(path)) if path.is_file() and not path.is_symlink() else []
+            there = found_in(path, patterns) if path.is_file() and not path.is_symlink() else set()
         except FileNotFoundError:
             continue
-        for pattern, forms in patterns.items():
-            if any(form in content for content in contents for form in forms):
-                told.setdefault(pattern, set()).add(name)
+        for pattern in there:
+            told.setdefault(pattern, set()).add(name)
     return told
+
+
+def found_in(path: Path, patterns: Patterns) -> set[str]:
+    """The names of the patterns that are found in one file."""
+    contents = list(_contents(path))
+    return {name for name, forms in patterns.items() if any(form in one for one in contents for form in forms)}
 
 
 def _contents(path: Path) -> Iterator[bytes]:
@@ -124,4 +155,4 @@ def _decoded(content: bytes) -> Iterator[bytes]:
     """What base64 in it says, whichever of its letters a group begins with."""
     texts = [place.group().translate(_STANDARD) for place in _BASE64.finditer(content)]
     for start in range(4):
-        yield _BETWEEN.join(base64.b64decode(text[start:][: (len(text) - start) // 4 * 4]) for text in texts)
+        yield _BETWEEN.join(base64.b64decode(text[start:] + b"A" * (-(len(text) - start) % 4)) for text in texts)
