@@ -18,6 +18,8 @@ from locum.site_client.check import Losses
 from locum.site_client.privacy.accountant import Mechanism
 from locum.site_client.privacy.one_run import Audit, audit
 from tests.plans import CLASSIFY, plan, with_changes
+from tests.simulations.test_report import CLASSIFY as CT_LESIONS
+from tests.simulations.test_report import metrics_of, plan_of, write
 from tests.site_client.privacy.private_plans import PRIVACY, private
 
 _SITES = {"sites": 2, "patients": 10, "shape": [6, 20, 20], "spacing": [8.0, 6.0, 6.0], "follow_ups": 0.0}
@@ -91,3 +93,13 @@ def test_a_site_with_nobody_on_one_side_is_part_of_the_whole_and_has_no_number_o
     found = checks.as_metrics(plan(), _LOSSES, {"north": None, "south": None})["membership"]
     assert found["per_site"]["south"] is None
     assert (found["all"]["members"], found["all"]["others"]) == (5, 10)
+
+
+def test_a_fault_stands_in_the_report_and_the_card(tmp_path: Path) -> None:
+    of = plan_of(CT_LESIONS)
+    found = checks.as_metrics(private(), _LOSSES, {"north": _audit(noise=1.0), "south": None})
+    page, card = write(tmp_path, of, metrics={**metrics_of(of), "privacy_check": found})
+    assert "The privacy check FAILED." in page
+    assert "FAILED: epsilon is at least" in card
+    assert "nobody to compare" in page
+    assert "were not tried" in page

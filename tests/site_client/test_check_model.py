@@ -29,7 +29,7 @@ from locum.site_client.session import Session, at_model, open_session, train_rou
 from locum.site_client.settings import Settings
 from locum.site_client.training.private import Setting
 from tests.plans import initial
-from tests.site_client.asking import Picture, moved, nifti_store, plan
+from tests.site_client.asking import Picture, moved, nifti_store, plan, segmentation_plan
 from tests.site_client.enrolled import Hospital
 from tests.site_client.privacy.private_plans import private
 
@@ -187,6 +187,14 @@ def test_the_same_training_with_differential_privacy_tells_them_hardly_apart(str
     # Four standard deviations of a guess.
     assert found.membership.auc.value == pytest.approx(0.5, abs=0.26)
     assert found.failed == ""
+
+
+def test_a_model_of_masks_is_checked_by_its_dice(masked: Prepared, tmp_path: Path) -> None:
+    of = segmentation_plan()
+    found = check(Settings("north", (masked.store,), tmp_path / "run"), of, initial(of)).membership
+    assert found is not None
+    assert found.members > 0
+    assert found.others > 0
 
 
 # --- who can ask for it
