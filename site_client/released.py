@@ -18,7 +18,7 @@ from locum.common.log.note import Checkpoint, NoteError, check_cosignature, open
 from locum.common.log.store import Log, LogError
 from locum.site_client.identity import FOLDER as IDENTITY
 from locum.site_client.identity import load_identity
-from locum.site_client.releases import FOLDER, REPORT, open_releases
+from locum.site_client.releases import COSIGNATURE, FOLDER, REPORT, open_releases
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Released:
     clause: str | None = None
 
     @property
-    def is_report(self) -> bool:
-        """Whether it says what the agent does, and nothing else."""
-        return self.entry.purpose.startswith(f"{REPORT}.")
+    def is_routine(self) -> bool:
+        """Whether it says only what the agent does, or that it has seen the federation's log."""
+        return self.entry.purpose == COSIGNATURE or self.entry.purpose.startswith(f"{REPORT}.")
 
     def as_dict(self) -> dict[str, object]:
         """The entry for scripts."""

@@ -23,7 +23,9 @@ def released(
         datetime | None,
         typer.Option("--since", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M"], help="What left since a day or time, UTC."),
     ] = None,
-    reports: Annotated[bool, typer.Option("--reports", help="List the reports of what the agent does, too.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="List reports of what the agent does, and cosignatures, too.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show what left this site, each answer, decision and request, after the site's own log was checked."""
@@ -36,9 +38,9 @@ def released(
         typer.echo(json.dumps(_as_dict(found, every), indent=2))
         return
     for one in every:
-        if reports or not one.is_report:
+        if everything or not one.is_routine:
             typer.echo(_line(one))
-    typer.echo(_summary(found, every, hidden=not reports))
+    typer.echo(_summary(found, every, hidden=not everything))
 
 
 def _as_dict(found: Account, every: Sequence[Released]) -> dict[str, object]:
@@ -72,9 +74,9 @@ def _size(count: float) -> str:
 
 
 def _summary(found: Account, every: Sequence[Released], *, hidden: bool) -> str:
-    told = [one for one in every if not one.is_report]
-    reports = len(every) - len(told)
-    more = f"; {reports} reports of what the agent does{' (--reports)' if hidden and reports else ''}"
+    told = [one for one in every if not one.is_routine]
+    routine = len(every) - len(told)
+    more = f"; {routine} reports and cosignatures{' (--all)' if hidden and routine else ''}"
     size, root = found.checkpoint.size, found.checkpoint.root.hex()[:16]
     checked = f"the site's own log was checked: {size} entries, root {root}"
     return f"{len(told)} releases, {_size(sum(one.entry.bytes for one in told))}{more}\n{checked}"

@@ -237,10 +237,11 @@ class ReleaseEntry(_Entry):
     """Something that left, written down before it did.
 
     Attributes:
-        purpose: the type of the message that it answers, or `decision`, `cosignature`, `report`, `renewal`.
+        purpose: the type of the message that it answers, or `decision`, `cosignature`, `enrolment`, `renewal`, or
+            `report.` and what the agent does.
         run: the run that it is for, or null.
         bytes: of the message and of the tensors beside it.
-        sha256: of the message; `tensors` of the file of the tensors beside it, or null.
+        sha256: of the message as it travels; `tensors` of the file of the tensors beside it, or null.
         statements: the SHA-256 of each statement that the site signed in it (the header of a masked upload, what was
             spent, a decision, the line of a cosignature), sorted.
         code: of an answer that is a failure, its name.
