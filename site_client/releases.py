@@ -146,7 +146,7 @@ class Releases:
 
     def answer(self, run: str, message: Message, reply: Message, sent: Sent, send: Callable[[], T]) -> T:
         """An answer to a message of a run: a result, or a failure as its code."""
-        with self._turn:
+        with self._writing():
             number = message.metadata.message_id
             if self._known.answer not in {(sent.sha256, number), (sent.sha256, "")}:
                 state = self.ledger() or self._known.ledger
@@ -158,7 +158,7 @@ class Releases:
     def decision(self, envelope: bytes, send: Callable[[], T]) -> T:
         """A steward's decision, to the coordinator."""
         statement = sha256_hex(envelope)
-        with self._turn:
+        with self._writing():
             if statement not in self._known.decisions:
                 self._write(_plain(DECISION, envelope, statements=(statement,)))
                 self._know(decisions=self._known.decisions | {statement})
@@ -167,7 +167,7 @@ class Releases:
     def report(self, activity: Activity, run: str, round_number: int, content: bytes, send: Callable[[], T]) -> T:
         """A report of what the agent does."""
         words = (f"{REPORT}.{activity}", _run(run), round_number if run else None)
-        with self._turn:
+        with self._writing():
             if words != self._known.report:
                 purpose, name, number = words
                 self._write(_plain(purpose, content, run=name, round=number))
@@ -187,7 +187,7 @@ class Releases:
         return self._request(_plain(ENROLMENT, request), send)
 
     def _request(self, entry: ReleaseEntry, send: Callable[[], T]) -> T:
-        with self._turn:
+        with self._writing():
             self._write(entry)
         return send()
 
@@ -196,14 +196,14 @@ class Releases:
     def policy(self, policy: Policy) -> None:
         """The policy that holds from here on."""
         found = gate.policy_digest(policy)
-        with self._turn:
+        with self._writing():
             if found != self._known.policy:
                 self._write(PolicyEntry(at=_now(), policy=found))
                 self._know(policy=found)
 
     def decided(self, plan: str, envelope: bytes) -> None:
         """A steward has decided on a plan; the coordinator is told later, if it is."""
-        with self._turn:
+        with self._writing():
             self._write(DecisionEntry(at=_now(), plan=plan, statement=envelope.decode()))
 
     def seal(self) -> None:
@@ -216,11 +216,15 @@ class Releases:
 
     # --- writing
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with self._turn, _written(self.log):
+            yield
+
     def _write(self, *entries: Entry) -> None:
         if self._unsigned >= _UNSIGNED:
             self.seal()
-        with _written(self.log):
-            self.log.append(*entries)
+        self.log.append(*entries)
         self._unsigned += len(entries)
 
     def _know(self, **changes: Any) -> None:
