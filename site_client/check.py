@@ -136,7 +136,8 @@ def of_attack(found: Attack | None) -> str:
     if found is None:
         return "cannot be tried: there must be patients that were trained on, and patients that were not"
     rates = "; ".join(
-        f"{one.value:.0%} of the members are found at {rate:.0%} false alarms ({one.low:.0%} to {one.high:.0%})"
+        f"{100 * one.value:.0f} % of the members are found at {100 * rate:.0f} % false alarms "
+        f"({100 * one.low:.0f} % to {100 * one.high:.0f} %)"
         for rate, one in zip(FALSE_ALARMS, found.found, strict=True)
     )
     told = f"by their loss, {found.members} members and {found.others} others are told apart with an area of"
