@@ -10,7 +10,15 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from locum.simulations.benchmarks import engine_overhead, log, private_training, secure_sum, training_throughput, wire
+from locum.simulations.benchmarks import (
+    engine_overhead,
+    heart_disease,
+    log,
+    private_training,
+    secure_sum,
+    training_throughput,
+    wire,
+)
 
 _ALL = {
     "engine_overhead": engine_overhead.measure,
@@ -18,6 +26,7 @@ _ALL = {
     "wire": wire.measure,
     "secure_sum": secure_sum.measure,
     "private_training": private_training.measure,
+    "heart_disease": heart_disease.measure,
     "log": log.measure,
 }
 
