@@ -19,7 +19,7 @@ from typing import Any
 
 from locum.simulations.benchmarks.rows import Row
 
-_PATIENTS, _STEPS = 8, 5
+_PATIENTS, _STEPS = 8, 3
 _CLIP, _NOISE = 1.0, 1.0
 _NETWORKS: dict[str, tuple[str, list[int], dict[str, Any]]] = {
     "DenseNet121, 128 × 128": ("classification", [128, 128], {"name": "DenseNet121", "norm": "instance"}),

@@ -35,6 +35,12 @@ _STRONG = Setting(noise=1.0, rate=0.5)
 _FAINT = Setting(noise=1e-6, rate=1.0)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """As a worker has; threads of test processes beside each other wait for one another."""
+    torch.set_num_threads(1)
+
+
 def _plan(base: Mapping[str, Any] = CLASSIFY, **changes: Any) -> Plan:
     protection = {"secure_aggregation": "off", "differential_privacy": _PRIVACY}
     fields = {"protection": protection, "release": {"training_loss": False, "metrics": []}, "transforms": {}, **changes}
