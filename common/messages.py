@@ -115,15 +115,16 @@ class TrainTask(Header):
 class TrainResult(Header):
     """A site's update: tensors are local minus global weights; `weight` is its weight in the mean.
 
-    `steps` is None where it would tell a number of cases that is not released. `spent` is the signed statement of
-    what the run has spent of its patients' privacy (:class:`locum.common.envelope.Spent`).
+    `steps` is None where it would tell a number of cases that is not released, `seconds` where it would tell how many
+    patients were drawn. `spent` is the signed statement of what the run has spent of its patients' privacy
+    (:class:`locum.common.envelope.Spent`).
     """
 
     round: int = Field(ge=1)
     weight: float = Field(ge=0)
     steps: int | None = Field(ge=0)
     loss: float | None
-    seconds: float = Field(ge=0)
+    seconds: float | None = Field(ge=0)
     spent: Envelope | None = None
 
 

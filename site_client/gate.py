@@ -227,7 +227,7 @@ def release_update(policy: Policy, plan: Plan, task: TrainTask, *, model: Arrays
         weight=_weight(plan, done["cases"]),
         steps=done["steps"] if told else None,
         loss=_loss(policy, plan, done),
-        seconds=done["seconds"],
+        seconds=done["seconds"] if plan.private is None else None,  # it tells how many patients were drawn
         spent=made.spent(),
     )
     return Release(header, made.tensors)

@@ -223,7 +223,7 @@ def _subgroups(plan: Plan, policy: Policy) -> Words:
 def _given_plain(plan: Plan, policy: Policy) -> Words:
     by_cases = plan.participation.weighting == "cases"
     return _kept(
-        f"After each round: {_update(plan)}, and the seconds it took.",
+        f"After each round: {_update(plan)}{'' if plan.private else ', and the seconds it took'}.",
         f"After each round: the number of training {_counted(plan)}, as the update's weight." if by_cases else "",
         "After each round: the mean training loss." if _tells_loss(plan, policy) else "",
         _own_metrics(plan) if plan.released_metrics else "",

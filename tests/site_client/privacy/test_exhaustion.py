@@ -116,7 +116,8 @@ def test_the_others_stay_within_the_plans_epsilon_and_their_statements_count_at_
     assert last[1] < last[2] < last[3]
 
 
-def test_no_loss_leaves_a_private_run(finished: Any) -> None:
+def test_no_loss_leaves_a_private_run_nor_how_long_it_took_which_tells_who_was_drawn(finished: Any) -> None:
     records = _summary(finished[0]).history
     assert {loss for record in records for loss in record.losses.values()} == {None}
+    assert [record.train_seconds for record in records] == [{}] * len(records)
     assert Checkpoints(finished[0] / "checkpoints", finished[1]).rounds()[-1] == 3
