@@ -11,7 +11,6 @@ Rules:
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import logging
 import os
@@ -35,6 +34,7 @@ from locum.common.log.entries import (
     read_entry,
     written,
 )
+from locum.common.log.lines import locked
 from locum.common.log.note import NoteError, check_cosignature, opened, sign, with_lines
 from locum.common.log.origins import federation_origin, site_origin
 from locum.common.log.store import Log
@@ -224,7 +224,7 @@ def open_log(home: Home) -> FederationLog:
             authority=fingerprint_of(authority),
             log_key=fingerprint_of(load_log_certificate(home)),
         )
-        with _alone(home.log):
+        with locked(home.log):
             if store.size == 0:
                 log.append(entry)
     return log
@@ -233,13 +233,3 @@ def open_log(home: Home) -> FederationLog:
 def now() -> str:
     """The time, as it stands in an entry."""
     return moment(utc_now())
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

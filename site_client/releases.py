@@ -15,9 +15,7 @@ Not in the log are heartbeats, confirmations, and questions: they have nothing o
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -45,6 +43,7 @@ from locum.common.log.entries import (
     ReleaseEntry,
     moment,
 )
+from locum.common.log.lines import locked
 from locum.common.log.note import Checkpoint, opened, sign
 from locum.common.log.origins import site_origin
 from locum.common.log.store import Log
@@ -268,20 +267,10 @@ def begin_releases(folder: Path, federation: str, site: str) -> Releases:
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     log = Log(folder, site_origin(federation, site))
-    with _alone(folder), _written(log):
+    with locked(folder), _written(log):
         if log.size == 0:
             log.append(OwnerEntry(at=_now(), federation=federation, site=site))
     return Releases(log)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def set_aside(home: Path, federation: str, site: str) -> None:

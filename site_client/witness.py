@@ -12,10 +12,8 @@ Rules:
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import os
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +29,7 @@ from locum.common.durable import replace_file
 from locum.common.errors import LocumError, RunError
 from locum.common.identity import fingerprint_of
 from locum.common.log.entries import moment
+from locum.common.log.lines import locked
 from locum.common.log.merkle import EMPTY_ROOT, ProofError, check_consistency
 from locum.common.log.note import Checkpoint, NoteError, check_signature, cosign, opened
 from locum.common.log.origins import federation_origin, site_origin
@@ -146,12 +145,8 @@ class Witness:
     def _alone(self) -> Iterator[None]:
         """One process at a time: between two of them a size could have two roots."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with locked(self.folder):
             yield
-        finally:
-            os.close(descriptor)
 
 
 def read_seen(path: Path) -> Seen:
