@@ -191,16 +191,17 @@ class DifferentialPrivacy(_Strict):
 
     Attributes:
         epsilon: of all rounds of a run together, at one site.
-        delta: the most that a site may use; it takes 1/(10·N) where that is less.
-        clip: C, the L2 norm at which the gradient of one patient is clipped.
+        delta: the most that a site may use; it takes 1/(10·N) where that is less. Below 10^-12 nothing is accounted.
+        clip: C, the L2 norm at which the gradient of one patient is clipped. Far below the least that it may be
+            squares of float32 numbers vanish, far above the most sums overflow.
         images: images of a patient in one step, at most; their mean gradient counts.
         spare_rounds: rounds beyond the plan's for which the noise leaves room: those that are repeated.
         metrics_epsilon: of the released metrics of a fold's patients; None where no metric is released.
     """
 
     epsilon: float = Field(gt=0)
-    delta: float = Field(gt=0, lt=1)
-    clip: float = Field(gt=0)
+    delta: float = Field(ge=1e-12, lt=1)
+    clip: float = Field(ge=1e-9, le=1e9)
     images: int = Field(1, ge=1, le=64)
     spare_rounds: int = Field(1, ge=0, le=1000)
     metrics_epsilon: float | None = Field(None, gt=0)

@@ -94,14 +94,21 @@ def _evaluate(session: Session, request: Mapping[str, Any], tensors: Arrays) -> 
 def _evaluate_privately(
     session: Session, request: Mapping[str, Any], tensors: Arrays
 ) -> tuple[dict[str, Any], Tensors]:
-    """Patients for cases, and noise in the sums; no sums where the plan releases none, and then no noise is needed."""
-    plan, given = session.plan, request.get("private")
+    """Patients for cases, and noise in the sums.
+
+    Where the plan releases none, no noise is needed, for no image is looked at: it is not paid for, so that not even a
+    failure may depend on one. Raises SiteFailure (PRIVACY_REFUSED, NO_DATA and as :func:`measure`).
+    """
+    plan, given, fold = session.plan, request.get("private"), request["fold"]
     if plan.released_metrics:
         check_private(plan, given)
     at_model(session, tensors, request["round"])
-    found = measure(session, request["fold"])
-    sums = {} if given is None else noised_sums(plan, found, multiplier=given["noise"], noise=NoiseSource())
-    return {"cases": len(set(found.patients))}, sums
+    if given is not None:
+        sums = noised_sums(plan, measure(session, fold), multiplier=given["noise"], noise=NoiseSource())
+        return {"cases": patients(session)[fold]}, sums
+    if not patients(session)[fold]:
+        raise SiteFailure(Code.NO_DATA, f"no patient in the {fold} fold")
+    return {"cases": patients(session)[fold]}, {}
 
 
 def _sums(session: Session, found: Outcomes) -> Tensors:

@@ -40,6 +40,9 @@ def outcomes(
 ) -> Outcomes:  # fmt: skip
     """Runs `network` over the batches of `cases`, in their order.
 
+    Under differential privacy a probability that is not finite counts as that of a guess: a failure would tell, without
+    noise, that some patient's image made it so, and who sends a model can choose which does.
+
     Raises:
         SiteFailure: LOSS_NOT_FINITE if a probability is not finite.
     """
@@ -49,7 +52,10 @@ def outcomes(
     with torch.inference_mode():
         for batch in batches:
             probabilities = predict(plan, network, batch["image"].to(device)).cpu()
-            if not torch.isfinite(probabilities).all():
+            finite = torch.isfinite(probabilities)
+            if plan.private is not None:
+                probabilities = probabilities.where(finite, 1 / len(plan.contract.classes))
+            elif not finite.all():
                 raise SiteFailure(Code.LOSS_NOT_FINITE, "a probability is not finite")
             rows.append(measure(plan, probabilities, batch))
     first, second = (np.concatenate(column) for column in zip(*rows, strict=True))

@@ -147,6 +147,20 @@ def test_a_probability_that_is_not_finite_is_refused() -> None:
     assert failed.value.code is Code.LOSS_NOT_FINITE
 
 
+def test_with_differential_privacy_a_probability_that_is_not_finite_counts_as_a_guess() -> None:
+    private = {"epsilon": 2.0, "delta": 1e-3, "clip": 1.0, "metrics_epsilon": 1.0}
+    of = _plan(
+        protection={"secure_aggregation": "off", "differential_privacy": private},
+        evaluation__metrics=["Dice"],
+        release={"training_loss": False},
+    )
+    broken = nn.Conv3d(1, 2, 1)
+    nn.init.constant_(broken.weight, float("nan"))
+    batch = {"image": torch.ones(1, 1, 8, 8, 8), "mask": torch.ones(1, 1, 8, 8, 8), "spacing": torch.ones(1, 3)}
+    case = Case("c", "p", Path("i.nii"), None, None, "test")
+    assert outcomes(of, broken, [batch], [case], _CPU).dice.tolist() == [[0.0]]
+
+
 def test_classes_are_measured_case_by_case_in_the_order_of_the_cases(settings: Settings) -> None:
     of = plan(evaluation__batch_size=2)
     session = open_session(settings, of)

@@ -279,6 +279,18 @@ def test_patients_are_told_for_cases(tmp_path: Path, hospitals: dict[str, Prepar
     assert OPERATIONS["train"](session, request, initial(session.plan))[0]["cases"] == unique["train"]
 
 
+@pytest.mark.parametrize("clip", [1e-9, 1.0, 1e9])
+@pytest.mark.parametrize("scale", [1e-30, 1e-24, 1e-20, 1e-12, 1.0, 1e12, 1e18, 1e25, 1e38])
+def test_no_patient_gives_more_than_the_clip_however_small_or_large_its_gradient(clip: float, scale: float) -> None:
+    of = _plan(protection__differential_privacy={**_PRIVACY, "clip": clip})
+    summing = Engine(of, nn.Linear(100, 100))
+    summing.add_rows(torch.full((1, 10_100), scale))
+    noise = NoiseSource()
+    summing.release(noise, clip * 1e-6, expected=1.0)
+    given = {name: parameter.grad.numpy() for name, parameter in summing.network.named_parameters()}
+    assert l2_norm(given) <= clip * (1 + 1e-6)
+
+
 @pytest.mark.parametrize("operation", ["train", "evaluate"])
 def test_a_plan_and_a_request_that_disagree_on_noise_are_refused(operation: str, settings: Settings) -> None:
     private_plan, plain = private(), private(protection={"secure_aggregation": "off"})

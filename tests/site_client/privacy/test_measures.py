@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,3 +118,26 @@ def test_where_nothing_is_released_nothing_is_made_and_no_noise_is_needed(settin
     of = private(release={"training_loss": False, "metrics": []})
     _, sums = OPERATIONS["evaluate"](open_session(settings, of), {"round": 0, "fold": "train"}, initial(of))
     assert sums == {}
+
+
+@pytest.mark.parametrize("released", [["AUC", "accuracy"], []])
+def test_no_model_makes_a_failure_of_what_an_image_shows(released: list[str], settings: Settings) -> None:
+    of = private(release={"training_loss": False, "metrics": released})
+    model = {name: np.full_like(array, np.inf) for name, array in initial(of).items()}
+    request = {"round": 0, "fold": "train", **({"private": {"noise": 1.0}} if released else {})}
+    _, sums = OPERATIONS["evaluate"](open_session(settings, of), request, model)
+    assert set(sums) == set(released)
+    assert all(np.isfinite(array).all() for array in sums.values())
+
+
+def test_where_nothing_is_released_no_image_is_looked_at(settings: Settings) -> None:
+    of = private(release={"training_loss": False, "metrics": []})
+    session = open_session(settings, of)
+    told, _ = OPERATIONS["evaluate"](session, {"round": 0, "fold": "train"}, initial(of))
+    assert told == {"cases": len({case.patient for case in session.cases["train"]})}
+    session.cases = {**session.cases, "test": tuple(replace(c, image=Path("/gone")) for c in session.cases["train"])}
+    assert OPERATIONS["evaluate"](session, {"round": 0, "fold": "test"}, initial(of))[0] == told
+    session.cases = {**session.cases, "test": ()}
+    with pytest.raises(SiteFailure) as nobody:
+        OPERATIONS["evaluate"](session, {"round": 0, "fold": "test"}, initial(of))
+    assert nobody.value.code is Code.NO_DATA
