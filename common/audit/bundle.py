@@ -30,6 +30,7 @@ from typing import IO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from locum.common.audit.rules import shown
 from locum.common.canonical import canonical_json
 from locum.common.errors import DataError
 from locum.common.log.entries import Digest, RunName
@@ -63,7 +64,9 @@ _CHUNK = 1 << 20
 #: More than a bundle ever has, and few enough to be looked at one by one.
 _MOST_MEMBERS = 64
 _END, _END_BYTES, _MOST_DIRECTORY = b"PK\5\6", 22, 64 << 10
-_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError)
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError, ValueError)
+#: What we write; of other methods Python reads more at once than it is asked for.
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _REMEDY = "ask the coordinator for the bundle again: locum audit bundle RUN"
 
 
@@ -267,13 +270,15 @@ def _check_names(path: Path, archive: zipfile.ZipFile) -> None:
         if names.count(name) > 1:
             raise BundleError(f"{path} has {name} twice", _REMEDY)
         if name not in LIMITS:
-            raise BundleError(f"{path} has a member that no bundle has: {_shown(name)}", _REMEDY)
+            raise BundleError(f"{path} has a member that no bundle has: {shown(name, 60)}", _REMEDY)
     for name in NEEDED:
         if name not in names:
             raise BundleError(f"{path} has no {name}", _REMEDY)
     for info in archive.infolist():
         if info.file_size > LIMITS[info.filename]:
             raise BundleError(f"{info.filename} is larger than any can be: {info.file_size} bytes", _REMEDY)
+        if info.compress_type not in _METHODS:
+            raise BundleError(f"{info.filename} is packed in a way that no bundle is", _REMEDY)
 
 
 def _manifest(path: Path, archive: zipfile.ZipFile) -> Manifest:
@@ -282,7 +287,7 @@ def _manifest(path: Path, archive: zipfile.ZipFile) -> Manifest:
             content = file.read(LIMITS[MANIFEST] + 1)
         manifest = Manifest.model_validate(json.loads(content))
         canonical = canonical_json(manifest.model_dump(mode="json")) == content
-    except (*_DAMAGED, ValidationError, ValueError, RecursionError) as error:
+    except (*_DAMAGED, ValidationError, RecursionError) as error:
         raise BundleError(f"the manifest of {path} cannot be read", _REMEDY) from error
     if not canonical:
         raise BundleError(f"the manifest of {path} is not in canonical JSON", _REMEDY)
@@ -303,7 +308,3 @@ def _read(file: IO[bytes], size: int, path: Path, name: str) -> bytes:
         return file.read(size)
     except _DAMAGED as error:
         raise BundleError(f"{name} in {path} is damaged", _REMEDY) from error
-
-
-def _shown(name: str) -> str:
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name[:60])

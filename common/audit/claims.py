@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from locum.common.audit.rules import shown
 from locum.common.audit.statement import MOST_BYTES, Statement, StatementError, counted, open_statement, pinned
 from locum.common.errors import DataError, LocumError
 from locum.common.identity import fingerprint_of, parse_certificate
@@ -51,7 +52,7 @@ def claimed(model: Path, statement: Path, authority: str | None) -> Statement:
 def claim_lines(said: Statement, *, pinned: bool) -> Iterator[str]:
     """What a statement says, in lines."""
     release = said.predicate
-    yield f"this is the model that {release.federation} released, SHA-256 {said.model}"
+    yield f"this is the model that {shown(release.federation)} released, SHA-256 {said.model}"
     yield f"run {release.run}, {release.status}, round {release.round}, plan {release.plan}"
     yield f"sites: {', '.join(release.roster)}"
     spent = ", ".join(

@@ -41,6 +41,8 @@ def _said(standing: Standing, entry: RunEntry) -> None:
     _of_this_plan(standing, entry)
     if entry.event == "started" and standing.said:
         raise Wrong("the run is started a second time", "two runs would pass for one")
+    if entry.event == "paused" and standing.said in {"failed", "stopped"}:
+        raise Wrong(f"the run had {standing.said} before, and did not go on", "a failure is shown as a pause")
 
 
 def _with_roster(standing: Standing, entry: RoundEntry | VoidEntry | MetricsEntry) -> None:
@@ -190,6 +192,11 @@ def _metrics(standing: Standing, entry: MetricsEntry) -> None:
     strangers = sorted({*entry.sites, *entry.per_site} - set(roster))
     if strangers:
         raise Wrong(f"{some(strangers)} is not in the roster", "a site was measured that does not take part")
+    unsaid = sorted(set(roster) - set(entry.sites) - set(entry.refused)) if plan.released_metrics else []
+    if unsaid:
+        raise Wrong(f"of {some(unsaid)} nothing says whether it is in", "a site was left out without a reason")
+    if plan.secured and entry.overall and len(set(entry.sites)) < LEAST_SITES:
+        raise Wrong(f"its sum is over {len(set(entry.sites))} sites", "it tells the numbers of single sites")
     unknown = sorted(
         {name for told in (entry.overall, *entry.per_site.values()) for name in told} - set(plan.released_metrics)
     )

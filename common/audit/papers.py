@@ -13,6 +13,7 @@ from locum.common.audit.bundle import (
     AUTHORITY,
     CARD,
     CERTIFICATES,
+    CHECKPOINTS,
     LOG_KEY,
     MODEL,
     PLAN,
@@ -36,6 +37,7 @@ from locum.common.identity import (
     parse_certificate,
     subject_of,
 )
+from locum.common.log.note import opened
 from locum.common.plan import Plan, parse_plan
 
 _PEM = re.compile(rb"-----BEGIN CERTIFICATE-----\n.+?\n-----END CERTIFICATE-----\n", re.DOTALL)
@@ -167,13 +169,19 @@ def _statement(bundle: Bundle, standing: Standing) -> str:
             raise Wrong(
                 f"the statement says {what} {_told(said)}, and the log {_told(logged)}", "it is of something else"
             )
+    start = canonical_json({"checkpoint": opened(statement.predicate.checkpoint)[0].text()}).removesuffix(b'"}')
+    if not any(line.startswith(start) for line in bundle.lines(CHECKPOINTS)):
+        raise Wrong(
+            "the checkpoint in the statement is none of this log's",
+            "two histories were signed: whoever got the model was told of another log than this one",
+        )
     return "so is the statement's"
 
 
 def _claims(statement: Statement, standing: Standing) -> list[tuple[str, Any, Any]]:
     """What a statement says, and what the log does."""
     said, end, roster = statement.predicate, standing.end, standing.roster
-    epsilon = {site: each for (site, purpose), each in standing.spent.items() if purpose == "train"}
+    spent = {site: (each.epsilon, each.delta) for (site, of), each in standing.spent.items() if of == "train"}
     return [
         ("model", statement.model, end and end.model),
         ("run", said.run, standing.run),
@@ -181,7 +189,7 @@ def _claims(statement: Statement, standing: Standing) -> list[tuple[str, Any, An
         ("round", said.round, end and end.round),
         ("status", said.status, end and end.status),
         ("roster", said.roster, roster and roster.sites),
-        ("epsilon", {site: loss.epsilon for site, loss in said.epsilon.items()}, epsilon),
+        ("epsilon and delta", {site: (loss.epsilon, loss.delta) for site, loss in said.epsilon.items()}, spent),
         ("that its checkpoint counts the end", counted(said) > (standing.last or 0), True),
     ]
 

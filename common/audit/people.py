@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from locum.common.audit.rules import Rule, Wrong
 from locum.common.audit.standing import OF_RUN, Standing, writer_of
 from locum.common.audit.tree import valid
+from locum.common.identity import certified_key, public_key_sha256
 from locum.common.log.entries import (
     ApprovalEntry,
     Entry,
@@ -72,6 +73,8 @@ def _certified(standing: Standing, entry: SiteEntry) -> None:
     member = standing.members.get(entry.site)
     if entry.event == "renewed" and (member is None or member.revoked):
         raise Wrong(f"{entry.site} renews a certificate that it does not have", "entries are missing")
+    if public_key_sha256(certified_key(certificate)) in standing.revoked_at:
+        raise Wrong(f"{entry.site} is enrolled with a key that was shown out", "its word would count again")
 
 
 def _members(standing: Standing) -> str:

@@ -53,11 +53,18 @@ def _opened(standing: Standing, entry: RoundEntry | MetricsEntry, site: str, env
 
 
 def _check_grown(standing: Standing, said: Spent) -> None:
-    before = standing.spent.get((said.site, said.purpose), 0.0)
-    if said.epsilon < before - _SLACK:
+    before = standing.spent.get((said.site, said.purpose))
+    if before is None:
+        return
+    if said.epsilon < before.epsilon - _SLACK:
         raise Wrong(
-            f"{said.site} has spent epsilon {said.epsilon:g}, and had spent {before:g} before",
+            f"{said.site} has spent epsilon {said.epsilon:g}, and had spent {before.epsilon:g} before",
             "nothing that is spent comes back",
+        )
+    if said == before:
+        raise Wrong(
+            f"what {said.site} says it has spent stands in the log already",
+            "what it has spent since then is kept back; each answer has a statement of its own",
         )
 
 
@@ -73,7 +80,7 @@ def _check_bound(said: Spent, privacy: DifferentialPrivacy, most: float) -> None
 def _totals(standing: Standing) -> str:
     if standing.plan.private is None:
         return "the plan has no differential privacy: nothing bounds what the model tells of a patient"
-    spent = [epsilon for (_, purpose), epsilon in standing.spent.items() if purpose == "train"]
+    spent = [said.epsilon for (_, purpose), said in standing.spent.items() if purpose == "train"]
     return f"epsilon up to {max(spent, default=0.0):.3g} of {standing.plan.private.epsilon:g}, signed by each site"
 
 

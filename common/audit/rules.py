@@ -55,3 +55,8 @@ class Rule:
 def some(names: object) -> str:
     """Names for a sentence."""
     return ", ".join(map(str, names)) if isinstance(names, list | tuple | set | frozenset | dict) else str(names)
+
+
+def shown(text: str, most: int = 2000) -> str:
+    """Text out of a bundle for a person: no more than a page, and nothing that a terminal takes for a command."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text[:most])

@@ -97,6 +97,7 @@ class Standing:
         content: the plan as it was proposed, canonical JSON, which an earlier version may have written; `digest` of it.
         proposal: the SHA-256 of the signed proposal in the bundle.
         members: by site, enrolled or revoked.
+        keys: by the SHA-256 of each key that a site was enrolled with, the site.
         revoked_at: by the SHA-256 of a key, when its site was shown out.
         decisions: by site, its newest word on the plan.
         ended_since: sites whose approval or enrolment ended since the run's last entry.
@@ -106,7 +107,8 @@ class Standing:
         models: by round, the SHA-256 of its model.
         counted: by round, the sites in it.
         round: the last round that counts.
-        spent: by site and purpose, the epsilon that it said last.
+        took_part: the SHA-256 of the keys under which sites that approved were in a roster, a round or a measurement.
+        spent: by site and purpose, what it said last that it has spent.
         test: the last final test.
         end: the run's end.
         last: the number of the run's last entry.
@@ -120,6 +122,7 @@ class Standing:
     proposal: str
     anchors: Anchors
     members: dict[str, Member] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
     revoked_at: dict[str, str] = field(default_factory=dict)
     decisions: dict[str, Decision] = field(default_factory=dict)
     ended_since: set[str] = field(default_factory=set)
@@ -129,7 +132,8 @@ class Standing:
     models: dict[int, str] = field(default_factory=dict)
     counted: dict[int, tuple[str, ...]] = field(default_factory=dict)
     round: int = 0
-    spent: dict[tuple[str, str], float] = field(default_factory=dict)
+    took_part: set[str] = field(default_factory=set)
+    spent: dict[tuple[str, str], Spent] = field(default_factory=dict)
     test: MetricsEntry | None = None
     end: EndEntry | None = None
     last: int | None = None
@@ -183,6 +187,7 @@ class Standing:
 
     def _certified(self, site: str, key: str, certificate: str) -> None:
         member = self.members.get(site)
+        self.keys.setdefault(key, site)
         if member is None or member.key != key:
             self.members[site] = Member(key, [certificate])
         elif certificate not in member.certificates:
@@ -208,6 +213,8 @@ class Standing:
     # --- the run
 
     def _of_run(self, entry: Entry) -> None:
+        if isinstance(entry, RosterEntry | RoundEntry | MetricsEntry):
+            self.took_part |= {self.members[site].key for site in entry.sites if self.approves(site)}
         if isinstance(entry, RunEntry):
             self.said = entry.event
         elif isinstance(entry, RosterEntry):
@@ -237,7 +244,7 @@ class Standing:
         for site, envelope in spent.items():
             said = self.spent_of(site, envelope)
             if said is not None:
-                self.spent[site, purpose] = said.epsilon
+                self.spent[site, purpose] = said
 
     # --- statements
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from locum.common.audit.rules import shown
 from locum.common.audit.story import Story
 from locum.common.audit.verify import Result, Verdict
 from locum.common.audit.words import reason
@@ -83,7 +84,7 @@ def verdict_fields(verdict: Verdict) -> dict[str, Any]:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     """Columns of text; the last one is as long as it is."""
-    cells = [list(head), *([str(cell) for cell in row] for row in rows)]
+    cells = [list(head), *([shown(str(cell)) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     widths[-1] = 0
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]

@@ -5,7 +5,8 @@ Rules:
   * A checkpoint tells of all entries before it. So an entry that was changed is named as closely as checkpoints stand:
     between the last that is right and the first that is not.
   * A cosignature says that its site has seen this checkpoint as the continuation of all that it had seen before. It
-    counts if a certificate of that site was valid when it was made, and not revoked before.
+    counts if a certificate of that site was valid when it was made, and not revoked before. A key of which the log says
+    nothing is nobody's, whatever certificate lies in the bundle.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from locum.common.log.entries import (
     RunEntry,
     SiteEntry,
     VoidEntry,
+    moment,
     read_entry,
 )
 from locum.common.log.merkle import Frontier, leaf_hash
@@ -243,21 +245,24 @@ def valid(certificate: x509.Certificate, at: datetime) -> bool:
 def witnessed(tree: Tree, standing: Standing, wanted: int | None) -> str:
     """Who vouches for all of the run; in words. Raises Wrong if these are fewer than `wanted`.
 
-    `wanted` is None for more than half of the run's sites; else so many sites of the federation.
+    `wanted` is None for more than half of the run's sites, those of its roster and of its rounds, each with a key under
+    which it took part; else so many sites of the federation, with any key that the log gave them.
     """
     if tree.witnesses is not None:
         raise tree.witnesses
     for key, (site, at, size) in tree.last_seen.items():
         ended = standing.revoked_at.get(key)
-        if ended is not None and at > datetime.fromisoformat(ended):
+        if ended is not None and moment(at) > ended:
             raise Wrong(
                 f"{site} cosigned the checkpoint of {size} entries at {at:%Y-%m-%d %H:%M:%S}, and was revoked before",
                 "its word counts for nothing",
                 size - 1,
             )
     end = 0 if standing.last is None else standing.last + 1
-    sites = {site for site, size in tree.covers.values() if size >= end}
+    keys = standing.keys if wanted is not None or standing.roster is None else standing.took_part
+    sites = {site for key, (site, size) in tree.covers.items() if size >= end and key in keys}
     roster = set(standing.members) if standing.roster is None else set(standing.roster.sites)
+    roster = roster.union(*standing.counted.values())
     needed, counted = (len(roster) // 2 + 1, sites & roster) if wanted is None else (wanted, sites)
     if len(counted) < needed:
         who = some(sorted(counted)) or "none"

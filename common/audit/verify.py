@@ -17,7 +17,7 @@ from typing import Literal
 
 from locum.common.audit import course, papers, people, privacy
 from locum.common.audit.bundle import CHECKPOINTS, ENTRIES, Bundle, BundleError, Manifest, open_bundle
-from locum.common.audit.rules import AtEntry, Rule, Wrong
+from locum.common.audit.rules import AtEntry, Rule, Wrong, shown
 from locum.common.audit.standing import OF_RUN, Anchors, Standing
 from locum.common.audit.tree import Tree, checkpoints, entry_of, witnessed
 from locum.common.audit.words import named
@@ -135,16 +135,16 @@ class _Checks:
 
     def hold(self, number: int, told: str) -> None:
         """A check holds."""
-        self.results[number] = Result(number, "holds", told)
+        self.results[number] = Result(number, "holds", shown(told))
 
     def fail(self, number: int, wrong: Wrong | BundleError, entry: int | None = None, at: str = "") -> None:
         """A check fails, at an entry; raises _Stop if nothing counts without it."""
         if isinstance(wrong, Wrong):
             blamed = entry if wrong.entry is None else wrong.entry
-            at = at if blamed == entry else ""
-            self.results[number] = Result(number, "fails", wrong.what, wrong.means, blamed, at)
+            at = shown(at) if blamed == entry else ""
+            self.results[number] = Result(number, "fails", shown(wrong.what), shown(wrong.means), blamed, at)
         else:
-            self.results[number] = Result(number, "fails", wrong.message, "the file is damaged", entry)
+            self.results[number] = Result(number, "fails", shown(wrong.message), "the file is damaged", entry)
         if number <= _GROUND:
             raise _Stop from wrong
 
@@ -188,7 +188,9 @@ def _look_through(checks: _Checks, stack: ExitStack, path: Path, authority: str 
         tree = Tree(anchors, checkpoints(bundle.lines(CHECKPOINTS)))
     _read(checks, bundle, standing, tree)
     checks.standing = standing
-    checks.witnesses = {site: (moment(at), size) for site, at, size in tree.last_seen.values()}
+    checks.witnesses = {
+        site: (moment(at), size) for key, (site, at, size) in tree.last_seen.items() if key in standing.keys
+    }
     with checks.at(7):
         checks.hold(7, witnessed(tree, standing, witnesses))
     for rule in RULES:

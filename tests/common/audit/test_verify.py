@@ -289,6 +289,70 @@ def test_a_revoked_site_is_no_witness_any_more(open_hand: Federation) -> None:
     assert verify(open_hand.bundle(entries, notes=early, name="in-time.zip")).holds
 
 
+@pytest.mark.parametrize("logged", [False, True])
+def test_a_key_that_took_no_part_is_no_witness_of_the_run(open_hand: Federation, *, logged: bool) -> None:
+    """The authority can certify what it likes: keys of its own under the sites' names, told in the log or not."""
+    keys = {site: new_key() for site in open_hand.sites}
+    certificates = {
+        site: open_hand.authority.issue_site(site, key.public_key(), now=open_hand.at(0)) for site, key in keys.items()
+    }
+    entries = open_hand.history()
+    for site, certificate in certificates.items() if logged else ():
+        digest = fingerprint_of(certificate)
+        entries.append(SiteEntry(at=moment(open_hand.at(100)), site=site, event="enrolled", certificate=digest))
+    *before, last = open_hand.checkpoints(map(written, entries))
+    lines = [open_hand.cosigned(last, site, key=key) for site, key in keys.items()]
+    pems = b"".join(map(certificate_pem, [*open_hand.certificates.values(), *certificates.values()]))
+    notes = [*before, with_lines(last, lines)]
+    path = open_hand.bundle(entries, notes=notes, name="made-up.zip", certificates_pem=pems)
+    assert "0 sites have cosigned" in caught(path, 7, END).told
+    assert verify(path, witnesses=1).holds is logged
+
+
+def test_who_gave_to_the_model_is_counted_among_its_witnesses(open_hand: Federation) -> None:
+    """A last roster of few sites does not make these few the witnesses of what others gave."""
+    few = ("north", "riverside")
+    said = [
+        open_hand.said("resumed", 28),
+        open_hand.roster(29, round=2, model=sha256_hex(model_of(2)), sites=few, excluded={"st-anne": "AWAY"}),
+        open_hand.metrics(2, 30, "test", sites=few, per_site={}),
+        open_hand.end(31, status="completed with losses"),
+    ]
+    entries = [*open_hand.history()[:TEST], *said]
+    *before, last = open_hand.checkpoints(map(written, entries))
+    statement = open_hand.statement(entries, [*before, last], roster=few)
+    summary = members_of(open_hand.bundle(entries, name="few.zip"))[1]["run.json"].replace(b',\n  "st-anne"', b"")
+    one, two = ([open_hand.cosigned(last, site) for site in sites] for sites in (few[:1], few))
+    for lines in (one, two):
+        notes = [*before, with_lines(last, lines)]
+        path = open_hand.bundle(entries, notes=notes, name="few.zip", statement_json=statement, run_json=summary)
+        assert verify(path).holds is (lines is two), verify(path).first
+    wide = open_hand.bundle(entries, notes=[*before, with_lines(last, two)], name="few.zip")
+    assert "2 needed" in verify(wide).results[6].told
+
+
+def test_a_key_that_was_shown_out_does_not_come_back(open_hand: Federation) -> None:
+    certificate = open_hand.authority.issue_site("north", new_key().public_key(), now=open_hand.at(0))
+    old, new = fingerprint_of(open_hand.certificates["north"]), fingerprint_of(certificate)
+    out, between, back = (
+        SiteEntry(at=moment(open_hand.at(5.5)), site="north", event=event, certificate=of)
+        for event, of in (("revoked", old), ("enrolled", new), ("enrolled", old))
+    )
+    entries = _with(open_hand.history(), STARTED, out, between, back, open_hand.history()[STARTED])
+    *before, last = open_hand.checkpoints(map(written, entries))
+    lines = [open_hand.cosigned(last, site) for site in ("riverside", "st-anne")]
+    pems = b"".join(map(certificate_pem, [*open_hand.certificates.values(), certificate]))
+    path = open_hand.bundle(entries, notes=[*before, with_lines(last, lines)], name="back.zip", certificates_pem=pems)
+    assert "a key that was shown out" in caught(path, 9, STARTED + 2).told
+
+
+def test_a_revocation_on_a_day_that_does_not_exist_is_told(open_hand: Federation) -> None:
+    out = SiteEntry(at="2026-02-31T00:00:00Z", site="north", event="revoked")
+    verdict = verify(open_hand.bundle([*open_hand.history(), out], name="no-day.zip"))
+    assert not verdict.holds
+    assert verdict.results[7].entry == END + 1
+
+
 def test_a_site_that_was_shown_out_takes_part_in_nothing(open_hand: Federation) -> None:
     out = SiteEntry(at=moment(open_hand.at(5.5)), site="north", event="revoked")
     entries = _with(open_hand.history(), STARTED, out, open_hand.history()[STARTED])
@@ -363,6 +427,8 @@ LIES: dict[str, tuple[Lie, int, int | None]] = {
         lambda f, e: _with(e, METRICS_2, e[METRICS_2], f.round(3, 26)), 12, TEST),
     "a failure shown as a success": (
         lambda f, e: _with(e, TEST, f.said("failed", 28), e[TEST]), 12, END + 1),
+    "a failure that is called a pause": (
+        lambda f, e: _with(e, TEST, f.said("failed", 28), f.said("paused", 29), e[TEST]), 12, TEST + 1),
     "an end before the last round": (
         lambda f, e: [*e[:ROUND_2], f.metrics(1, 20, "test"), f.end(21, round=1, model=sha256_hex(model_of(1)))],
         12, ROUND_2 + 1),
@@ -393,6 +459,8 @@ LIES: dict[str, tuple[Lie, int, int | None]] = {
         lambda f, e: _with(e, END, f.end(31, model=sha256_hex(model_of(7)))), 14, END),
     "a metric that the plan does not release": (
         lambda f, e: _with(e, METRICS_1, f.metrics(1, 15, overall={"AUC": 0.5, "ages": 50.0})), 15, METRICS_1),
+    "a final test of one site, with no word of the others": (
+        lambda f, e: _with(e, TEST, f.metrics(2, 30, "test", sites=("north",), per_site={})), 15, TEST),
     "no final test": (
         lambda f, e: [*e[:TEST], *e[TEST + 1:]], 15, None),
     "a final test of another model": (
@@ -425,6 +493,13 @@ MASKED_LIES: dict[str, tuple[Lie, int, int | None]] = {
         13, ROUND_2),
     "numbers of single sites": (
         lambda f, e: _with(e, METRICS_1, f.metrics(1, 15, per_site={"north": {"AUC": 0.5}})), 15, METRICS_1),
+    "a sum of metrics over a single site": (
+        lambda f, e: _with(e, METRICS_1, f.metrics(
+            1, 15, sites=("north",), refused=dict.fromkeys(("riverside", "st-anne"), "LATE"),
+            spent={"north": f.spent("north", 1, "validation", 0.1)})), 15, METRICS_1),
+    "a statement that is used again for a round that is made again": (
+        lambda f, e: _with(e, ROUND_2, f.said("resumed", 16), f.roster(17), e[ROUND_1].model_copy(
+            update={"at": moment(f.at(18)), "attempt": 2}), e[ROUND_2]), 16, ROUND_2 + 2),
     "a site that does not say what it spent": (
         lambda f, e: _with(e, ROUND_2, f.round(2, 20, spent={})), 16, ROUND_2),
     "metrics without what they cost": (
@@ -570,6 +645,20 @@ def test_a_statement_whose_checkpoint_is_older_than_the_end_is_found(open_hand: 
     caught(open_hand.bundle(name="statement.zip", statement_json=statement), 18, None)
 
 
+def test_a_statement_on_another_history_of_the_log_is_found(open_hand: Federation) -> None:
+    entries = open_hand.history()
+    fork = open_hand.checkpoints(map(written, _with(entries, STARTED, open_hand.said("started", 6.5))))
+    path = open_hand.bundle(name="fork.zip", statement_json=open_hand.statement(entries, fork))
+    assert "none of this log's" in caught(path, 18, None).told
+
+
+def test_a_statement_with_a_smaller_delta_is_found(masked: Federation) -> None:
+    entries = masked.history()
+    loss = {site: {"epsilon": 1.0, "delta": 1e-12} for site in masked.sites}
+    statement = masked.statement(entries, masked.checkpoints(map(written, entries)), epsilon=loss)
+    assert "delta" in caught(masked.bundle(name="delta.zip", statement_json=statement), 18, None).told
+
+
 # --- the federation
 
 
@@ -699,6 +788,28 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path: Path, true: Path) -> None:
     assert "larger than any can be" in caught(path, 1, None).told
     endless = with_leaves(true, lambda lines: lines.__setitem__(3, b"0" * (bundles.MOST_LINE + 10)))
     assert "longer than any can be" in caught(endless, 4, 3).told
+
+
+def test_what_is_packed_in_another_way_is_no_bundle(tmp_path: Path, true: Path) -> None:
+    path = tmp_path / "packed.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        for name, content in _unchanged(true):
+            archive.writestr(name, content)
+    assert "packed in a way that no bundle is" in caught(path, 1, None).told
+
+
+def test_a_name_of_a_member_that_is_no_text_is_told(tmp_path: Path, true: Path) -> None:
+    path = _zip(tmp_path / "name.zip", [*_unchanged(true), ("\N{SNOWMAN}", b"")])
+    path.write_bytes(path.read_bytes().replace("\N{SNOWMAN}".encode(), b"\xff\xff\xff"))
+    caught(path, 1, None)
+
+
+def test_nothing_of_a_bundle_is_a_command_for_the_terminal(true: Path) -> None:
+    lie = "\x1b[2J\x1b[32mall checks hold" + "!" * 100_000
+    path = with_leaves(true, lambda leaves: leaves.__setitem__(3, edited(leaves[3], **{lie: 1})))
+    told = caught(path, 4, 3).told
+    assert told.isprintable()
+    assert len(told) <= 2000
 
 
 def test_a_torn_last_line_is_told(true: Path) -> None:
