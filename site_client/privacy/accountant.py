@@ -131,8 +131,9 @@ def _value(index: int) -> float:
 
 
 def _index(value: float) -> int:
-    """The place of a power of ten."""
-    return round(math.log10(value)) * _STEPS_A_DECADE
+    """The place of a value of the grid."""
+    decade = math.floor(math.log10(value) + 1e-9)
+    return decade * _STEPS_A_DECADE + round(100 * value / 10.0**decade) - 100
 
 
 def _least(holds: Callable[[int], bool], near: int, *, stride: int) -> int:

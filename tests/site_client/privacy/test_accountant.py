@@ -73,7 +73,7 @@ def test_the_noise_advised_is_the_least_of_three_digits_that_is_enough(asked: fl
 
 
 def test_there_is_a_least_noise() -> None:
-    assert noise_for(1e6, 1e-5, rate=0.01, steps=1) == LEAST_NOISE
+    assert noise_for(400.0, 1e-5, rate=1.0, steps=5) == LEAST_NOISE
 
 
 @pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5])
