@@ -229,7 +229,7 @@ class Agent:
         return {**done, "cases": reserved.patients}, made
 
     def _spend_nothing(self, asked: _Task, task: EvaluateTask) -> gate.Spend:
-        """Of a fold without a patient: a statement like that of any other site, so that nobody learns of it by that."""
+        """Of a fold without a patient: a statement too, for whoever contributes makes one; its epsilon is 0."""
         if asked.plan.private is None or self.budget is None or not asked.plan.released_metrics:
             return gate.nothing_spent
         return partial(self.budget.nothing, asked.plan, run=asked.run, round_number=task.round, purpose=task.fold)
