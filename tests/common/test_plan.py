@@ -106,9 +106,9 @@ _PRIVATE = {"differential_privacy": {"epsilon": 1, "delta": 1e-5, "clip": 1}}
         ({"protection": _PRIVATE, "training__sampling": "balanced"}, "drawn independently of their class"),
         ({"protection": _PRIVATE, "training__precision": "mixed"}, "computed in float32"),
         ({"protection": {"differential_privacy": {"epsilon": 0, "delta": 1e-5, "clip": 1}}}, "greater than 0"),
-        ({"protection": {"differential_privacy": {"epsilon": 1, "delta": 1e-5, "clip": 1e-30}}}, "equal to 0.000000001"),
+        ({"protection": {"differential_privacy": {"epsilon": 1, "delta": 1e-5, "clip": 1e-30}}}, "equal to 0.00000000"),
         ({"protection": {"differential_privacy": {"epsilon": 1, "delta": 1e-5, "clip": 1e38}}}, "equal to 1000000000"),
-        ({"protection": {"differential_privacy": {"epsilon": 1, "delta": 1e-16, "clip": 1}}}, "equal to 0.000000000001"),
+        ({"protection": {"differential_privacy": {"epsilon": 1, "delta": 1e-16, "clip": 1}}}, "equal to 0.00000000"),
         ({"release": {"case_counts": False}}, "weights by cases tell the number of cases"),
         (
             {
