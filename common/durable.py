@@ -1,13 +1,16 @@
 """Files that are either the old ones or the new ones, whole, after a crash at any byte.
 
-Write beside the target, flush to the disk, rename over it, flush the folder (POSIX rename is atomic).
+Write beside the target, flush to the disk, rename over it, flush the folder (POSIX rename is atomic). A database has
+transactions for it.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -81,3 +84,15 @@ def _written(path: Path, content: bytes | Write) -> None:
         write_synced(path, content)
     else:
         content(path)
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """One change of a database that is opened without transactions of its own; undone if anything is raised."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        connection.rollback()
+        raise
+    connection.commit()

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from cryptography import x509
 
+from locum.common.durable import transaction
 from locum.common.errors import LocumError, RunError
 from locum.common.identity import (
     PublicKey,
@@ -384,14 +385,8 @@ class Registry:
 
     @contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
-        with self._use() as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-            except BaseException:
-                connection.rollback()
-                raise
-            connection.commit()
+        with self._use() as connection, transaction(connection):
+            yield connection
 
     def _open(self, *, new: bool) -> sqlite3.Connection:
         status = self.path.stat()

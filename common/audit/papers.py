@@ -41,7 +41,6 @@ from locum.common.log.note import opened
 from locum.common.plan import Plan, parse_plan
 
 _PEM = re.compile(rb"-----BEGIN CERTIFICATE-----\n.+?\n-----END CERTIFICATE-----\n", re.DOTALL)
-_OTHER_VERSION = "verify it with the version that ran"
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple
 from rfc8785 import CanonicalizationError
 
 from locum.common.canonical import digest
-from locum.common.durable import flush
+from locum.common.durable import flush, transaction
 from locum.common.errors import LocumError
 from locum.common.plan import Fold
 from locum.site_client.privacy.accountant import Mechanism, epsilon
@@ -278,14 +278,8 @@ class Ledger:
     @contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
         """One transaction. What it adds is known as checked only once it is on the disk."""
-        with self._use() as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-            except BaseException:
-                connection.rollback()
-                raise
-            connection.commit()
+        with self._use() as connection, transaction(connection):
+            yield connection
 
     def _open(self) -> sqlite3.Connection:
         status = self.path.stat()
