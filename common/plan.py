@@ -114,8 +114,76 @@ class SpacingRange(_Strict):
         return self
 
 
+class Share(_Strict):
+    """Bounds of a share of patients."""
+
+    least: float = Field(0.0, ge=0, le=1)
+    most: float = Field(1.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.least > self.most:
+            raise ValueError("'least' is larger than 'most'")
+        return self
+
+
+#: Years of age by which patients are told apart: of 90 and more nobody is told the year (45 CFR 164.514(b)(2)(i)(C)).
+AGE_BANDS = ("0-17", "18-39", "40-64", "65-89", "90+")
+
+
+class Stratum(_Strict):
+    """A group of patients of which a site must have some: `by` what they are told apart, which value, how many."""
+
+    by: Literal["sex", "age", "manufacturer"]
+    value: Word
+    least_patients: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _a_value_that_exists(self) -> Self:
+        known = {"sex": ("F", "M", "O"), "age": AGE_BANDS}.get(self.by)
+        if known is not None and self.value not in known:
+            raise ValueError(f"{self.by} is one of {', '.join(known)}")
+        return self
+
+
+#: A month, YYYY-MM: the finest time that a catalog keeps of a study.
+Month = Annotated[str, StringConstraints(pattern=r"^\d{4}-(0[1-9]|1[0-2])$")]
+#: A standard code, SCHEME:CODE: SCT, RADLEX, ICD10, LOINC or DCM.
+Coded = Annotated[str, StringConstraints(pattern=r"^[A-Z][A-Z0-9]{1,15}:[A-Za-z0-9.-]{1,32}$")]
+
+
+class Months(_Strict):
+    """The first and the last month of the studies, both included; null does not bound."""
+
+    first: Month | None = None
+    last: Month | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.first and self.last and self.first > self.last:
+            raise ValueError("'first' is after 'last'")
+        return self
+
+
 class Contract(_Strict):
-    """What the plan needs of a site's data."""
+    """What the plan needs of a site's data.
+
+    An image is used if it fits modality, dimensions, spacing, SOP class, body part, orientation, number of slices and
+    months; what is left empty fits every image. The rest a site must meet as a whole, or it cannot be selected.
+
+    Attributes:
+        sop_classes: SOP Class UIDs.
+        body_parts: values of Body Part Examined, as DICOM has them.
+        orientation: of the slices, by their nearest plane.
+        least_slices: of a volume.
+        months: when the studies were made.
+        codes: class to the standard codes that mean it: a site whose map gives another code to a class fails.
+        prevalence: class to the share of training patients who have it.
+        strata: groups of training patients that a site must have.
+        deidentified: whether DICOM must have been cleaned with PS3.15's Basic Profile.
+        deface: whether the site must declare that faces were removed.
+        consent: whether the site must keep a list of withdrawn consent.
+    """
 
     task: names.Task
     modality: tuple[Annotated[str, StringConstraints(pattern=r"^[A-Z]{2,16}$")], ...] = ()
@@ -123,6 +191,17 @@ class Contract(_Strict):
     channels: int = Field(1, ge=1, le=64)
     classes: tuple[Word, ...] = Field(min_length=2, max_length=256)
     spacing: SpacingRange = SpacingRange()
+    sop_classes: tuple[Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+){3,20}$")], ...] = ()
+    body_parts: tuple[Annotated[str, StringConstraints(pattern=r"^[A-Z][A-Z0-9 _]{0,15}$")], ...] = ()
+    orientation: tuple[Literal["axial", "coronal", "sagittal"], ...] = ()
+    least_slices: int = Field(1, ge=1)
+    months: Months = Months()
+    codes: dict[Word, tuple[Coded, ...]] = Field(default_factory=dict)
+    prevalence: dict[Word, Share] = Field(default_factory=dict)
+    strata: tuple[Stratum, ...] = ()
+    deidentified: bool = False
+    deface: Literal["none", "required"] = "none"
+    consent: Literal["none", "required"] = "none"
     least_patients: int = Field(1, ge=1)
     single_class: Literal["allow", "exclude"] = "allow"
     split: Split = Split()

@@ -14,15 +14,17 @@ import gzip
 import io
 import struct
 import zlib
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pydicom
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
-from pydicom.multival import MultiValue
 from pydicom.tag import Tag
 from pydicom.uid import (
+    Comprehensive3DSRStorage,
+    ComprehensiveSRStorage,
     ComputedRadiographyImageStorage,
     CTImageStorage,
     DigitalMammographyXRayImageStorageForPresentation,
@@ -32,15 +34,20 @@ from pydicom.uid import (
     EnhancedCTImageStorage,
     EnhancedMRImageStorage,
     EnhancedPETImageStorage,
+    EnhancedSRStorage,
     LegacyConvertedEnhancedCTImageStorage,
     LegacyConvertedEnhancedMRImageStorage,
     LegacyConvertedEnhancedPETImageStorage,
     MRImageStorage,
     PositronEmissionTomographyImageStorage,
+    RTStructureSetStorage,
+    SegmentationStorage,
 )
 
 from locum.site_client.imaging.damage import damage_is
+from locum.site_client.imaging.headers import frames, image_type, text, voxels
 from locum.site_client.imaging.items import Item
+from locum.site_client.imaging.known import NOBODY, Known
 from locum.site_client.imaging.reasons import Reason, RefusedError
 
 SLICES = frozenset({CTImageStorage, MRImageStorage, PositronEmissionTomographyImageStorage})
@@ -63,41 +70,21 @@ RADIOGRAPHS = frozenset(
         DigitalXRayImageStorageForProcessing,
     }
 )
+#: Images that are no slices of a volume: each is a case of its own.
+SINGLE = RADIOGRAPHS
+#: Objects that say something of images: they are read where labels and masks come from.
+ANNOTATIONS = frozenset(
+    {
+        Comprehensive3DSRStorage,
+        ComprehensiveSRStorage,
+        EnhancedSRStorage,
+        RTStructureSetStorage,
+        SegmentationStorage,
+    }
+)
 
 #: Modalities whose pixels often carry text: there BurnedInAnnotation (0028,0301) must say NO.
 _TEXT_IS_LIKELY = frozenset({"US", "SC", "XA", "RF", "CR", "DX", "OT"})
-
-#: The attributes that are read of every file.
-_ATTRIBUTES = (
-    "AccessionNumber",
-    "BitsAllocated",
-    "BitsStored",
-    "BurnedInAnnotation",
-    "Columns",
-    "FrameOfReferenceUID",
-    "HighBit",
-    "ImageOrientationPatient",
-    "ImagePositionPatient",
-    "ImageType",
-    "ImagerPixelSpacing",
-    "Manufacturer",
-    "ManufacturerModelName",
-    "Modality",
-    "NumberOfFrames",
-    "PatientID",
-    "PhotometricInterpretation",
-    "PixelRepresentation",
-    "PixelSpacing",
-    "RescaleIntercept",
-    "RescaleSlope",
-    "Rows",
-    "SOPClassUID",
-    "SOPInstanceUID",
-    "SeriesInstanceUID",
-    "SliceThickness",
-    "SpacingBetweenSlices",
-    "StudyInstanceUID",
-)
 
 MAX_FILE = 4 << 30
 MAX_UNPACKED = 512 << 20
@@ -105,7 +92,6 @@ MAX_VOXELS = 1 << 29
 _READ_WHOLE = 1 << 20
 _HEAD = 1 << 10
 _DEFER = 64 << 10
-_TAGS = {name: Tag(name) for name in _ATTRIBUTES}
 _PIXEL_DATA = Tag("PixelData")
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 
@@ -115,27 +101,26 @@ class Sighting:
     """What the header of one item says.
 
     Attributes:
-        unit: the series it belongs to, or None if it belongs to none.
-        sop: SOP Instance UID.
-        patient: Patient ID as in the file; it is replaced by a pseudonym before anything is kept.
+        unit: the series it belongs to (a keyed UID), or None if it belongs to none.
+        sop: SOP Instance UID, keyed.
+        known: what is kept of its patient and study.
         reason: why it is refused, or None.
         spoils: the refusal holds for the whole unit, not for this item alone.
         multi_frame: it is an enhanced multi-frame object.
+        annotation: it is no image but says something of images: SEG, SR or RTSTRUCT.
         file: by what a table may name an image that is no DICOM: the stem of its file, or its row.
     """
 
     item: Item
     unit: str | None = None
     sop: str = ""
-    patient: str = ""
-    accession: str = ""
-    study: str = ""
-    series: str = ""
+    known: Known = NOBODY
     file: str = ""
     reason: Reason | None = None
     detail: str = ""
     spoils: bool = False
     multi_frame: bool = False
+    annotation: bool = False
 
 
 def read(path: Path, size: int) -> Dataset:
@@ -195,33 +180,42 @@ def _check_inflated(path: Path, size: int) -> None:
         raise RefusedError(Reason.TOO_LARGE, f"unpacks to more than {MAX_UNPACKED >> 20} MiB")
 
 
-def look(item: Item, dataset: Dataset) -> Sighting:
+def look(item: Item, dataset: Dataset, known: Known, sop: str, released: Collection[Reason] = ()) -> Sighting:
     """What a header decides; the first reason that holds is the one given.
+
+    Args:
+        item: where it was found.
+        dataset: its header, original or cleaned.
+        known: what is kept of its patient and study.
+        sop: its keyed SOP Instance UID.
+        released: reasons from which a person at the site has released it.
 
     Raises:
         RefusedError: unreadable.
     """
     with damage_is(Reason.UNREADABLE, "header"):
-        return _look(item, dataset)
+        return _look(item, dataset, known, sop, released)
 
 
-def _look(item: Item, dataset: Dataset) -> Sighting:
+def unit_of(sop_class: str, known: Known, sop: str) -> str:
+    """The unit that an image belongs to: its series, or of images that are no slices of a volume itself."""
+    # Several radiographs of one series (frontal, lateral) are several images.
+    return f"{known.series}/{sop}" if sop_class in SINGLE else known.series
+
+
+def _look(item: Item, dataset: Dataset, known: Known, sop: str, released: Collection[Reason]) -> Sighting:
     sop_class = text(dataset, "SOPClassUID")
-    sop, series = text(dataset, "SOPInstanceUID"), text(dataset, "SeriesInstanceUID")
-    if not (sop_class and sop and series):
+    if not (sop_class and sop and known.series):
         return Sighting(item, reason=Reason.INCOMPLETE_HEADER)
-    # Several radiographs of one series (frontal, lateral) are several images, not slices of a volume.
-    unit = f"{series}/{sop}" if sop_class in RADIOGRAPHS else series
-    reason = _leaves_series(sop_class, dataset)
-    spoils = None if reason else _spoils_series(sop_class, dataset)
+    if sop_class in ANNOTATIONS:
+        return Sighting(item, sop=sop, known=known, annotation=True)
+    reason = _first(_reasons_to_leave(sop_class, dataset), released)
+    spoils = None if reason else _first(_reasons_to_spoil(sop_class, dataset), released)
     return Sighting(
         item=item,
-        unit=unit,
+        unit=unit_of(sop_class, known, sop),
         sop=sop,
-        patient=text(dataset, "PatientID"),
-        accession=text(dataset, "AccessionNumber"),
-        study=text(dataset, "StudyInstanceUID"),
-        series=series,
+        known=known,
         reason=reason or spoils,
         detail=f"SOP class {sop_class}" if reason is Reason.UNSUPPORTED_OBJECT else "",
         spoils=spoils is not None,
@@ -229,77 +223,28 @@ def _look(item: Item, dataset: Dataset) -> Sighting:
     )
 
 
-def text(dataset: Dataset, keyword: str) -> str:
-    """An attribute as text without blanks at its ends; several values are joined by a backslash; empty if absent."""
-    element = dataset.get_item(_TAGS[keyword])
-    if element is None:
-        return ""
-    raw = element.value
-    if isinstance(raw, bytes) and raw.isascii() and b"\x1b" not in raw:
-        # Most values: a tenth of the time of pydicom's conversion, which the other values need.
-        return raw.decode("ascii").strip(" \0")
-    value = dataset[_TAGS[keyword]].value
-    values = value if isinstance(value, MultiValue) else [value]
-    return "\\".join("" if part is None else str(part) for part in values).strip()
+def _first(found: Iterable[tuple[Reason, bool]], released: Collection[Reason]) -> Reason | None:
+    return next((reason for reason, holds in found if holds and reason not in released), None)
 
 
-def numbers(dataset: Dataset, keyword: str) -> tuple[float, ...]:
-    """The numbers of an attribute that holds them as text (DS, IS); none if it is absent or empty.
-
-    Raises:
-        ValueError: a value is no number.
-    """
-    whole = text(dataset, keyword)
-    return tuple(float(part) for part in whole.split("\\")) if whole else ()
-
-
-def count(dataset: Dataset, keyword: str) -> int:
-    """The number of an attribute that holds one binary whole number (US); 0 if it is absent."""
-    element = dataset.get_item(_TAGS[keyword])
-    if element is None:
-        return 0
-    if isinstance(element.value, bytes):
-        return int.from_bytes(element.value, "little" if element.is_little_endian else "big")
-    return int(element.value or 0)
-
-
-def frames(dataset: Dataset) -> int:
-    """Number of Frames (0028,0008); 1 if it is absent."""
-    return int(*numbers(dataset, "NumberOfFrames") or (1,))
-
-
-def voxels(dataset: Dataset) -> int:
-    """Frames × rows × columns, as the header says."""
-    return frames(dataset) * count(dataset, "Rows") * count(dataset, "Columns")
-
-
-def image_type(dataset: Dataset) -> tuple[str, ...]:
-    """Image Type (0008,0008), in capitals."""
-    return tuple(part.strip() for part in text(dataset, "ImageType").upper().split("\\"))
-
-
-def _leaves_series(sop_class: str, dataset: Dataset) -> Reason | None:
-    if sop_class not in SLICES | MULTI_FRAME | RADIOGRAPHS:
-        return Reason.UNSUPPORTED_OBJECT
+def _reasons_to_leave(sop_class: str, dataset: Dataset) -> Iterator[tuple[Reason, bool]]:
+    """Why an object is no image of its series."""
     kind = image_type(dataset)
-    if "LOCALIZER" in kind:
-        return Reason.LOCALIZER
-    if kind[:2] == ("DERIVED", "SECONDARY") or any("SCREEN SAVE" in part for part in kind):
-        return Reason.DERIVED
-    return None
+    yield Reason.UNSUPPORTED_OBJECT, sop_class not in SLICES | MULTI_FRAME | SINGLE
+    yield Reason.LOCALIZER, "LOCALIZER" in kind
+    derived = kind[:2] == ("DERIVED", "SECONDARY") or any("SCREEN SAVE" in part for part in kind)
+    yield Reason.DERIVED, derived
 
 
-def _spoils_series(sop_class: str, dataset: Dataset) -> Reason | None:
-    checks = (
-        (Reason.NO_PATIENT_ID, not text(dataset, "PatientID")),
-        (Reason.BURNED_IN, _may_be_burned_in(dataset)),
-        (Reason.NO_PIXELS, _PIXEL_DATA not in dataset or voxels(dataset) == 0),
-        (Reason.COLOUR, not text(dataset, "PhotometricInterpretation").startswith("MONOCHROME")),
-        (Reason.MOSAIC, "MOSAIC" in image_type(dataset)),
-        (Reason.SEVERAL_VOLUMES, _has_odd_frames(sop_class, dataset)),
-        (Reason.TOO_LARGE, voxels(dataset) > MAX_VOXELS),
-    )
-    return next((reason for reason, holds in checks if holds), None)
+def _reasons_to_spoil(sop_class: str, dataset: Dataset) -> Iterator[tuple[Reason, bool]]:
+    """Why an image must not be used, nor the series that would lack it."""
+    yield Reason.NO_PATIENT_ID, not text(dataset, "PatientID")
+    yield Reason.BURNED_IN, _may_be_burned_in(dataset)
+    yield Reason.NO_PIXELS, _PIXEL_DATA not in dataset or voxels(dataset) == 0
+    yield Reason.COLOUR, not text(dataset, "PhotometricInterpretation").startswith("MONOCHROME")
+    yield Reason.MOSAIC, "MOSAIC" in image_type(dataset)
+    yield Reason.SEVERAL_VOLUMES, _has_odd_frames(sop_class, dataset)
+    yield Reason.TOO_LARGE, voxels(dataset) > MAX_VOXELS
 
 
 def _may_be_burned_in(dataset: Dataset) -> bool:

@@ -24,7 +24,8 @@ from pydicom.pixels import apply_modality_lut
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from locum.site_client.imaging.damage import damage_is
-from locum.site_client.imaging.dicom import MAX_VOXELS, count, numbers, text, voxels
+from locum.site_client.imaging.dicom import MAX_VOXELS
+from locum.site_client.imaging.headers import count, numbers, text, voxels
 from locum.site_client.imaging.reasons import Reason, RefusedError
 
 Array = npt.NDArray[Any]

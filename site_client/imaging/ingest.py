@@ -30,7 +30,7 @@ from locum.site_client.imaging.geometry import Volume
 from locum.site_client.imaging.grouping import Grouped, Reader, group, look
 from locum.site_client.imaging.items import Item, Unit, find_items
 from locum.site_client.imaging.keys import case_id
-from locum.site_client.imaging.labels import LabelBook, MaskFolder, Roll, check_folds, code_class
+from locum.site_client.imaging.labels.tables import LabelBook, MaskFolder, Roll, check_folds, code_class
 from locum.site_client.imaging.reasons import Reason, RefusedError
 from locum.site_client.imaging.sources import DicomSource, NpzSource, SiteData
 from locum.site_client.imaging.split import Fold, unit_interval

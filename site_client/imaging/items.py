@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from locum.common.errors import DataError
 from locum.site_client.imaging import npz
+from locum.site_client.imaging.known import Known
 from locum.site_client.imaging.reasons import Reason
 from locum.site_client.imaging.sources import DicomSource, NiftiSource, NpzSource, SiteData, table_rows
 from locum.site_client.imaging.split import Fold
@@ -34,6 +35,8 @@ class Item:
         size: bytes, or -1 for something that is no regular file.
         mtime_ns: the time of its last change; with `size` it tells whether it has changed.
         row: split and index of a row of an .npz.
+        known: what is known of its patient and study without opening it: of what a PACS gave, or a tree says.
+        refused: why it cannot be used, if that is known without opening it.
     """
 
     name: str
@@ -42,6 +45,8 @@ class Item:
     size: int
     mtime_ns: int
     row: tuple[Fold, int] | None = None
+    known: Known | None = None
+    refused: tuple[Reason, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,8 @@ class Unit:
     """What becomes one case: a DICOM series (or radiograph), a NIfTI image, a row of an .npz.
 
     Attributes:
-        key: series UID (with the SOP instance UID for a radiograph), or the name of the file or row.
-        patient: pseudonym; empty if the image has no patient ID.
-        patient_id: the ID itself, only while it is at hand; it is never kept.
+        key: keyed series UID (with the keyed SOP instance UID for a radiograph), or the name of the file or row.
+        known: what is kept of its patient and study.
         file: the stem of the file name if the unit is one file; the index for a training row of an .npz.
         gate: why the headers alone refuse it, or None.
     """
@@ -59,11 +63,7 @@ class Unit:
     key: str
     source: int
     items: tuple[Item, ...]
-    patient: str
-    patient_id: str = ""
-    accession: str = ""
-    study: str = ""
-    series: str = ""
+    known: Known
     file: str = ""
     gate: Reason | None = None
     gate_detail: str = ""

@@ -21,10 +21,17 @@ class Reason(StrEnum):
     LOCALIZER = "localizer"
     DERIVED = "derived"
     BURNED_IN = "burned_in"
+    SECONDARY_CAPTURE = "secondary_capture"
+    DOCUMENT = "document"
+    NO_REGIONS = "no_regions"
     COLOUR = "colour"
     MOSAIC = "mosaic"
     NO_PIXELS = "no_pixels"
     NO_PATIENT_ID = "no_patient_id"
+    CONSENT_WITHDRAWN = "consent_withdrawn"
+    REJECTED = "rejected"
+    RESIDUE = "residue"
+    INCOMPLETE_STUDY = "incomplete_study"
     MIXED_PATIENTS = "mixed_patients"
     DUPLICATE_INSTANCE = "duplicate_instance"
     CONFLICTING_INSTANCES = "conflicting_instances"
@@ -41,6 +48,7 @@ class Reason(StrEnum):
     NO_LABEL = "no_label"
     UNMAPPED_CODE = "unmapped_code"
     CONFLICTING_LABELS = "conflicting_labels"
+    UNCERTAIN_LABEL = "uncertain_label"
     MASK_MISSING = "mask_missing"
     MASK_UNREADABLE = "mask_unreadable"
     MASK_MISMATCH = "mask_mismatch"
@@ -56,10 +64,17 @@ SENTENCE: dict[Reason, str] = {
     Reason.LOCALIZER: "The image is a localizer (scout), not part of the volume.",
     Reason.DERIVED: "The image is a screen save or a secondary derivation of other images.",
     Reason.BURNED_IN: "The image says, or does not deny, that text is burned into its pixels.",
+    Reason.SECONDARY_CAPTURE: "The object is a secondary capture: a picture of a screen or a scan of paper.",
+    Reason.DOCUMENT: "The object is an encapsulated document (PDF).",
+    Reason.NO_REGIONS: "The ultrasound does not say where its picture is and where its text.",
     Reason.COLOUR: "The image is in colour; a grey-scale image is expected.",
     Reason.MOSAIC: "The image is a Siemens mosaic: many slices tiled into one picture.",
     Reason.NO_PIXELS: "The image object holds no pixel data.",
     Reason.NO_PATIENT_ID: "The image has no patient ID, so that its patient cannot be kept in one fold.",
+    Reason.CONSENT_WITHDRAWN: "The patient is on the site's list of those who have withdrawn their consent.",
+    Reason.REJECTED: "A person at the site has rejected the image.",
+    Reason.RESIDUE: "After de-identification the object still held an identifier of its patient.",
+    Reason.INCOMPLETE_STUDY: "The PACS said that there are more images than it gave.",
     Reason.MIXED_PATIENTS: "One series carries the IDs of several patients.",
     Reason.DUPLICATE_INSTANCE: "The same image is present twice; the first copy is used.",
     Reason.CONFLICTING_INSTANCES: "Two different images carry the same SOP instance UID.",
@@ -76,6 +91,7 @@ SENTENCE: dict[Reason, str] = {
     Reason.NO_LABEL: "The label file has no label for this image.",
     Reason.UNMAPPED_CODE: "The label is a local code that the site's class mapping does not name.",
     Reason.CONFLICTING_LABELS: "The label file gives this image two different labels.",
+    Reason.UNCERTAIN_LABEL: "The report is not certain, or the readers do not agree by a majority.",
     Reason.MASK_MISSING: "There is no mask for this image.",
     Reason.MASK_UNREADABLE: "The mask cannot be read, or its values are not whole numbers from 0 to 255.",
     Reason.MASK_MISMATCH: "The mask does not lie on the grid of its image.",

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from locum.common.errors import DataError
 from locum.common.names import installed, suggestion
 from locum.common.yaml_source import Source as Document
 from locum.common.yaml_source import YamlError, read_yaml
+from locum.site_client.imaging.sheets import Row, read_sheet
 from locum.site_client.imaging.split import FOLDS
-from locum.site_client.imaging.tables import Row, read_sheet
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
 _Part = TypeVar("_Part", bound=BaseModel)
@@ -94,15 +95,164 @@ class NpzSource(BaseModel):
         return self
 
 
-Source = Annotated[DicomSource | NiftiSource | NpzSource, Field(discriminator="kind")]
+class Query(BaseModel):
+    """What is asked of a PACS; what is left out does not narrow it.
+
+    Attributes:
+        modalities: DICOM modality codes.
+        body_parts: values of Body Part Examined (PS3.16 annex L).
+        dates: the first and the last day of the study, both included.
+        accessions: a text file with one accession number a line.
+    """
+
+    model_config = _STRICT
+    modalities: tuple[Modality, ...] = ()
+    body_parts: tuple[str, ...] = ()
+    dates: tuple[date, date] | None = None
+    accessions: Path | None = None
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.dates is not None and self.dates[0] > self.dates[1]:
+            raise ValueError(f"the first day {self.dates[0]} is after the last {self.dates[1]}")
+        return self
+
+
+#: Instances a second that are asked of a PACS, at most.
+Rate = Annotated[float, Field(gt=0, le=100_000)]
+
+
+class DicomWebSource(BaseModel):
+    """A PACS by DICOMweb (PS3.18): QIDO-RS to ask, WADO-RS to fetch.
+
+    Attributes:
+        url: of the service, such as https://pacs:8043/dicom-web.
+        user: with `password_file`, for HTTP basic authentication.
+        authority: the certificates by which the server is known, PEM; the system's own unless told.
+        certificate: with `key`, what the site shows in TLS, PEM.
+    """
+
+    model_config = _STRICT
+    kind: Literal["dicomweb"]
+    url: Annotated[str, Field(pattern=r"^https?://[^\s@]+$")]
+    query: Query = Query()
+    rate: Rate = 200.0
+    user: str | None = None
+    password_file: Path | None = None
+    authority: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+
+    @model_validator(mode="after")
+    def _in_pairs(self) -> Self:
+        if (self.user is None) != (self.password_file is None):
+            raise ValueError("user and password_file belong together")
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key belong together")
+        return self
+
+
+#: An application entity title (PS3.5 6.2, AE).
+Title = Annotated[str, Field(pattern=r"^[\x21-\x5b\x5d-\x7e]([\x20-\x5b\x5d-\x7e]{0,14}[\x21-\x5b\x5d-\x7e])?$")]
+
+
+class DimseSource(BaseModel):
+    """A PACS by DIMSE (PS3.4): C-FIND to ask, C-GET or C-MOVE to fetch.
+
+    Attributes:
+        title: the PACS's application entity title; `calling` this site's, as the PACS knows it.
+        fetch: `get` over the same association, or `move` to the `listen` port of this machine.
+        associations: at once, at most two: with more a PACS was seen to lose images.
+    """
+
+    model_config = _STRICT
+    kind: Literal["dimse"]
+    host: str
+    port: Annotated[int, Field(ge=1, le=65535)]
+    title: Title
+    calling: Title = "LOCUM"
+    fetch: Literal["get", "move"] = "get"
+    listen: Annotated[int, Field(ge=1, le=65535)] | None = None
+    associations: Literal[1, 2] = 1
+    query: Query = Query()
+    rate: Rate = 200.0
+
+    @model_validator(mode="after")
+    def _a_port_to_move_to(self) -> Self:
+        if (self.fetch == "move") != (self.listen is not None):
+            raise ValueError("fetch: move needs the port `listen`, and get has none")
+        return self
+
+
+class BidsSource(BaseModel):
+    """A BIDS-like tree: sub-X/[ses-Y/]FOLDER/sub-X_…_SUFFIX.nii[.gz], with JSON sidecars and participants.tsv.
+
+    Attributes:
+        suffixes: those of the images that are taken, such as T1w.
+        masks: a folder with the same tree (derivatives/labels), and what follows the image's name in a mask's.
+        modality: what the site declares the images to be.
+    """
+
+    model_config = _STRICT
+    kind: Literal["bids"]
+    path: Path
+    suffixes: Annotated[tuple[str, ...], Field(min_length=1)]
+    modality: Modality = "MR"
+    masks: Path | None = None
+    mask_suffix: str = ""
+
+
+class DeepLesionSource(BaseModel):
+    """DeepLesion's layout: DL_info.csv beside Images_png/PATIENT_STUDY_SERIES/NNN.png, 16 bit, HU = value - 32768.
+
+    A case is the key slice of a lesion, with its neighbours within `context` slices.
+    """
+
+    model_config = _STRICT
+    kind: Literal["deeplesion"]
+    path: Path
+    context: Annotated[int, Field(ge=0, le=32)] = 0
+
+
+#: A source that is a PACS: what it holds is retrieved, de-identified, into the store's own folder first.
+PacsSource = DicomWebSource | DimseSource
+
+Source = Annotated[
+    DicomSource | NiftiSource | NpzSource | DicomWebSource | DimseSource | BidsSource | DeepLesionSource,
+    Field(discriminator="kind"),
+]
+
+#: How several readers' masks or labels become one: the majority, or STAPLE (Warfield et al., IEEE TMI 2004).
+Consensus = Literal["majority", "staple"]
 
 
 class Masks(BaseModel):
-    """Masks of DICOM images: <key>.nii.gz or <key>.nii in one folder, on the grid of their image."""
+    """Masks of DICOM images: <key>.nii.gz or <key>.nii in one folder, on the grid of their image.
+
+    With `consensus`, <key>.READER.nii.gz are those of several readers.
+    """
 
     model_config = _STRICT
+    kind: Literal["folder"] = "folder"
     path: Path
     key: Literal["accession", "series", "patient"]
+    consensus: Consensus | None = None
+
+
+class ObjectMasks(BaseModel):
+    """Masks in DICOM objects: Segmentation (PS3.3 A.51) or RT Structure Set (A.19).
+
+    Attributes:
+        path: a folder of such objects; those among the sources are used as well.
+        segments: segment or structure to the value it has in the mask: a label, or a code such as SCT:10200004.
+        consensus: how several objects of one image, by several readers, become one mask.
+    """
+
+    model_config = _STRICT
+    kind: Literal["seg", "rtstruct"]
+    path: Path | None = None
+    segments: Annotated[dict[str, Annotated[int, Field(ge=1, le=255)]], Field(min_length=1)]
+    consensus: Consensus | None = None
 
 
 class Labels(BaseModel):
@@ -112,14 +262,106 @@ class Labels(BaseModel):
         key: by what the column `key_column` names an image; a patient's label holds for all its images.
         label_column: the column with the site's own code.
         classes: local code to class of the plan; without it the code itself is the class.
+        reader_column: the column with the reader; `consensus` then says how their labels become one.
     """
 
     model_config = _STRICT
+    kind: Literal["table"] = "table"
     file: Path
     key: Key
     key_column: str
     label_column: str
     classes: Texts | None = None
+    reader_column: str | None = None
+    consensus: Literal["majority"] | None = None
+
+    @model_validator(mode="after")
+    def _readers_agree_somehow(self) -> Self:
+        if (self.reader_column is None) != (self.consensus is None):
+            raise ValueError("reader_column and consensus belong together")
+        return self
+
+
+class SrLabels(BaseModel):
+    """Labels in structured reports (SR, PS3.16 TID 1500): the finding, or an evaluation, of an image.
+
+    Attributes:
+        path: a folder of such objects; those among the sources are used as well.
+        concept: the name whose value is the label, as SCHEME:CODE; the finding (DCM:121071) unless told.
+        classes: code as SCHEME:CODE to class of the plan.
+    """
+
+    model_config = _STRICT
+    kind: Literal["sr"]
+    path: Path | None = None
+    concept: str = "DCM:121071"
+    classes: Texts | None = None
+
+
+class ReportLabels(BaseModel):
+    """Labels from the text of reports, by rules for negation (NegEx: Chapman et al., J Biomed Inform 2001).
+
+    Attributes:
+        key: as for a table; `text_column` has the report.
+        findings: class to the phrases that mean it. The first class with an affirmed phrase is the label.
+        otherwise: the class of a report that affirms none, or None: such images go to quarantine.
+        reviewed: a table of reports that a person has labelled (the same key, the column `label`): precision and
+            recall of the rules are measured on it.
+    """
+
+    model_config = _STRICT
+    kind: Literal["reports"]
+    file: Path
+    key: Key
+    key_column: str
+    text_column: str
+    findings: Annotated[dict[str, tuple[str, ...]], Field(min_length=1)]
+    otherwise: str | None = None
+    reviewed: Path | None = None
+
+
+class FhirLabels(BaseModel):
+    """Labels from FHIR R4 bundles: conditions and observations of the patients of imaging studies.
+
+    Attributes:
+        path: a folder of bundles (.json) or of resources a line (.ndjson).
+        link: how a study is found: by accession number, study UID, or patient identifier.
+        identifier: the system of the patient identifier that is the images' Patient ID; any unless told.
+        resources: which resources hold the label.
+        classes: code as SYSTEM:CODE (SCT, LOINC, ICD10) to class of the plan.
+        otherwise: the class of a study without such a code, or None: such images go to quarantine.
+    """
+
+    model_config = _STRICT
+    kind: Literal["fhir"]
+    path: Path
+    link: Literal["accession", "study", "patient"]
+    identifier: str | None = None
+    resources: tuple[Literal["Condition", "Observation", "DiagnosticReport"], ...] = ("Condition",)
+    classes: Texts | None = None
+    otherwise: str | None = None
+
+
+def _kind_of(given: str) -> Callable[[Any], str]:
+    """The kind of a part that may leave it out."""
+
+    def kind(value: Any) -> str:
+        return str(value.get("kind", given) if isinstance(value, Mapping) else value.kind)
+
+    return kind
+
+
+AnyMasks = Annotated[
+    Annotated[Masks, Tag("folder")] | Annotated[ObjectMasks, Tag("seg")] | Annotated[ObjectMasks, Tag("rtstruct")],
+    Discriminator(_kind_of("folder")),
+]
+AnyLabels = Annotated[
+    Annotated[Labels, Tag("table")]
+    | Annotated[SrLabels, Tag("sr")]
+    | Annotated[ReportLabels, Tag("reports")]
+    | Annotated[FhirLabels, Tag("fhir")],
+    Discriminator(_kind_of("table")),
+]
 
 
 class Table(BaseModel):
@@ -141,22 +383,71 @@ class Table(BaseModel):
     patient_column: str | None = None
 
 
+class Consent(BaseModel):
+    """Whose images may not be used.
+
+    Attributes:
+        withdrawn: a text file with one patient ID a line; their images leave the catalog and every cache.
+    """
+
+    model_config = _STRICT
+    withdrawn: Path
+
+
+#: The options of PS3.15 Annex E (E.3.1 to E.3.11) that a site may add to the Basic Profile.
+DeidOption = Literal[
+    "modified_dates",
+    "retain_uids",
+    "device_identity",
+    "institution_identity",
+    "patient_characteristics",
+    "clean_descriptors",
+    "clean_structured_content",
+    "clean_graphics",
+    "safe_private",
+]
+
+
+class Deidentification(BaseModel):
+    """How DICOM is cleaned: the Basic Profile of PS3.15 Annex E with options.
+
+    Attributes:
+        options: those added to the Basic Profile; none leaves a date or a free text as it was.
+        keep_dicom: whether the store keeps the cleaned DICOM files beside the volumes.
+    """
+
+    model_config = _STRICT
+    options: tuple[DeidOption, ...] = ("modified_dates", "device_identity", "patient_characteristics")
+    keep_dicom: bool = False
+
+
 class SiteData(BaseModel):
-    """The images of one site and what is known of them; all paths are absolute once loaded."""
+    """The images of one site and what is known of them; all paths are absolute once loaded.
+
+    Attributes:
+        terminology: the site's map from its own codes to standard codes and classes (`configs/terminology/`).
+        consent: whose images may not be used.
+        deidentification: how DICOM is cleaned.
+        defaced: whether the site declares that faces were removed from heads before the images came here.
+    """
 
     model_config = _STRICT
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
     root: Path = Path()
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
-    masks: Masks | None = None
-    labels: Labels | None = None
+    masks: AnyMasks | None = None
+    labels: AnyLabels | None = None
     table: Table | None = None
+    terminology: Path | None = None
+    consent: Consent | None = None
+    deidentification: Deidentification = Deidentification()
+    defaced: bool = False
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         kinds = {source.kind for source in self.sources}
-        if self.masks is not None and "dicom" not in kinds:
-            raise ValueError("masks is for dicom sources; name a nifti source's masks within it")
+        if self.masks is not None and kinds.isdisjoint({"dicom", "dicomweb", "dimse"}):
+            raise ValueError("masks is for DICOM; name a nifti source's masks within it")
         if self.labels is not None and kinds == {"npz"}:
             raise ValueError("an npz source carries its own labels: remove labels, or use the source's classes")
         if self.table is not None and (self.table.key == "index") != (kinds == {"npz"}):
@@ -269,8 +560,7 @@ def mistake(
     """The first thing wrong with a site file: its line and key, and for a misspelt key the nearest one beside it."""
     # A misspelt key is two errors, unknown and missing: the first of them helps.
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-    # A union adds the kind of its member to the place; the file has no such key.
-    place = tuple(part for part in first["loc"] if part not in ("dicom", "nifti", "npz"))
+    place = _as_written(first["loc"])
     line = f", line {document.line(place)}" if document.lines else ""
     key = ".".join(str(part) for part in place) or "the file as a whole"
     message = f"{document.name}{line}, {key}: {first['msg'].removeprefix('Value error, ')}"
@@ -280,20 +570,53 @@ def mistake(
     )
 
 
+def _as_written(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """A place in the file: a union adds the kind of its member, and the file has no such key."""
+    kind = {"sources": 2, "masks": 1, "labels": 1}.get(str(location[0])) if location else None
+    return tuple(step for number, step in enumerate(location) if number != kind or step not in {**_KINDS, "table": 0})
+
+
+#: By its `kind`, each part of a site file that has one.
+_KINDS: Mapping[str, type[BaseModel]] = {
+    "dicom": DicomSource,
+    "nifti": NiftiSource,
+    "npz": NpzSource,
+    "dicomweb": DicomWebSource,
+    "dimse": DimseSource,
+    "bids": BidsSource,
+    "deeplesion": DeepLesionSource,
+    "folder": Masks,
+    "seg": ObjectMasks,
+    "rtstruct": ObjectMasks,
+    "sr": SrLabels,
+    "reports": ReportLabels,
+    "fhir": FhirLabels,
+}
+_PARTS: Mapping[str, type[BaseModel]] = {
+    "table": Table,
+    "query": Query,
+    "consent": Consent,
+    "deidentification": Deidentification,
+}
+
+
 def _keys_beside(location: tuple[int | str, ...]) -> tuple[str, ...]:
     """The keys of the part of a site file in which a key stands."""
-    parts: dict[str, type[BaseModel]] = {"masks": Masks, "labels": Labels, "table": Table}
-    kinds: dict[str, type[BaseModel]] = {"dicom": DicomSource, "nifti": NiftiSource, "npz": NpzSource}
-    inner = [{**parts, **kinds}[str(step)] for step in location[:-1] if str(step) in {**parts, **kinds}]
+    parts = {**_KINDS, **_PARTS}
+    # In `labels` the kind `table` is a table of labels, else `table` is the key of the site file.
+    steps = ["labels.table" if step == "table" and location[0] == "labels" else str(step) for step in location[:-1]]
+    known = {**parts, "labels.table": Labels}
+    inner = [known[step] for step in steps if step in known]
     return tuple((inner[-1] if inner else SiteData).model_fields)
 
 
 def _resolve(site: SiteData, folder: Path) -> SiteData:
     root = _root(folder, site.root)
     parts: dict[str, Any] = {"root": root, "sources": tuple(_rooted(source, root) for source in site.sources)}
-    for name in ("masks", "labels", "table"):
+    for name in ("masks", "labels", "table", "consent"):
         part = getattr(site, name)
         parts[name] = None if part is None else _rooted(part, root)
+    parts["terminology"] = None if site.terminology is None else root / site.terminology.expanduser()
     return site.model_copy(update=parts)
 
 
@@ -302,20 +625,39 @@ def _root(folder: Path, given: Path | str) -> Path:
 
 
 def _rooted(part: _Part, root: Path) -> _Part:
-    paths = {name: root / value for name, value in part if isinstance(value, Path)}
-    return part.model_copy(update=paths)
+    paths: dict[str, Any] = {name: root / value.expanduser() for name, value in part if isinstance(value, Path)}
+    inner = {name: _rooted(value, root) for name, value in part if isinstance(value, Query)}
+    return part.model_copy(update=paths | inner)
+
+
+#: The keys that name a folder; every other path is that of a file.
+_FOLDERS = {
+    DicomSource: ("path",),
+    NiftiSource: ("images", "masks"),
+    BidsSource: ("path", "masks"),
+    DeepLesionSource: ("path",),
+    Masks: ("path",),
+    ObjectMasks: ("path",),
+    SrLabels: ("path",),
+    FhirLabels: ("path",),
+}
 
 
 def _check_folders(site: SiteData) -> None:
-    for source in site.sources:
-        if isinstance(source, NpzSource):
-            _check_present(source.path, "file", present=source.path.is_file())
-        else:
-            folders = [source.path] if isinstance(source, DicomSource) else [source.images, source.masks]
-            for folder in filter(None, folders):
-                _check_present(folder, "folder", present=folder.is_dir())
-    if site.masks is not None:
-        _check_present(site.masks.path, "folder", present=site.masks.path.is_dir())
+    for part in filter(None, (site, *site.sources, site.masks, site.labels, site.table, site.consent)):
+        _check_paths(part)
+
+
+def _check_paths(part: BaseModel) -> None:
+    """Raise DataError for the first folder or file of a part that does not exist."""
+    folders = _FOLDERS.get(type(part), ())
+    for name, value in part:
+        if isinstance(value, Query):
+            _check_paths(value)
+        if isinstance(value, Path) and name != "root":
+            folder = name in folders
+            present = value.is_dir() if folder else value.is_file()
+            _check_present(value, "folder" if folder else "file", present=present)
 
 
 def _check_present(path: Path, what: str, *, present: bool) -> None:
@@ -324,7 +666,7 @@ def _check_present(path: Path, what: str, *, present: bool) -> None:
 
 
 def _check_tables(site: SiteData) -> None:
-    if site.labels is not None:
+    if isinstance(site.labels, Labels):
         label_rows(site.labels)
     if site.table is not None:
         table_rows(site.table)

@@ -2,7 +2,7 @@
 
 Rules:
   * The patient is divided, never the image: all images of one patient are in one fold.
-  * The place is a keyed hash of the pseudonym: the same at every ingest, whatever else the site holds.
+  * The place is a keyed hash of the patient: the same at every ingest, whatever else the site holds.
   * A fold that the site's table states wins over the hash.
 """
 
@@ -13,18 +13,12 @@ from collections.abc import Iterable
 from typing import Literal, get_args
 
 from locum.common.errors import DataError
-from locum.site_client.imaging.keys import keyed
 
 Fold = Literal["train", "validation", "test"]
 FOLDS: tuple[Fold, ...] = get_args(Fold)
 
 #: Shares of train, validation and test; they add up to 1.
 Shares = tuple[float, float, float]
-
-
-def unit_interval(key: bytes, patient: str) -> float:
-    """The patient's place u in [0, 1): HMAC-SHA256(key, "split" || pseudonym) / 2²⁵⁶, to the 53 bits of a float."""
-    return (int.from_bytes(keyed(key, "split", patient), "big") >> (256 - 53)) / 2.0**53
 
 
 def check_shares(split: Shares) -> None:

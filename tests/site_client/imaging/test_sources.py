@@ -14,7 +14,7 @@ from locum.site_client.imaging.catalog import Catalog
 from locum.site_client.imaging.ingest import ingest
 from locum.site_client.imaging.reasons import Reason
 from locum.site_client.imaging.sources import load_site
-from locum.site_client.imaging.tables import read_sheet
+from locum.site_client.imaging.sheets import read_sheet
 
 KEY = bytes(range(32))
 SPLIT = (0.8, 0.1, 0.1)

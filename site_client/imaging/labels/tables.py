@@ -28,7 +28,7 @@ from locum.site_client.imaging.sources import (
     table_rows,
 )
 from locum.site_client.imaging.split import Fold
-from locum.site_client.imaging.tables import Row
+from locum.site_client.imaging.sheets import Row
 
 #: The lines of a table, by the name that they give.
 _Named = Mapping[str, Sequence[Row]]

@@ -1,0 +1,1 @@
+"""Answers to declarative counts, suppressed under the least cell size and remembered."""

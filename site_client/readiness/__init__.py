@@ -1,0 +1,1 @@
+"""A site's measured answer to a plan's contract."""
