@@ -114,6 +114,7 @@ class Sighting:
     item: Item
     unit: str | None = None
     sop: str = ""
+    sop_class: str = ""
     known: Known = NOBODY
     file: str = ""
     reason: Reason | None = None
@@ -208,13 +209,14 @@ def _look(item: Item, dataset: Dataset, known: Known, sop: str, released: Collec
     if not (sop_class and sop and known.series):
         return Sighting(item, reason=Reason.INCOMPLETE_HEADER)
     if sop_class in ANNOTATIONS:
-        return Sighting(item, sop=sop, known=known, annotation=True)
+        return Sighting(item, sop=sop, sop_class=sop_class, known=known, annotation=True)
     reason = _first(_reasons_to_leave(sop_class, dataset), released)
     spoils = None if reason else _first(_reasons_to_spoil(sop_class, dataset), released)
     return Sighting(
         item=item,
         unit=unit_of(sop_class, known, sop),
         sop=sop,
+        sop_class=sop_class,
         known=known,
         reason=reason or spoils,
         detail=f"SOP class {sop_class}" if reason is Reason.UNSUPPORTED_OBJECT else "",
