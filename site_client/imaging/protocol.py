@@ -244,9 +244,10 @@ def vendor(manufacturer: str) -> str:
 
 
 def _body_part(dataset: Dataset) -> str:
-    stated = "".join(text(dataset, "BodyPartExamined").upper().split())
+    converted = next(_groups(dataset, "UnassignedSharedConvertedAttributesSequence"), Dataset())
+    stated = text(dataset, "BodyPartExamined") or text(converted, "BodyPartExamined")
     if stated:
-        return stated
+        return "".join(stated.upper().split())
     coded = dataset.get("AnatomicRegionSequence") or next(
         (part.AnatomicRegionSequence for part in _groups(dataset, "FrameAnatomySequence")
          if part.get("AnatomicRegionSequence")), None
