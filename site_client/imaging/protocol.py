@@ -70,7 +70,8 @@ _GROUPS = (
     *(("UnassignedPerFrameConvertedAttributesSequence", name, name) for name in UNITS),
 )
 
-#: Anatomic regions (SNOMED CT) to values of Body Part Examined: from PS3.16 annex L; what is rarely imaged is left out.
+#: Anatomic regions (SNOMED CT) to values of Body Part Examined: the common ones of PS3.16 annex L, and the codes that
+#: older editions had for them.
 _REGIONS: Mapping[str, str] = MappingProxyType(
     {
         "818981001": "ABDOMEN",
@@ -84,6 +85,7 @@ _REGIONS: Mapping[str, str] = MappingProxyType(
         "76752008": "BREAST",
         "69105007": "CAROTID",
         "51185008": "CHEST",
+        "816094009": "CHEST",
         "416550000": "CHESTABDOMEN",
         "416775004": "CHESTABDPELVIS",
         "51299004": "CLAVICLE",
@@ -91,7 +93,7 @@ _REGIONS: Mapping[str, str] = MappingProxyType(
         "122494005": "CSPINE",
         "117590005": "EAR",
         "16953009": "ELBOW",
-        "371398005": "EYE",
+        "81745001": "EYE",
         "71341001": "FEMUR",
         "7569003": "FINGER",
         "56459004": "FOOT",
@@ -101,12 +103,13 @@ _REGIONS: Mapping[str, str] = MappingProxyType(
         "69536005": "HEAD",
         "774007": "HEADNECK",
         "80891009": "HEART",
+        "24136001": "HIP",
         "29836001": "HIP",
         "85050009": "HUMERUS",
         "661005": "JAW",
         "64033007": "KIDNEY",
         "72696002": "KNEE",
-        "30021000": "LEG",
+        "30021000": "LOWERLEG",
         "10200004": "LIVER",
         "122496007": "LSPINE",
         "39607008": "LUNG",
@@ -122,7 +125,6 @@ _REGIONS: Mapping[str, str] = MappingProxyType(
         "41216001": "PROSTATE",
         "79601000": "SCAPULA",
         "16982005": "SHOULDER",
-        "2095001": "SINUS",
         "89546000": "SKULL",
         "421060004": "SPINE",
         "78961009": "SPLEEN",

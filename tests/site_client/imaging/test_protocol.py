@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import pkgutil
+
 import numpy as np
 import pytest
 from highdicom.legacy import LegacyConvertedEnhancedCTImage
@@ -12,7 +15,7 @@ from pydicom.uid import CTImageStorage, generate_uid
 
 from locum.site_client.imaging.dicom import read
 from locum.site_client.imaging.geometry import Volume
-from locum.site_client.imaging.protocol import Protocol, facts_of, placed, vendor
+from locum.site_client.imaging.protocol import _REGIONS, Protocol, facts_of, placed, vendor
 
 
 @pytest.mark.parametrize(
@@ -72,13 +75,21 @@ def test_a_converted_object_says_what_its_slices_said(series):
     assert whole.parameters["SliceThickness"] == 2.5
 
 
-@pytest.mark.parametrize("code", [("51185008", "SCT"), ("T-D3000", "SRT")])
+@pytest.mark.parametrize("code", [("51185008", "SCT"), ("816094009", "SCT"), ("T-D3000", "SRT")])
 def test_a_coded_region_is_a_body_part(series, code):
     images = series(slices=1).images()
     region = Dataset()
     region.CodeValue, region.CodingSchemeDesignator = code
     images[0].AnatomicRegionSequence = [region]
     assert facts_of(images).body_part == "CHEST"
+
+
+def test_the_regions_are_those_of_the_standard():
+    # highdicom ships the whole table of PS3.16 annex L.
+    table = json.loads(pkgutil.get_data("highdicom", "_standard/anatomic_regions.json") or b"")
+    standard = {part: code for part, (_, code, *_) in table.items()}
+    assert {standard[part] for part in _REGIONS.values()} <= set(_REGIONS)
+    assert all(code == standard[part] for code, part in _REGIONS.items() if code in standard.values())
 
 
 def test_enhanced_mr_from_a_scanner_has_its_numbers_in_the_classic_units(shared):
