@@ -19,6 +19,7 @@ from locum.simulations.hospitals import HospitalSpec, write_hospital
 from locum.simulations.sites import Site
 from locum.site_client.imaging.catalog import Counts
 from locum.site_client.imaging.ingest import ingest
+from locum.site_client.imaging.keys import Keys
 from locum.site_client.imaging.sources import load_site
 
 
@@ -86,10 +87,10 @@ def prepare_site(site: Site, folder: Path, seed: int) -> Prepared:
         data = load_site(folder / "raw" / "site.yaml")
     else:
         data = load_site(site.configuration, base=site.base)
-    counts = ingest(data, folder / "store", key=site_key(seed, site.name))
+    counts = ingest(data, folder / "store", keys=site_keys(seed, site.name))
     return Prepared(site.name, folder, counts)
 
 
-def site_key(seed: int, name: str) -> bytes:
-    """The key of an emulated site. A real site draws its own and keeps it; here a seed must give the same folds."""
-    return hashlib.sha256(f"locum simulation {seed} {name}".encode()).digest()
+def site_keys(seed: int, name: str) -> Keys:
+    """The keys of an emulated site. A real site draws its own and keeps them; here a seed must give the same folds."""
+    return Keys.of(hashlib.sha256(f"locum simulation {seed} {name}".encode()).digest())

@@ -100,7 +100,7 @@ def _site(site: str, plan: Plan, counts: Counts, folder: Path, folds: Mapping[Fo
     if not (folder / "store" / FILE_NAME).is_file():
         return SiteData(site, counts, emulated, folds)
     with closing(Catalog.open(folder / "store")) as catalog:
-        facts = catalog.facts()
+        facts = tuple(catalog.facts())
         labels = Counter(case.label for case in catalog.cases(plan.contract.split.fractions) if case.label is not None)
     ordered = {name: labels[name] for name in plan.contract.classes if name in labels}
     return SiteData(site, counts, emulated, folds, ordered, _scanners(facts), _spacing(facts))

@@ -71,12 +71,12 @@ def ingest(site: _SiteFile, store: _Store, key_file: _KeyFile = None, as_json: J
     # The imaging libraries take most of a second to load: not for `--help`.
     from locum.site_client.configuration import read_data
     from locum.site_client.imaging.ingest import ingest as run
-    from locum.site_client.imaging.keys import load_or_create_key
+    from locum.site_client.imaging.keys import load_or_create_keys
 
     data = read_data(site)
-    key = load_or_create_key(key_file or store / "split.key")
+    keys = load_or_create_keys(key_file or store / "split.key")
     with _bars(visible=not as_json) as tell:
-        counts = run(data, store, key=key, progress=tell)
+        counts = run(data, store, keys=keys, progress=tell)
     if counts.found == 0:
         raise DataError(f"no file was found in the sources of {site}", "check the paths in the site file")
     _print_ingest(counts, store, as_json=as_json)
@@ -267,7 +267,7 @@ def _print_proposals(listed: list[dict[str, Any]]) -> None:
 def _bars(*, visible: bool) -> Iterator[Callable[[imaging.Progress], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not visible) as bars:
-        tasks = {stage: bars.add_task(stage, total=None, visible=False) for stage in ("reading", "storing")}
+        tasks = {stage: bars.add_task(stage, total=None, visible=False) for stage in ("retrieving", "reading", "storing")}
 
         def tell(progress: imaging.Progress) -> None:
             bars.update(tasks[progress.stage], completed=progress.done, total=progress.total, visible=True)
@@ -292,6 +292,8 @@ def _counts_table(counts: Counts) -> Table:
     table = Table("", "files", "meaning", title=f"{counts.cases} cases")
     table.add_row("found", str(counts.found), "")
     table.add_row("stored", str(counts.stored), "")
+    if counts.annotations:
+        table.add_row("annotations", str(counts.annotations), "Objects that say something of images: SEG, SR, RTSTRUCT.")
     for reason, number in counts.quarantined.items():
         table.add_row(reason, str(number), SENTENCE[Reason(reason)], style="yellow")
     return table

@@ -9,19 +9,22 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from pydicom.dataset import Dataset
 
 from locum.site_client.imaging import dicom
+from locum.site_client.imaging.catalog import Decision
 from locum.site_client.imaging.damage import damage_is
 from locum.site_client.imaging.dicom import Sighting
+from locum.site_client.imaging.headers import text
 from locum.site_client.imaging.items import Item, Unit, stem
-from locum.site_client.imaging.keys import pseudonym
+from locum.site_client.imaging.keys import Keys
+from locum.site_client.imaging.known import NOBODY, Known, known_of
 from locum.site_client.imaging.reasons import Reason, RefusedError
-from locum.site_client.imaging.sources import DicomSource, NiftiSource, SiteData
+from locum.site_client.imaging.sources import DicomSource, NiftiSource, NpzSource, PacsSource, SiteData
 
 _KEPT_BYTES = 512 << 20
 #: What a parsed header takes in memory besides its values (measured: 20 to 40 KB for 45 elements).
@@ -59,71 +62,91 @@ def _cost(item: Item, dataset: Dataset) -> int:
     return (item.size if buffer is None else len(buffer.getvalue())) + _HEADER_BYTES
 
 
-def look(site: SiteData, item: Item, reader: Reader) -> Sighting:
+@dataclass(frozen=True)
+class Watch:
+    """What looking at an item needs besides the item.
+
+    Attributes:
+        keys: names what is found.
+        decision: what a person decided on a unit, by its key.
+    """
+
+    site: SiteData
+    reader: Reader
+    keys: Keys
+    decision: Callable[[str], Decision | None]
+
+
+def look(watch: Watch, item: Item) -> Sighting:
     """What one item is; it never raises for what a file holds."""
-    source = site.sources[item.source]
-    if isinstance(source, DicomSource):
-        return _look_dicom(item, reader)
+    source = watch.site.sources[item.source]
+    if item.refused is not None:
+        return _refused(item)
+    if isinstance(source, DicomSource | PacsSource):
+        return _look_dicom(watch, item)
     if isinstance(source, NiftiSource):
-        return _look_nifti(item)
-    index = str(item.row[1]) if item.row and item.row[0] == "train" else ""
-    return Sighting(item, unit=item.name, patient=item.name.replace("#", ":").replace("/", ":"), file=index)
+        return _look_nifti(item, watch.keys)
+    if isinstance(source, NpzSource):
+        index = str(item.row[1]) if item.row and item.row[0] == "train" else ""
+        return Sighting(item, unit=item.name, known=_patient(_row_name(item), watch.keys), file=index)
+    return Sighting(item, unit=item.name, known=item.known or NOBODY, file=stem(item.name))
 
 
-def _look_dicom(item: Item, reader: Reader) -> Sighting:
+def _row_name(item: Item) -> str:
+    return item.name.replace("#", ":").replace("/", ":")
+
+
+def _patient(name: str, keys: Keys) -> Known:
+    """Of an image that says nothing of its patient but a name."""
+    return Known(patient=keys.patient(name), place=keys.place(name))
+
+
+def _refused(item: Item) -> Sighting:
+    """What is known without opening it not to be usable, and with it the series that it is of."""
+    known = item.known or NOBODY
+    reason, detail = item.refused or (None, "")
+    return Sighting(item, unit=known.series or None, known=known, reason=reason, detail=detail, spoils=True)
+
+
+def _look_dicom(watch: Watch, item: Item) -> Sighting:
     try:
-        sighting = dicom.look(item, reader.read(item))
+        sighting = _seen(watch, item, watch.reader.read(item))
     except RefusedError as refused:
         sighting = Sighting(item, reason=refused.reason, detail=refused.detail)
-    if sighting.reason is not None:
-        reader.drop(item)
+    if sighting.reason is not None or sighting.annotation:
+        watch.reader.drop(item)
     return sighting
 
 
-def _look_nifti(item: Item) -> Sighting:
+def _seen(watch: Watch, item: Item, dataset: Dataset) -> Sighting:
+    with damage_is(Reason.UNREADABLE, "header"):
+        sop, sop_class = text(dataset, "SOPInstanceUID"), text(dataset, "SOPClassUID")
+        # What a PACS gave was cleaned on arrival, and its UIDs are keyed already.
+        known = item.known or known_of(dataset, watch.keys)
+        sop = sop if item.known else watch.keys.uid(sop)
+    decision = watch.decision(dicom.unit_of(sop_class, known, sop))
+    released = decision.reasons if decision is not None and decision.decision == "release" else ()
+    return dicom.look(item, dataset, known, sop, [Reason(reason) for reason in released])
+
+
+def _look_nifti(item: Item, keys: Keys) -> Sighting:
     if not item.name.endswith((".nii", ".nii.gz")):
         return Sighting(item, reason=Reason.NOT_AN_IMAGE)
-    return Sighting(item, unit=item.name, patient=stem(item.name), file=stem(item.name))
+    return Sighting(item, unit=item.name, known=_patient(stem(item.name), keys), file=stem(item.name))
 
 
-@dataclass(frozen=True)
-class Grouped:
-    """Units, and the items that belong to none of them with their reasons."""
-
-    units: tuple[Unit, ...]
-    apart: tuple[Sighting, ...]
-
-
-def group(sightings: Sequence[Sighting], reader: Reader, key: bytes) -> Grouped:
-    """Group what was seen; every sighting is in one unit or apart."""
-    apart: list[Sighting] = []
-    members: dict[str, list[Sighting]] = {}
-    for sighting in sightings:
-        if sighting.unit is None or (sighting.reason is not None and not sighting.spoils):
-            apart.append(sighting)
-        else:
-            members.setdefault(sighting.unit, []).append(sighting)
-    units = []
-    for series in members.values():
-        unit, copies = _unit(series, reader, key)
-        units.append(unit)
-        apart += copies
-    return Grouped(tuple(units), tuple(apart))
-
-
-def _unit(sightings: Sequence[Sighting], reader: Reader, key: bytes) -> tuple[Unit, list[Sighting]]:
+def group(key: str, sightings: Sequence[Sighting], reader: Reader) -> tuple[Unit | None, list[Sighting]]:
+    """What was seen of one unit as a whole, and the copies that leave it; None if nothing is left."""
+    if not sightings:
+        return None, []
     distinct, copies, conflict = _without_copies(sightings, reader)
     first = distinct[0]
     gate, detail = _gate(distinct, conflict=conflict)
     unit = Unit(
-        key=first.unit or "",
+        key=key,
         source=first.item.source,
         items=tuple(sighting.item for sighting in distinct),
-        patient=pseudonym(key, first.patient) if first.patient else "",
-        patient_id=first.patient,
-        accession=first.accession,
-        study=first.study,
-        series=first.series,
+        known=first.known,
         file=first.file or (stem(first.item.name) if len(distinct) == 1 and first.sop else ""),
         gate=gate,
         gate_detail=detail,
@@ -132,7 +155,7 @@ def _unit(sightings: Sequence[Sighting], reader: Reader, key: bytes) -> tuple[Un
 
 
 def _gate(sightings: Sequence[Sighting], *, conflict: bool) -> tuple[Reason | None, str]:
-    if len({sighting.patient for sighting in sightings}) > 1:
+    if len({sighting.known.patient for sighting in sightings}) > 1:
         return Reason.MIXED_PATIENTS, ""
     spoiled = [sighting for sighting in sightings if sighting.reason is not None]
     if spoiled:

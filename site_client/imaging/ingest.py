@@ -1,12 +1,17 @@
 """Ingest: from the site's sources to a store of volumes and a catalog of cases.
 
 Rules:
-  * found = stored + quarantined, always: every file ends in a case or in quarantine with one reason.
-  * No file can stop an ingest; only a wrong site file, a wrong key or a disk that cannot be written does.
+  * found = stored + annotations + quarantined, always: every file ends in a case, as an annotation, or in quarantine
+    with one reason.
+  * No file can stop an ingest; only a wrong site file, a wrong key, a PACS that does not answer or a disk that cannot
+    be written does.
   * What has not changed is not read again; an interrupted ingest continues with what it had not committed.
   * A series is decided whole: by its files, its label, its fold and its mask, whose digest tells a change.
+  * What comes after the look at a header sees the cleaned image only.
+  * Nothing is held for all studies at once but the site's own tables.
 
-Steps: find items → look at what is new → group into units → decide (label, fold, table) → load, gate, store.
+Steps: retrieve → find items → look at what is new → group into units → decide (label, fold, table) → load, clean, gate,
+store.
 """
 
 from __future__ import annotations
@@ -15,38 +20,52 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from locum.site_client.imaging import dicom, geometry, nifti, npz
-from locum.site_client.imaging.catalog import CaseRow, Catalog, Counts, ItemRow, UnitRow
+from locum.common.errors import DataError
+from locum.site_client.imaging import consent, geometry, nifti, npz
+from locum.site_client.imaging.catalog import CaseRow, Counts, Outcome
 from locum.site_client.imaging.damage import damage_is
-from locum.site_client.imaging.dicom import Sighting
-from locum.site_client.imaging.geometry import Volume
-from locum.site_client.imaging.grouping import Grouped, Reader, group, look
-from locum.site_client.imaging.items import Item, Unit, find_items
-from locum.site_client.imaging.keys import case_id
-from locum.site_client.imaging.labels.tables import LabelBook, MaskFolder, Roll, check_folds, code_class
+from locum.site_client.imaging.deid.engine import Deidentifier
+from locum.site_client.imaging.grouping import Reader, Watch, group, look
+from locum.site_client.imaging.headers import text
+from locum.site_client.imaging.inventory import Inventory, batches
+from locum.site_client.imaging.items import Unit, find_items, tree_of
+from locum.site_client.imaging.keys import Keys
+from locum.site_client.imaging.labels.given import Label, LabelSource, MaskSource
+from locum.site_client.imaging.labels.opening import label_source, mask_source
+from locum.site_client.imaging.labels.tables import Roll
+from locum.site_client.imaging.protocol import Loaded, Protocol, facts_of, placed
 from locum.site_client.imaging.reasons import Reason, RefusedError
-from locum.site_client.imaging.sources import DicomSource, NpzSource, SiteData
-from locum.site_client.imaging.split import Fold, unit_interval
-from locum.site_client.imaging.store import MASKS, VOLUMES, Draft, exclusive, present, sweep
+from locum.site_client.imaging.sources import (
+    BidsSource,
+    DeepLesionSource,
+    DicomSource,
+    NpzSource,
+    PacsSource,
+    SiteData,
+)
+from locum.site_client.imaging.split import Fold
+from locum.site_client.imaging.store import DICOM, MASKS, VOLUMES, Draft, exclusive, sweep
+from locum.site_client.imaging.terminology import labelled
 
 #: Raised when the same files would have another outcome than before: everything is then done again.
-GATE_VERSION = 1
+GATE_VERSION = 2
 
 _BATCH = 64
+_TREES = (BidsSource, DeepLesionSource)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an ingest is: files looked at, or units decided and stored."""
+    """How far an ingest is: images fetched from a PACS, files looked at, or units decided and stored."""
 
-    stage: Literal["reading", "storing"]
+    stage: Literal["retrieving", "reading", "storing"]
     done: int
     total: int
 
@@ -57,10 +76,21 @@ class _Desk:
 
     site: SiteData
     store: Path
-    key: bytes
-    catalog: Catalog
+    keys: Keys
+    inventory: Inventory
     reader: Reader
+    cleaner: Deidentifier
+    withdrawn: frozenset[str]
     tell: Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What the site knows besides the images."""
+
+    labels: LabelSource | None
+    roll: Roll | None
+    masks: MaskSource
 
 
 @dataclass(frozen=True)
@@ -69,13 +99,15 @@ class _Decision:
 
     unit: Unit
     patient: str
+    place: float
+    setting: str
     fold: Fold | None = None
-    label: str | None = None
-    mask: Path | None = None
+    label: Label | None = None
+    mask: str | None = None
+    crop: tuple[int, int, int, int] | None = None
     reason: Reason | None = None
     detail: str = ""
     elsewhere: bool = False
-    modality: str = ""
 
     @cached_property
     def inputs(self) -> str:
@@ -84,19 +116,9 @@ class _Decision:
         It is asked for before the mask is read: one that is replaced meanwhile is then taken at the next ingest.
         """
         files = [(item.name, item.size, item.mtime_ns) for item in self.unit.items]
-        parts = (GATE_VERSION, files, self.patient, self.fold, self.label, _stamp(self.mask))
-        whole = repr((*parts, self.reason, self.detail, self.elsewhere, self.modality))
+        parts = (GATE_VERSION, self.setting, files, self.unit.known, self.patient, self.fold, self.label, self.mask)
+        whole = repr((*parts, self.crop, self.reason, self.detail, self.elsewhere))
         return hashlib.sha256(whole.encode("utf-8", "backslashreplace")).hexdigest()[:32]
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """An image with the facts that the catalog keeps of it."""
-
-    volume: Volume
-    modality: str = ""
-    manufacturer: str = ""
-    model: str = ""
 
 
 @dataclass
@@ -104,39 +126,49 @@ class _Batch:
     """Outcomes that are not yet committed."""
 
     draft: Draft
-    units: list[UnitRow] = field(default_factory=list)
-    items: list[ItemRow] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
     cases: list[CaseRow] = field(default_factory=list)
+    codes: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def ingest(site: SiteData, store: Path, *, key: bytes, progress: Callable[[Progress], None] | None = None) -> Counts:
+def ingest(site: SiteData, store: Path, *, keys: Keys, progress: Callable[[Progress], None] | None = None) -> Counts:
     """Bring a store up to date with the site's sources.
 
     Args:
         site: where the images are, from :func:`locum.site_client.imaging.sources.load_site`.
         store: a folder; it is made if need be.
-        key: the site's secret key.
+        keys: the site's secret keys.
         progress: told of every file and unit.
 
     Returns:
         What became of everything found.
 
     Raises:
-        DataError: the tables do not fit the images, the store is another site's or of another key, or in use.
-        RunError: the store cannot be written; what was committed stays.
+        DataError: the tables do not fit the images, the store is another site's or of another key, or in use; a PACS
+            refuses.
+        RunError: the store cannot be written, or a PACS does not answer; what was committed stays.
     """
     store = store.absolute()
-    with exclusive(store), Catalog.writing(store, site=site.name, key=key) as catalog, _quiet():
-        desk = _Desk(site, store, key, catalog, Reader(), progress or _tell_nobody)
-        items = find_items(site)
-        grouped = _grouped(desk, items)
-        known = catalog.units()
-        decisions, unmatched, folds = _decide(desk, grouped.units)
-        _store(desk, known, decisions, grouped.apart)
-        gone = known.keys() - {unit.key for unit in grouped.units}
-        catalog.finish(gone_units=gone, found=len(items), unmatched=unmatched, folds=folds)
-        sweep(store, catalog.files())
-        return catalog.counts()
+    with exclusive(store), Inventory.opened(store, site=site.name, keys=keys) as inventory, _quiet():
+        withdrawn = consent.withdrawn(site.consent, keys)
+        cleaner = Deidentifier(site.deidentification, keys)
+        desk = _Desk(site, store, keys, inventory, Reader(), cleaner, withdrawn, progress or _tell_nobody)
+        _retrieve(desk)
+        found, new = inventory.walked(find_items(site, store))
+        before = consent.withdrawn_patients(inventory.connection)
+        inventory.begin()
+        _look(desk, new)
+        _group(desk)
+        tables = _tables(desk)
+        total = _decide(desk, tables)
+        _store(desk, tables, total)
+        unmatched = _unmatched(tables) + consent.unmatched(site.consent, keys, inventory.connection)
+        folds = sorted({*inventory.stated_folds(), *(tables.roll.folds if tables.roll else ())})
+        counts = inventory.finish(found=found, unmatched=unmatched, folds=folds)
+        sweep(store, inventory.is_file_of)
+        if consent.withdrawn_patients(inventory.connection) != before:
+            consent.forget_reports(store)  # they hold pictures
+        return counts
 
 
 def _tell_nobody(progress: Progress) -> None:
@@ -146,7 +178,7 @@ def _tell_nobody(progress: Progress) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep pydicom's and highdicom's remarks on single files, which quote their content, off the terminal."""
-    loggers = [logging.getLogger(name) for name in ("pydicom", "highdicom", "nibabel.global")]
+    loggers = [logging.getLogger(name) for name in ("pydicom", "highdicom", "nibabel.global", "pynetdicom")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -159,191 +191,180 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-# Look and group: only what is new, and what shares a series with it.
+# Retrieve, look and group: only what is new, and what shares a series with it.
 
 
-def _grouped(desk: _Desk, items: Sequence[Item]) -> Grouped:
-    known, units = desk.catalog.items(), desk.catalog.units()
-    old = [item for item in items if _is_known(item, known)]
-    unchanged = {item.name for item in old}
-    new = [item for item in items if item.name not in unchanged]
-    gone = known.keys() - {item.name for item in items}
-    touched = {row.unit for name, row in known.items() if row.unit and name not in unchanged}
-    touched |= {key for key, unit in units.items() if not unit.inputs}
-    sightings = _look(desk, new, total=len(new))
-    touched |= {sighting.unit for sighting in sightings if sighting.unit}
-    again = [item for item in old if known[item.name].unit in touched]
-    sightings += _look(desk, again, total=len(new) + len(again))
-    desk.catalog.begin(gone=gone, changed_units=touched)
-    fresh = group(sorted(sightings, key=lambda sighting: sighting.item.name), desk.reader, desk.key)
-    kept = _kept_units(units, old, known, touched)
-    return Grouped((*fresh.units, *kept), fresh.apart)
+def _retrieve(desk: _Desk) -> None:
+    """Fetch what the site's PACSs have, and forget what was fetched of patients who have withdrawn."""
+    if not any(isinstance(source, PacsSource) for source in desk.site.sources):
+        return
+    from locum.site_client.imaging.retrieve.pacs import retrieve
+    from locum.site_client.imaging.retrieve.spool import forget
+
+    forget(desk.store, desk.withdrawn)
+    retrieve(desk.site, desk.store, desk.keys, desk.cleaner, desk.tell)
 
 
-def _is_known(item: Item, known: Mapping[str, ItemRow]) -> bool:
-    row = known.get(item.name)
-    return row is not None and (row.size, row.mtime_ns) == (item.size, item.mtime_ns)
+def _look(desk: _Desk, total: int) -> None:
+    watch = Watch(desk.site, desk.reader, desk.keys, desk.inventory.decision)
+    done = 0
+    for items in batches(desk.inventory.new_items(), _BATCH):
+        seen = []
+        for item in items:
+            seen.append(look(watch, item))
+            done += 1
+            desk.tell(Progress("reading", done, total))
+        desk.inventory.seen(seen)
 
 
-def _look(desk: _Desk, items: Sequence[Item], *, total: int) -> list[Sighting]:
-    sightings = []
-    for item in items:
-        sightings.append(look(desk.site, item, desk.reader))
-        desk.tell(Progress("reading", total - len(items) + len(sightings), total))
-    return sightings
-
-
-def _kept_units(
-    units: Mapping[str, UnitRow], items: Sequence[Item], known: Mapping[str, ItemRow], touched: set[str]
-) -> list[Unit]:
-    """The units of which no file has changed, as the catalog knows them."""
-    members: dict[str, list[Item]] = {}
-    for item in items:
-        row = known[item.name]
-        if row.unit is not None and row.reason is None and row.unit not in touched:
-            members.setdefault(row.unit, []).append(item)
-    return [_kept_unit(units[key], some) for key, some in members.items()]
-
-
-def _kept_unit(row: UnitRow, items: Sequence[Item]) -> Unit:
-    return Unit(
-        key=row.key,
-        source=row.source,
-        items=tuple(items),
-        patient=row.patient,
-        accession=row.accession,
-        study=row.study,
-        series=row.series,
-        file=row.file,
-        gate=Reason(row.gate) if row.gate else None,
-        gate_detail=row.gate_detail,
-    )
+def _group(desk: _Desk) -> None:
+    for units in batches(desk.inventory.stale_units(), _BATCH):
+        desk.inventory.grouped([(key, *group(key, sightings, desk.reader)) for key, sightings in units])
 
 
 # Decide: label, fold, patient and mask of every unit.
 
 
-@dataclass(frozen=True)
-class _Tables:
-    """What the site knows besides the images."""
+def _tables(desk: _Desk) -> _Tables:
+    site, keys = desk.site, desk.keys
+    annotations = [
+        replace(found, cleaned=isinstance(site.sources[source], PacsSource))
+        for source, found in desk.inventory.annotations()
+    ]
+    roll = Roll(site.table, keys) if site.table else None
+    return _Tables(label_source(site, keys, annotations), roll, mask_source(site, keys, annotations))
 
-    book: LabelBook | None
-    roll: Roll | None
-    masks: MaskFolder
+
+def _decide(desk: _Desk, tables: _Tables) -> int:
+    """Find which units have to be stored anew; the number of them.
+
+    Raises:
+        DataError: not one line of a table names an image, or a patient is put in two folds.
+    """
+    inventory = desk.inventory
+
+    def decisions() -> Iterator[tuple[str, str, str | None, bool]]:
+        for unit, inputs in inventory.units():
+            decision = _decision(desk, unit, tables)
+            there = all((desk.store / name).exists() for name in inventory.files_of(unit.key))
+            yield unit.key, decision.patient, decision.fold, decision.inputs != inputs or not there
+
+    total = inventory.decided(decisions())
+    _unmatched(tables)
+    torn = inventory.torn_patient()
+    if torn is not None:
+        file = desk.site.table.file if desk.site.table else desk.site.name
+        raise DataError(
+            f"{file}: one patient (pseudonym {torn[0]}) is in the folds {' and '.join(torn[1].split(','))}",
+            "put all images of a patient in one fold, or remove fold_column",
+        )
+    return total
 
 
-def _decide(desk: _Desk, units: Sequence[Unit]) -> tuple[list[_Decision], list[str], list[str]]:
-    """The decisions, the lines of tables that name no image, and the folds that tables state."""
-    site = desk.site
-    book = LabelBook(site.labels, desk.key) if site.labels else None
-    roll = Roll(site.table, desk.key) if site.table else None
-    in_files = [unit for unit in units if not isinstance(site.sources[unit.source], NpzSource)]
-    unmatched = (book.unmatched(in_files) if book else []) + (roll.unmatched(units) if roll else [])
-    tables = _Tables(book, roll, MaskFolder(site, desk.key))
-    decisions = [_decision(desk, unit, tables) for unit in units]
-    check_folds([(decision.patient, decision.fold) for decision in decisions], site)
-    folds = {decision.fold for decision in decisions if decision.fold} | (roll.folds if roll else set())
-    return decisions, unmatched, sorted(folds)
+def _unmatched(tables: _Tables) -> list[str]:
+    """The lines of all tables that name no image."""
+    return [line for table in (tables.labels, tables.roll) if table is not None for line in table.unmatched()]
 
 
 def _decision(desk: _Desk, unit: Unit, tables: _Tables) -> _Decision:
     source, roll, row = desk.site.sources[unit.source], tables.roll, unit.items[0].row
-    declared = "" if isinstance(source, DicomSource) else source.modality
-    decision = _Decision(unit, unit.patient, modality=declared)
+    of_dicom = isinstance(source, DicomSource | PacsSource)
+    declared = desk.cleaner.profile if of_dicom else getattr(source, "modality", "")
+    setting = f"{desk.keys.fingerprint} {declared} {desk.site.defaced} {desk.site.deidentification.keep_dicom}"
+    decision = _Decision(unit, unit.known.patient, unit.known.place, setting)
     if roll is not None:
         if not roll.has(unit):
             return replace(decision, elsewhere=True)
-        decision = replace(decision, fold=roll.fold(unit), patient=roll.patient(unit) or unit.patient)
+        stated = roll.patient(unit)
+        if stated is not None:
+            decision = replace(decision, patient=desk.keys.patient(stated), place=desk.keys.place(stated))
+        decision = replace(decision, fold=roll.fold(unit))
     if row is not None:
         decision = replace(decision, fold=decision.fold or row[0])
-    if unit.gate is not None:
-        return replace(decision, reason=unit.gate, detail=unit.gate_detail)
+    if isinstance(source, _TREES):
+        decision = replace(decision, fold=decision.fold or tree_of(source).fold(source, unit.items[0]))
     try:
-        return replace(decision, label=_label(desk.site, unit, tables.book), mask=tables.masks.find(unit))
+        _refuse(desk, unit, decision.patient)
+        found = desk.inventory.decision(unit.key)
+        label = _label(desk.site, unit, tables)
+        return replace(decision, label=label, mask=tables.masks.stamp(unit), crop=found.crop if found else None)
     except RefusedError as refused:
         return replace(decision, reason=refused.reason, detail=refused.detail)
 
 
-def _label(site: SiteData, unit: Unit, book: LabelBook | None) -> str | None:
+def _refuse(desk: _Desk, unit: Unit, patient: str) -> None:
+    """Raises RefusedError for a unit that must not be used, whatever its label."""
+    if patient in desk.withdrawn or unit.known.patient in desk.withdrawn:
+        raise RefusedError(Reason.CONSENT_WITHDRAWN)
+    found = desk.inventory.decision(unit.key)
+    if found is not None and found.decision == "reject":
+        raise RefusedError(Reason.REJECTED)
+    if unit.gate is not None:
+        raise RefusedError(unit.gate, unit.gate_detail)
+
+
+def _label(site: SiteData, unit: Unit, tables: _Tables) -> Label | None:
     source, item = site.sources[unit.source], unit.items[0]
     if isinstance(source, NpzSource) and item.row is not None:
-        return code_class(npz.row(item.path, *item.row)[1], source.classes)
-    return book.label(unit) if book else None
-
-
-def _stamp(path: Path | None) -> tuple[str, int, int] | None:
-    if path is None or not path.is_file():
-        return None
-    status = path.stat()
-    return str(path), status.st_size, status.st_mtime_ns
+        return labelled(npz.row(item.path, *item.row)[1], source.classes, None)
+    if isinstance(source, _TREES) and tables.labels is None:
+        stated = tree_of(source).label(source, item)
+        return None if stated is None else Label(stated)
+    return tables.labels.label(unit) if tables.labels else None
 
 
 # Store: load, gate and write what has changed, a batch at a time.
 
 
-def _store(
-    desk: _Desk, known: Mapping[str, UnitRow], decisions: Sequence[_Decision], apart: Sequence[Sighting]
-) -> None:
-    todo = _changed(desk, known, decisions)
-    batch = _Batch(Draft(desk.store), items=[_item_row(s.item, s.unit, s.reason, s.detail) for s in apart])
-    for number, decision in enumerate(todo, start=1):
-        _settle(desk, decision, batch)
-        if number % _BATCH == 0:
-            batch = _commit(desk, batch)
-        desk.tell(Progress("storing", number, len(todo)))
-    _commit(desk, batch)
+def _store(desk: _Desk, tables: _Tables, total: int) -> None:
+    done = 0
+    for units in batches(desk.inventory.changed_units(), _BATCH):
+        batch = _Batch(Draft(desk.store))
+        for unit in units:
+            _settle(desk, _decision(desk, unit, tables), tables.masks, batch)
+            done += 1
+            desk.tell(Progress("storing", done, total))
+        batch.draft.publish()
+        desk.inventory.stored(batch.outcomes, batch.cases, batch.codes)
 
 
-def _changed(desk: _Desk, known: Mapping[str, UnitRow], decisions: Sequence[_Decision]) -> list[_Decision]:
-    files, there = desk.catalog.files_of_units(), present(desk.store)
-    inputs = {key: row.inputs for key, row in known.items()}
-    return [
-        decision
-        for decision in decisions
-        if decision.inputs != inputs.get(decision.unit.key) or not there.issuperset(files.get(decision.unit.key, ()))
-    ]
-
-
-def _commit(desk: _Desk, batch: _Batch) -> _Batch:
-    batch.draft.publish()
-    desk.catalog.record(batch.units, batch.items, batch.cases)
-    return _Batch(batch.draft)
-
-
-def _settle(desk: _Desk, decision: _Decision, batch: _Batch) -> None:
+def _settle(desk: _Desk, decision: _Decision, masks: MaskSource, batch: _Batch) -> None:
     """Bring one unit to its end: a case or a reason."""
+    case, reason, detail = _outcome(desk, decision, masks, batch.draft)
     unit = decision.unit
-    case, reason, detail = _outcome(desk, decision, batch.draft)
-    batch.units.append(_unit_row(decision, reason, detail))
-    batch.items += [_item_row(item, unit.key, None, "") for item in unit.items]
+    batch.outcomes.append(Outcome(unit.key, reason, detail, decision.elsewhere, decision.inputs))
     if case is not None:
         batch.cases.append(case)
+        batch.codes[case.id] = decision.label.codes if decision.label else ()
     for item in unit.items:
         desk.reader.drop(item)
 
 
-def _outcome(desk: _Desk, decision: _Decision, draft: Draft) -> tuple[CaseRow | None, Reason | None, str]:
+def _outcome(
+    desk: _Desk, decision: _Decision, masks: MaskSource, draft: Draft
+) -> tuple[CaseRow | None, Reason | None, str]:
     if decision.elsewhere or decision.reason is not None:
         return None, decision.reason, decision.detail
     try:
-        return _case(desk, decision, draft), None, ""
+        return _case(desk, decision, masks, draft), None, ""
     except RefusedError as refused:
         return None, refused.reason, refused.detail
 
 
-def _case(desk: _Desk, decision: _Decision, draft: Draft) -> CaseRow:
-    unit = decision.unit
-    loaded = _load(desk, unit)
-    volume = loaded.volume
-    mask = nifti.read_mask(decision.mask, volume) if decision.mask is not None else None
-    name = case_id(desk.key, unit.key)
+def _case(desk: _Desk, decision: _Decision, masks: MaskSource, draft: Draft) -> CaseRow:
+    unit, known = decision.unit, decision.unit.known
+    name = desk.keys.case(unit.key)
+    loaded = _load(desk, decision)
+    _keep_dicom(desk, unit, draft, f"{DICOM}/{name}")
+    volume, protocol = loaded.volume, loaded.protocol
+    mask = masks.read(unit, volume) if decision.mask is not None else None
     return CaseRow(
         id=name,
         unit=unit.key,
         patient=decision.patient,
-        u=unit_interval(desk.key, decision.patient),
+        place=decision.place,
         fold=decision.fold,
-        label=decision.label,
+        label=decision.label.name if decision.label else None,
         image=draft.write(f"{VOLUMES}/{name}.nii", nifti.encode(volume)),
         mask=draft.write(f"{MASKS}/{name}.nii", nifti.encode(mask)) if mask else None,
         modality=loaded.modality,
@@ -352,51 +373,48 @@ def _case(desk: _Desk, decision: _Decision, draft: Draft) -> CaseRow:
         shape=json.dumps(volume.array.shape),
         spacing=json.dumps([round(length, 6) for length in volume.spacing]),
         dtype=str(volume.array.dtype),
+        sop_class=protocol.sop_class,
+        body_part=protocol.body_part,
+        sex=known.sex,
+        age=known.age,
+        month=known.month,
+        orientation=protocol.orientation,
+        slices=protocol.slices,
+        profile=desk.cleaner.profile if protocol.sop_class else "",
+        defaced=desk.site.defaced,
+        parameters=json.dumps(dict(protocol.parameters)),
     )
 
 
-def _load(desk: _Desk, unit: Unit) -> _Loaded:
+def _load(desk: _Desk, decision: _Decision) -> Loaded:
+    unit = decision.unit
     source, item = desk.site.sources[unit.source], unit.items[0]
-    if isinstance(source, DicomSource):
-        return _load_dicom(desk, unit)
+    if isinstance(source, DicomSource | PacsSource):
+        return _load_dicom(desk, decision, cleaned=isinstance(source, PacsSource))
+    if isinstance(source, _TREES):
+        loaded: Loaded = tree_of(source).load(source, item)
+        return loaded
     if item.row is not None:
-        return _Loaded(geometry.picture(npz.row(item.path, *item.row)[0]), source.modality)
-    return _Loaded(nifti.read_image(item.path, item.size), source.modality)
+        volume = geometry.picture(npz.row(item.path, *item.row)[0])
+    else:
+        volume = nifti.read_image(item.path, item.size)
+    return Loaded(volume, source.modality, protocol=placed(Protocol(), volume))
 
 
-def _load_dicom(desk: _Desk, unit: Unit) -> _Loaded:
-    datasets = [desk.reader.read(item) for item in unit.items]
+def _load_dicom(desk: _Desk, decision: _Decision, *, cleaned: bool) -> Loaded:
+    unit = decision.unit
+    originals = [desk.reader.read(item) for item in unit.items]
+    datasets = originals if cleaned else [desk.cleaner.clean(original) for original in originals]
     first = datasets[0]
     with damage_is(Reason.UNREADABLE, "header"):
-        sop_class = dicom.text(first, "SOPClassUID")
-        facts = [dicom.text(first, name) for name in ("Modality", "Manufacturer", "ManufacturerModelName")]
-    if sop_class in dicom.RADIOGRAPHS:
-        volume = geometry.radiograph(first)
-    elif sop_class in dicom.MULTI_FRAME:
-        volume = geometry.multi_frame_volume(first)
-    else:
-        volume = geometry.slices_volume(datasets)
-    return _Loaded(volume, *facts)
+        facts = [text(first, name) for name in ("Modality", "Manufacturer", "ManufacturerModelName")]
+    return Loaded(geometry.volume_of(datasets, crop=decision.crop), *facts, protocol=facts_of(datasets))
 
 
-def _unit_row(decision: _Decision, reason: Reason | None, detail: str) -> UnitRow:
-    unit = decision.unit
-    return UnitRow(
-        key=unit.key,
-        source=unit.source,
-        patient=unit.patient,
-        accession=unit.accession,
-        study=unit.study,
-        series=unit.series,
-        file=unit.file,
-        gate=unit.gate,
-        gate_detail=unit.gate_detail,
-        reason=reason,
-        detail=detail,
-        elsewhere=decision.elsewhere,
-        inputs=decision.inputs,
-    )
-
-
-def _item_row(item: Item, unit: str | None, reason: Reason | None, detail: str) -> ItemRow:
-    return ItemRow(item.name, item.size, item.mtime_ns, unit, reason, detail)
+def _keep_dicom(desk: _Desk, unit: Unit, draft: Draft, folder: str) -> None:
+    """The cleaned files of a case, if the site keeps them; what a PACS gave lies in the store already."""
+    draft.clear(folder)
+    if not desk.site.deidentification.keep_dicom or not isinstance(desk.site.sources[unit.source], DicomSource):
+        return
+    for number, item in enumerate(unit.items):
+        draft.write(f"{folder}/{number:05}.dcm", desk.cleaner.file(desk.reader.read(item)))

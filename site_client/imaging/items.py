@@ -3,6 +3,7 @@
 Rules:
   * An item is one file, or one row of an .npz; each has a name that stays the same at the next ingest.
   * Images that the site's table gives to another site are not this site's items.
+  * They come one by one, source by source, so that a large site does not fill the memory.
   * Folders are walked in a fixed order; links to folders are not followed, so that a walk ends.
 """
 
@@ -13,13 +14,22 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from locum.common.errors import DataError
 from locum.site_client.imaging import npz
 from locum.site_client.imaging.known import Known
 from locum.site_client.imaging.reasons import Reason
-from locum.site_client.imaging.sources import DicomSource, NiftiSource, NpzSource, SiteData, table_rows
+from locum.site_client.imaging.sources import (
+    BidsSource,
+    DeepLesionSource,
+    DicomSource,
+    NiftiSource,
+    NpzSource,
+    PacsSource,
+    SiteData,
+    table_rows,
+)
 from locum.site_client.imaging.split import Fold
 
 _SUFFIXES = (".gz", ".nii", ".dcm")
@@ -77,24 +87,36 @@ def stem(name: str) -> str:
     return base
 
 
-def find_items(site: SiteData) -> tuple[Item, ...]:
-    """Everything that is this site's, sorted by name.
+def find_items(site: SiteData, store: Path) -> Iterator[Item]:
+    """Everything that is this site's, source by source; of a PACS what was retrieved into the store.
 
     Raises:
         DataError: a folder or an .npz cannot be read.
     """
-    found = [item for number in range(len(site.sources)) for item in _of_source(site, number)]
-    by_name = {item.name: item for item in found}
-    return tuple(by_name[name] for name in sorted(by_name))
+    for number in range(len(site.sources)):
+        yield from _of_source(site, store, number)
 
 
-def _of_source(site: SiteData, number: int) -> Iterator[Item]:
+def _of_source(site: SiteData, store: Path, number: int) -> Iterator[Item]:
     source = site.sources[number]
     if isinstance(source, DicomSource):
         return _walk(site.root, source.path, number)
     if isinstance(source, NpzSource):
         return _rows(site, source, number)
-    return _nifti(site, source, number)
+    if isinstance(source, NiftiSource):
+        return _nifti(site, source, number)
+    if isinstance(source, PacsSource):
+        from locum.site_client.imaging.retrieve.spool import spooled
+
+        return spooled(store, number)
+    return tree_of(source).items(site, source, number)
+
+
+def tree_of(source: BidsSource | DeepLesionSource) -> Any:
+    """The module that reads a tree with a layout of its own."""
+    from locum.site_client.imaging import bids, deeplesion
+
+    return bids if isinstance(source, BidsSource) else deeplesion
 
 
 def _nifti(site: SiteData, source: NiftiSource, number: int) -> Iterator[Item]:

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pydicom.uid import UID
-
 from locum.common.errors import DataError
 
 KEY_BYTES = 32
@@ -55,7 +53,7 @@ class Keys:
         """The name of a UID: a UUID-derived UID (PS3.5 B.2) of 128 keyed bits; those of the standard stay."""
         if not uid or uid.startswith(_STANDARD_ROOT):
             return uid
-        return UID(f"2.25.{int.from_bytes(keyed(self.names, 'uid', uid)[:16], 'big')}")
+        return f"2.25.{int.from_bytes(keyed(self.names, 'uid', uid)[:16], 'big')}"
 
     def days(self, patient_id: str) -> int:
         """By how many days a patient's dates move back, 1 to 3652."""

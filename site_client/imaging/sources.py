@@ -605,7 +605,7 @@ def _keys_beside(location: tuple[int | str, ...]) -> tuple[str, ...]:
     parts = {**_KINDS, **_PARTS}
     # In `labels` the kind `table` is a table of labels, else `table` is the key of the site file.
     steps = ["labels.table" if step == "table" and location[0] == "labels" else str(step) for step in location[:-1]]
-    known = {**parts, "labels.table": Labels}
+    known: dict[str, type[BaseModel]] = {**parts, "labels.table": Labels}
     inner = [known[step] for step in steps if step in known]
     return tuple((inner[-1] if inner else SiteData).model_fields)
 

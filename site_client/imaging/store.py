@@ -9,8 +9,10 @@ Rules:
 from __future__ import annotations
 
 import fcntl
+import os
+import shutil
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,8 @@ from locum.common.errors import DataError, RunError
 
 VOLUMES = "volumes"
 MASKS = "masks"
+#: The cleaned DICOM files of each case, a folder a case, where the site keeps them.
+DICOM = "dicom"
 _PART = ".part"
 
 
@@ -32,9 +36,15 @@ class Draft:
 
     def write(self, name: str, content: bytes) -> str:
         """Write the content of the file `name` (relative to the store) and return the name."""
-        (self._store / f"{name}{_PART}").write_bytes(content)
+        part = self._store / f"{name}{_PART}"
+        part.parent.mkdir(exist_ok=True)
+        part.write_bytes(content)
         self._names.append(name)
         return name
+
+    def clear(self, folder: str) -> None:
+        """Remove a folder of the store that is about to be written anew."""
+        shutil.rmtree(self._store / folder, ignore_errors=True)
 
     def publish(self) -> None:
         """Flush all to the disk and give each its name."""
@@ -44,20 +54,28 @@ class Draft:
             list(pool.map(flush, parts))
         for name in self._names:
             (self._store / f"{name}{_PART}").replace(self._store / name)
-        for folder in {name.partition("/")[0] for name in self._names}:
-            flush(self._store / folder)
+        for folder in {(self._store / name).parent for name in self._names}:
+            flush(folder)
         self._names.clear()
 
 
-def present(store: Path) -> frozenset[str]:
-    """The names of all volumes and masks, relative to the store."""
-    return frozenset(f"{folder}/{path.name}" for folder in (VOLUMES, MASKS) for path in (store / folder).iterdir())
+def sweep(store: Path, belongs: Callable[[str, str], bool]) -> None:
+    """Remove what no case has any more, and what an interrupted ingest left.
+
+    Args:
+        store: the folder.
+        belongs: whether the case of an id has a file of this name, relative to the store.
+    """
+    for folder in (VOLUMES, MASKS, DICOM):
+        for entry in _entries(store / folder):
+            name = f"{folder}/{entry.name}"
+            if not belongs(entry.name.partition(".")[0], name):
+                (shutil.rmtree if entry.is_dir() else os.unlink)(entry.path)
 
 
-def sweep(store: Path, keep: Iterable[str]) -> None:
-    """Remove the volumes and masks that are not to be kept, and what an interrupted ingest left."""
-    for name in present(store) - frozenset(keep):
-        (store / name).unlink()
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        yield from entries
 
 
 @contextmanager
@@ -69,7 +87,7 @@ def exclusive(store: Path) -> Iterator[None]:
         RunError: the store cannot be written, a full disk for one; what was committed stays.
     """
     with _write_errors_are_told(store):
-        for folder in (VOLUMES, MASKS):
+        for folder in (VOLUMES, MASKS, DICOM):
             (store / folder).mkdir(parents=True, exist_ok=True)
         with (store / ".lock").open("w") as lock:
             _lock(lock.fileno(), store)

@@ -20,6 +20,7 @@ from locum.simulations.hospitals import HARMLESS, Damage, HospitalSpec, write_ho
 from locum.simulations.phantoms import Scanner
 from locum.simulations.scans import Storage
 from locum.site_client.imaging.ingest import ingest
+from locum.site_client.imaging.keys import Keys
 from locum.site_client.imaging.sources import load_site
 
 SMALL = HospitalSpec(
@@ -214,7 +215,7 @@ def test_every_damage_is_done_and_told(tmp_path: Path) -> None:
 )
 def test_ingestion_takes_every_usable_study_and_sets_the_damage_aside(spec: HospitalSpec, tmp_path: Path) -> None:
     write_hospital(replace(spec, broken=7, task="segmentation"), tmp_path / "raw")
-    counts = ingest(load_site(tmp_path / "raw" / "site.yaml"), tmp_path / "store", key=bytes(32))
+    counts = ingest(load_site(tmp_path / "raw" / "site.yaml"), tmp_path / "store", keys=Keys.of(bytes(32)))
     counts.check()
     truth = _truth(tmp_path / "raw")
     assert counts.cases == sum(study["usable"] for study in truth) < len(truth)

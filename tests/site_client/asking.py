@@ -32,6 +32,7 @@ from locum.common.messages import (
 from locum.common.plan import Plan, parse_plan
 from locum.site_client.agent import Agent
 from locum.site_client.imaging.ingest import ingest
+from locum.site_client.imaging.keys import Keys
 from locum.site_client.imaging.sources import load_site
 from tests.plans import CLASSIFY, initial, with_changes
 
@@ -156,7 +157,7 @@ def nifti_store(folder: Path, pictures: list[Picture]) -> Path:
         "labels": {"file": "table.csv", "key": "file", "key_column": "name", "label_column": "label"},
         "table": {"file": "table.csv", "key": "file", "key_column": "name", "fold_column": "fold"},
     }
-    counts = ingest(load_site(site, base=folder), folder / "store", key=bytes(range(32)))
+    counts = ingest(load_site(site, base=folder), folder / "store", keys=Keys.of(bytes(range(32))))
     assert counts.cases == len(pictures), counts
     return folder / "store"
 

@@ -34,6 +34,7 @@ from locum.simulations.federations import FederationSpec, federation
 from locum.simulations.hospitals import write_hospital
 from locum.site_client.imaging.catalog import FILE_NAME
 from locum.site_client.imaging.ingest import ingest
+from locum.site_client.imaging.keys import Keys
 from locum.site_client.imaging.sources import load_site
 from locum.site_client.released import account
 from tests.plans import plan
@@ -66,7 +67,7 @@ def _write(folder: Path, spec: object) -> None:
             _name_in(path, number)
     (raw / "dicom" / f"{NAME} unreadable.dcm").write_bytes(NAME.encode() * 100)
     _name_labels(raw / "labels.csv")
-    assert ingest(load_site(raw / "site.yaml"), folder / STORE, key=bytes(range(32))).cases
+    assert ingest(load_site(raw / "site.yaml"), folder / STORE, keys=Keys.of(bytes(range(32)))).cases
 
 
 def _name_in(path: Path, number: int) -> None:

@@ -4,81 +4,129 @@ Rules:
   * Nothing is dropped in silence: an image without a label, with an unknown code or with two labels goes to
     quarantine; a line that names no image is listed.
   * If not one line names an image, the key is wrong, and that is an error.
-  * A patient in a table becomes the same pseudonym as in the images, and only pseudonyms are compared.
+  * Names in a table are keyed as those of the images are, and only keyed names are compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 from locum.common.errors import DataError
+from locum.site_client.imaging.dicom import read
+from locum.site_client.imaging.headers import text
 from locum.site_client.imaging.items import Unit, stem
-from locum.site_client.imaging.keys import pseudonym
+from locum.site_client.imaging.keys import Keys
+from locum.site_client.imaging.labels.given import Label
+from locum.site_client.imaging.labels.readers import majority
 from locum.site_client.imaging.reasons import Reason, RefusedError
-from locum.site_client.imaging.sources import (
-    DicomSource,
-    Labels,
-    Masks,
-    NiftiSource,
-    SiteData,
-    Table,
-    label_rows,
-    table_rows,
-)
-from locum.site_client.imaging.split import Fold
 from locum.site_client.imaging.sheets import Row
+from locum.site_client.imaging.sources import Labels, Table, label_rows, table_rows
+from locum.site_client.imaging.split import Fold
+from locum.site_client.imaging.terminology import Terminology, labelled
 
-#: The lines of a table, by the name that they give.
-_Named = Mapping[str, Sequence[Row]]
+
+class Named:
+    """The lines of a table by the name that they give, and which of them have named an image so far."""
+
+    def __init__(self, table: Labels | Table, rows: Iterable[Row], keys: Keys) -> None:
+        self._table = table
+        self._rows: dict[str, list[Row]] = {}
+        self._matched: set[str] = set()
+        self._asked: Unit | None = None
+        for row in rows:
+            self._rows.setdefault(keyed_name(row.cells[table.key_column], table.key, keys), []).append(row)
+
+    def of(self, unit: Unit) -> Sequence[Row]:
+        """The lines that name the unit: a line with a blank name is no line of the images without one."""
+        name = name_of(unit, self._table.key)
+        if not name:
+            return ()
+        self._asked = unit
+        found = self._rows.get(name, ())
+        if found:
+            self._matched.add(name)
+        return found
+
+    def unmatched(self) -> list[str]:
+        """'file name:line' of every line that has named none of the units asked for.
+
+        Raises:
+            DataError: there were units and lines, and no line named a unit.
+        """
+        missed = [group for name, group in self._rows.items() if name not in self._matched]
+        if self._asked is not None and self._rows and not self._matched:
+            kind, file = self._table.key, self._table.file
+            raise DataError(
+                f"no line of {file} names an image of this site: by {kind} the file has "
+                f"'{missed[0][0].cells[self._table.key_column]}', the images have '{_original_name(self._asked, kind)}'",
+                "check key and key_column in the site file",
+            )
+        return [f"{self._table.file.name}:{row.line}" for group in missed for row in group]
+
+
+def _original_name(unit: Unit, kind: str) -> str:
+    """What a unit is called in its own file, to show a person at the site what a table should name."""
+    keyword = {"accession": "AccessionNumber", "patient": "PatientID", "study": "StudyInstanceUID"}.get(kind)
+    keyword = "SeriesInstanceUID" if kind == "series" else keyword
+    item = unit.items[0]
+    try:
+        return text(read(item.path, item.size), keyword) if keyword else name_of(unit, kind)
+    except RefusedError:
+        return unit.file
 
 
 class LabelBook:
-    """The labels of a site, by name of the image."""
+    """The labels of a table."""
 
-    def __init__(self, labels: Labels, key: bytes) -> None:
+    def __init__(self, labels: Labels, keys: Keys, terms: Terminology | None = None) -> None:
         self._labels = labels
-        self._named = _by_name(label_rows(labels), labels, key)
+        self._terms = terms
+        self._named = Named(labels, label_rows(labels), keys)
 
-    def label(self, unit: Unit) -> str:
-        """The plan's class of an image.
+    def label(self, unit: Unit) -> Label:
+        """The label of an image.
 
         Raises:
-            RefusedError: no_label, conflicting_labels or unmapped_code.
+            RefusedError: no_label, conflicting_labels, uncertain_label or unmapped_code.
         """
-        codes = {row.cells[self._labels.label_column] for row in _rows(self._named, unit, self._labels.key)}
-        if not codes:
+        rows = self._named.of(unit)
+        if not rows:
             raise RefusedError(Reason.NO_LABEL)
-        classes = {code_class(code, self._labels.classes) for code in codes}
-        if len(classes) > 1:
+        found = [labelled(row.cells[self._labels.label_column], self._labels.classes, self._terms) for row in rows]
+        classes = [label.name for label in found]
+        name = classes[0] if len(set(classes)) == 1 else self._agreed(classes, rows)
+        return Label(name, tuple(sorted({code for label in found if label.name == name for code in label.codes})))
+
+    def unmatched(self) -> list[str]:
+        """As :class:`Named` has it."""
+        return self._named.unmatched()
+
+    def _agreed(self, classes: list[str], rows: Sequence[Row]) -> str:
+        if self._labels.consensus is None:
+            codes = {row.cells[self._labels.label_column] for row in rows}
             raise RefusedError(Reason.CONFLICTING_LABELS, ", ".join(sorted(codes)))
-        return classes.pop()
-
-    def unmatched(self, units: Iterable[Unit]) -> list[str]:
-        """'file name:line' of every line that names none of the units.
-
-        Raises:
-            DataError: there are units and lines, and no line names a unit.
-        """
-        return _unmatched(self._labels, self._named, tuple(units))
+        name = majority(classes)
+        if name is None:
+            raise RefusedError(Reason.UNCERTAIN_LABEL, f"{len(classes)} readers without a majority")
+        return name
 
 
 class Roll:
     """The table that says which images are this site's, their folds and their patients."""
 
-    def __init__(self, table: Table, key: bytes) -> None:
+    def __init__(self, table: Table, keys: Keys) -> None:
         self._table = table
-        self._key = key
         rows = table_rows(table)
-        self._named = _by_name(rows, table, key)
+        self._named = Named(table, rows, keys)
         column = table.fold_column
         self.folds = frozenset(row.cells[column] for row in rows) - {""} if column else frozenset()
 
     def has(self, unit: Unit) -> bool:
         """Whether the unit is this site's; the validation and test rows of an .npz are no matter of the table."""
-        name = _name_of(unit, self._table.key)
-        return name in self._named if name else self._table.key == "index"
+        if not name_of(unit, self._table.key):
+            return self._table.key == "index"
+        return bool(self._named.of(unit))
 
     def fold(self, unit: Unit) -> Fold | None:
         """The fold that the table states for the unit.
@@ -95,7 +143,7 @@ class Roll:
         return cast("Fold", stated.pop()) if stated else None
 
     def patient(self, unit: Unit) -> str | None:
-        """The pseudonym of the patient that the table states for the unit.
+        """The patient that the table states for the unit, as it stands there.
 
         Raises:
             DataError: two lines state different patients.
@@ -103,110 +151,32 @@ class Roll:
         stated = self._cells(unit, self._table.patient_column)
         if len(stated) > 1:
             raise DataError(f"{self._table.file} gives one image two patients: {self._lines(unit)}", "keep one line")
-        return pseudonym(self._key, stated.pop()) if stated else None
+        return stated.pop() if stated else None
 
-    def unmatched(self, units: Iterable[Unit]) -> list[str]:
-        """As :meth:`LabelBook.unmatched`."""
-        return _unmatched(self._table, self._named, tuple(units))
+    def unmatched(self) -> list[str]:
+        """As :class:`Named` has it."""
+        return self._named.unmatched()
 
     def _cells(self, unit: Unit, column: str | None) -> set[str]:
-        rows = _rows(self._named, unit, self._table.key)
-        return {row.cells[column] for row in rows} - {""} if column else set()
+        return {row.cells[column] for row in self._named.of(unit)} - {""} if column else set()
 
     def _lines(self, unit: Unit) -> str:
-        return "lines " + ", ".join(str(row.line) for row in _rows(self._named, unit, self._table.key))
+        return "lines " + ", ".join(str(row.line) for row in self._named.of(unit))
 
 
-class MaskFolder:
-    """The masks of a site, by name of the image."""
-
-    def __init__(self, site: SiteData, key: bytes) -> None:
-        self._site = site
-        self._named = _masks_by_name(site.masks, key) if site.masks else {}
-
-    def find(self, unit: Unit) -> Path | None:
-        """The mask of an image; None if the site has no masks for images of its source.
-
-        Raises:
-            RefusedError: mask_missing.
-        """
-        source, masks = self._site.sources[unit.source], self._site.masks
-        if isinstance(source, NiftiSource) and source.masks is not None:
-            path = source.masks / unit.items[0].path.relative_to(source.images)
-            return _present(path if path.is_file() else None)
-        if isinstance(source, DicomSource) and masks is not None:
-            return _present(self._named.get(_name_of(unit, masks.key)))
-        return None
-
-
-def _masks_by_name(masks: Masks, key: bytes) -> dict[str, Path]:
-    files = (path for path in sorted(masks.path.iterdir()) if path.name.endswith((".nii", ".nii.gz")))
-    return {_table_name(stem(path.name), masks.key, key): path for path in files if stem(path.name)}
-
-
-def _present(path: Path | None) -> Path:
-    if path is None:
-        raise RefusedError(Reason.MASK_MISSING)
-    return path
-
-
-def code_class(code: str, classes: Mapping[str, str] | None) -> str:
-    """The plan's class of a local code.
-
-    Raises:
-        RefusedError: unmapped_code.
-    """
-    if classes is None:
-        return code
-    if code not in classes:
-        raise RefusedError(Reason.UNMAPPED_CODE, code)
-    return classes[code]
-
-
-def check_folds(folds: Sequence[tuple[str, Fold | None]], site: SiteData) -> None:
-    """Raise DataError if the table puts a patient (pseudonym, fold) in two folds."""
-    seen: dict[str, Fold] = {}
-    for patient, fold in folds:
-        if fold is not None and seen.setdefault(patient, fold) != fold:
-            raise DataError(
-                f"{site.table.file if site.table else site.name}: one patient (pseudonym {patient}) is in the folds "
-                f"{seen[patient]} and {fold}",
-                "put all images of a patient in one fold, or remove fold_column",
-            )
-
-
-def _by_name(rows: Iterable[Row], table: Labels | Table, key: bytes) -> _Named:
-    grouped: dict[str, list[Row]] = {}
-    for row in rows:
-        grouped.setdefault(_table_name(row.cells[table.key_column], table.key, key), []).append(row)
-    return grouped
-
-
-def _rows(named: _Named, unit: Unit, kind: str) -> Sequence[Row]:
-    """The lines that name the unit: a line with a blank name is no line of the images without one."""
-    name = _name_of(unit, kind)
-    return named.get(name, ()) if name else ()
-
-
-def _table_name(cell: str, kind: str, key: bytes) -> str:
+def keyed_name(cell: str, kind: str, keys: Keys) -> str:
+    """The name in a table's cell as the units of the site have it."""
+    if not cell:
+        return ""
     if kind == "patient":
-        return pseudonym(key, cell)
+        return keys.patient(cell)
+    if kind == "accession":
+        return keys.accession(cell)
+    if kind in {"study", "series"}:
+        return keys.uid(cell)
     return stem(cell) if kind == "file" else cell
 
 
-def _name_of(unit: Unit, kind: str) -> str:
-    return str(getattr(unit, "file" if kind == "index" else kind))
-
-
-def _unmatched(table: Labels | Table, named: _Named, units: Sequence[Unit]) -> list[str]:
-    file, kind = table.file, table.key
-    names = {_name_of(unit, kind) for unit in units} - {""}
-    missed = [group for name, group in named.items() if name not in names]
-    if units and named and len(missed) == len(named):
-        example = units[0].patient_id if kind == "patient" else _name_of(units[0], kind)
-        raise DataError(
-            f"no line of {file} names an image of this site: by {kind} the file has "
-            f"'{missed[0][0].cells[table.key_column]}', the images have '{example}'",
-            "check key and key_column in the site file",
-        )
-    return [f"{file.name}:{row.line}" for group in missed for row in group]
+def name_of(unit: Unit, kind: str) -> str:
+    """The name of a unit by which tables of this kind name images."""
+    return unit.file if kind in {"file", "index"} else str(getattr(unit.known, kind))

@@ -13,9 +13,10 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from locum.site_client.imaging.catalog import Catalog, Counts
 from locum.site_client.imaging.ingest import ingest
+from locum.site_client.imaging.keys import Keys
 from locum.site_client.imaging.sources import load_site
 
-KEY = bytes(range(32))
+KEYS = Keys.of(bytes(range(32)))
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
@@ -109,7 +110,7 @@ class Hospital:
         return plain | parts
 
     def ingest(self, **parts: Any) -> Counts:
-        return ingest(load_site(self.site(**parts)), self.store, key=KEY)
+        return ingest(load_site(self.site(**parts)), self.store, keys=KEYS)
 
     def catalog(self) -> Catalog:
         return Catalog.open(self.store)

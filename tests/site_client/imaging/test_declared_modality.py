@@ -8,12 +8,13 @@ import numpy as np
 
 from locum.site_client.imaging.catalog import Catalog
 from locum.site_client.imaging.ingest import ingest
+from locum.site_client.imaging.keys import Keys
 from locum.site_client.imaging.sources import load_site
 
 
 def _modalities(folder: Path, declared: str) -> set[str]:
     source = {"kind": "nifti", "images": "images", **({"modality": declared} if declared else {})}
-    ingest(load_site({"name": "north", "sources": [source]}, base=folder), folder / "store", key=bytes(32))
+    ingest(load_site({"name": "north", "sources": [source]}, base=folder), folder / "store", keys=Keys.of(bytes(32)))
     with closing(Catalog.open(folder / "store")) as catalog:
         return {fact.modality for fact in catalog.facts()}
 

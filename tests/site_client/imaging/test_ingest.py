@@ -26,9 +26,11 @@ from pydicom.uid import (
 from locum.common.errors import DataError, RunError
 from locum.site_client.imaging import dicom
 from locum.site_client.imaging.catalog import Catalog
-from locum.site_client.imaging.grouping import Reader, look
+from locum.site_client.imaging.grouping import Reader, Watch, look
 from locum.site_client.imaging.ingest import ingest
+from locum.site_client.imaging.inventory import Inventory
 from locum.site_client.imaging.items import find_items
+from locum.site_client.imaging.keys import Keys
 from locum.site_client.imaging.reasons import SENTENCE, Reason
 from locum.site_client.imaging.sources import load_site
 from locum.site_client.imaging.store import exclusive
@@ -47,7 +49,7 @@ def test_series_are_found_whatever_their_folders_and_names(hospital, series):
     hospital.write(images[1::2], "two")
     counts = hospital.ingest()
     assert (counts.found, counts.stored, counts.cases, counts.quarantined) == (7, 7, 2, {})
-    facts = hospital.catalog().facts()
+    facts = tuple(hospital.catalog().facts())
     assert sorted(fact.shape for fact in facts) == [(7, 6, 3), (7, 6, 4)]
     assert {(fact.modality, fact.manufacturer, fact.model) for fact in facts} == {("CT", "ACME", "One")}
     assert facts[0].spacing == pytest.approx((0.8, 0.5, 2.5))
@@ -318,6 +320,7 @@ KILLED = """
 import os, sys, signal
 from pathlib import Path
 from locum.site_client.imaging.ingest import ingest
+from locum.site_client.imaging.keys import Keys
 from locum.site_client.imaging.sources import load_site
 
 def tell(progress):
@@ -326,7 +329,7 @@ def tell(progress):
 
 folder = Path(sys.argv[1])
 site = load_site({"name": "north", "root": str(folder), "sources": [{"kind": "dicom", "path": "dicom"}]})
-ingest(site, folder / "store", key=bytes(range(32)), progress=tell)
+ingest(site, folder / "store", keys=Keys.of(bytes(range(32))), progress=tell)
 """
 
 
@@ -371,7 +374,10 @@ def test_a_store_stays_with_its_site_and_its_key(hospital, series):
     hospital.ingest()
     with pytest.raises(DataError, match="another site"):
         hospital.ingest(name="south")
-    with pytest.raises(DataError, match="another key"), Catalog.writing(hospital.store, site="north", key=b"x" * 32):
+    with (
+        pytest.raises(DataError, match="another key"),
+        Inventory.opened(hospital.store, site="north", keys=Keys.of(b"x" * 32)),
+    ):
         pass
 
 
@@ -414,7 +420,7 @@ def test_a_site_without_files_is_empty_and_adds_up(hospital):
 def test_progress_tells_every_file_and_every_unit(hospital, series):
     hospital.write(series())
     told = []
-    ingest(load_site(hospital.site()), hospital.store, key=bytes(32), progress=told.append)
+    ingest(load_site(hospital.site()), hospital.store, keys=Keys.of(bytes(32)), progress=told.append)
     assert [(step.stage, step.done, step.total) for step in told][-2:] == [("reading", 5, 5), ("storing", 1, 1)]
 
 
@@ -422,8 +428,9 @@ def test_progress_tells_every_file_and_every_unit(hospital, series):
 def test_a_hospital_larger_than_the_memory_budget_is_read_again_instead(hospital, series, budget):
     hospital.write(series())
     site, reader = load_site(hospital.site()), Reader(budget)
-    items = find_items(site)
-    assert {look(site, item, reader).series for item in items} == {series().uid}
+    items = tuple(find_items(site, hospital.store))
+    watch = Watch(site, reader, Keys.of(bytes(32)), lambda unit: None)
+    assert {look(watch, item).known.series for item in items} == {watch.keys.uid(series().uid)}
     assert [reader.read(item).PatientID for item in items] == ["P1"] * 5
     kept = sum(reader.read(item) is reader.read(item) for item in items)
     assert kept == min(budget // 35_000, 5)
@@ -440,7 +447,7 @@ def test_the_memory_budget_counts_what_a_file_unpacks_to(hospital, series, form)
         if form == "gzipped":
             path.with_suffix(".gz").write_bytes(gzip.compress(path.read_bytes()))
             path.unlink()
-    first, second = find_items(load_site(hospital.site()))
+    first, second = find_items(load_site(hospital.site()), hospital.store)
     assert first.size < 10_000
     small, large = Reader(2 << 20), Reader(3 << 20)
     assert small.read(first) is not small.read(first)

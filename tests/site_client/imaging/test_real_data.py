@@ -13,16 +13,17 @@ import pytest
 
 from locum.site_client.imaging.catalog import Catalog
 from locum.site_client.imaging.ingest import ingest
+from locum.site_client.imaging.keys import Keys
 from locum.site_client.imaging.reasons import Reason
 from locum.site_client.imaging.sources import load_site
 
-KEY = bytes(range(32))
+KEYS = Keys.of(bytes(range(32)))
 SPLIT = (0.8, 0.1, 0.1)
 
 
 def dicom_folder(folder, store):
     site = load_site({"name": "real", "root": str(folder), "sources": [{"kind": "dicom", "path": "."}]})
-    counts = ingest(site, store, key=KEY)
+    counts = ingest(site, store, keys=KEYS)
     assert counts.found == sum(path.is_file() for path in folder.rglob("*"))
     return counts
 
@@ -52,7 +53,8 @@ def test_no_malformed_file_stops_an_ingest(shared, tmp_path):
 def test_codecs_and_objects_are_stored_or_refused_with_a_reason(shared, tmp_path):
     counts = dicom_folder(shared / "dicom_codecs_objects", tmp_path / "store")
     assert counts.cases == 11
-    assert counts.quarantined[Reason.UNSUPPORTED_OBJECT] == 58
+    assert counts.annotations == 22
+    assert counts.quarantined[Reason.UNSUPPORTED_OBJECT] == 36
 
 
 def test_two_encodings_of_one_ct_slice_give_one_picture_in_hounsfield_units(shared, tmp_path):
@@ -93,7 +95,7 @@ def test_hippocampus_sites_have_the_images_and_folds_of_the_published_split(shar
             "table": table | {"where": {"site": "A_uint8"}},
         }
     )
-    counts = ingest(site, tmp_path / "store", key=KEY)
+    counts = ingest(site, tmp_path / "store", keys=KEYS)
     cases = Catalog.open(tmp_path / "store").cases(SPLIT)
     folds = Counter(case.fold for case in cases)
     assert (counts.found, counts.cases) == (len(rows), len(rows))
@@ -114,7 +116,7 @@ def test_the_four_breast_sites_share_the_official_rows_without_overlap(shared, t
         }
         source = {"kind": "npz", "path": "breastmnist.npz", "part": [number, 4], "classes": {0: "bad", 1: "good"}}
         site = load_site({"name": f"s{number}", "root": str(shared / "medmnist"), "sources": [source], "table": table})
-        ingest(site, tmp_path / str(number), key=KEY)
+        ingest(site, tmp_path / str(number), keys=KEYS)
         cases = Catalog.open(tmp_path / str(number)).cases(SPLIT)
         stored.update(case.fold for case in cases)
         patients += [case.patient for case in cases]

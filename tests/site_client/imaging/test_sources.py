@@ -12,11 +12,12 @@ import pytest
 from locum.common.errors import DataError
 from locum.site_client.imaging.catalog import Catalog
 from locum.site_client.imaging.ingest import ingest
+from locum.site_client.imaging.keys import Keys
 from locum.site_client.imaging.reasons import Reason
-from locum.site_client.imaging.sources import load_site
 from locum.site_client.imaging.sheets import read_sheet
+from locum.site_client.imaging.sources import load_site
 
-KEY = bytes(range(32))
+KEYS = Keys.of(bytes(range(32)))
 SPLIT = (0.8, 0.1, 0.1)
 LABELS = {"file": "labels.csv", "key": "accession", "key_column": "acc", "label_column": "code"}
 
@@ -51,7 +52,7 @@ def three(hospital, series):
         ("- north\n", "not a site file"),
         ("name: north\nsources:\n  - {kind: dicom, path: nowhere}\n", "nowhere does not exist"),
         ("name: north\nsources:\n  - {kind: npz, path: no.npz, part: [4, 4]}\n", "0 <= k < n"),
-        ("name: n\nsources:\n  - {kind: nifti, images: .}\nmasks: {path: ., key: series}\n", "masks is for dicom"),
+        ("name: n\nsources:\n  - {kind: nifti, images: .}\nmasks: {path: ., key: series}\n", "masks is for DICOM"),
     ],
 )
 def test_a_wrong_site_file_is_told_with_its_place(tmp_path, text, says):
@@ -172,7 +173,7 @@ def test_a_label_file_with_no_known_code_is_an_error(three):
 
 
 def test_a_missing_label_file_is_an_error(three):
-    assert "labels.csv cannot be read" in refused(three, labels=LABELS)
+    assert "labels.csv does not exist" in refused(three, labels=LABELS)
 
 
 def test_a_table_that_is_not_utf8_is_told_with_its_line(tmp_path):
@@ -282,7 +283,7 @@ def test_nifti_keeps_its_values_and_its_grid_and_loses_its_description(nifti):
     (nifti / "images" / "broken.nii.gz").write_bytes(b"\x1f\x8b" + bytes(100))
     (nifti / "masks" / "broken.nii.gz").write_bytes(b"")
     (nifti / "images" / "alone.nii").write_bytes((nifti / "images" / "v0.nii.gz").read_bytes())
-    counts = ingest(site_of(nifti), nifti / "store", key=KEY)
+    counts = ingest(site_of(nifti), nifti / "store", keys=KEYS)
     assert counts.cases == 4
     assert counts.quarantined == {Reason.NOT_AN_IMAGE: 1, Reason.UNREADABLE: 1, Reason.MASK_MISSING: 1}
     originals = [nibabel.load(path) for path in sorted((nifti / "images").glob("v*"))]
@@ -300,7 +301,7 @@ def test_a_table_picks_nifti_files_folds_and_patients(nifti):
     )
     table = {"file": "table.csv", "key": "file", "key_column": "file", "where": {"site": "north"}}
     table |= {"fold_column": "fold", "patient_column": "who"}
-    counts = ingest(site_of(nifti, table=table), nifti / "store", key=KEY)
+    counts = ingest(site_of(nifti, table=table), nifti / "store", keys=KEYS)
     cases = Catalog.open(nifti / "store").cases((1.0, 0.0, 0.0))
     assert (counts.found, counts.cases) == (3, 3)
     assert len({case.patient for case in cases}) == 2
@@ -311,7 +312,7 @@ def test_the_train_rows_of_a_table_without_validation_are_divided(nifti):
     rows = "".join(f"v{number}.nii.gz,{'test' if number == 3 else 'train'}\n" for number in range(4))
     (nifti / "table.csv").write_text(f"file,fold\n{rows}")
     table = {"file": "table.csv", "key": "file", "key_column": "file", "fold_column": "fold"}
-    ingest(site_of(nifti, table=table), nifti / "store", key=KEY)
+    ingest(site_of(nifti, table=table), nifti / "store", keys=KEYS)
     cases = Catalog.open(nifti / "store").cases((0.0, 1.0, 0.0))
     assert Counter(case.fold for case in cases) == {"validation": 3, "test": 1}
 
@@ -334,7 +335,7 @@ def test_an_npz_gives_its_rows_and_its_folds(npz):
     table = {"file": "table.csv", "key": "index", "key_column": "index", "where": {"site": 2}}
     site = load_site({"name": "two", "root": str(folder), "sources": [source], "table": table})
     for _ in range(2):
-        counts = ingest(site, folder / "store", key=KEY)
+        counts = ingest(site, folder / "store", keys=KEYS)
         assert (counts.found, counts.stored, counts.cases) == (8, 8, 8)
     cases = Catalog.open(folder / "store").cases(SPLIT)
     assert Counter((case.fold, case.label) for case in cases) == {
@@ -349,7 +350,8 @@ def test_a_line_without_an_index_says_nothing_of_validation_and_test_rows(npz):
     (folder / "table.csv").write_text("index,fold,who\n0,train,p\n,test,q\n")
     table = {"file": "table.csv", "key": "index", "key_column": "index", "fold_column": "fold", "patient_column": "who"}
     sources = [{"kind": "npz", "path": "set.npz"}]
-    ingest(load_site({"name": "n", "root": str(folder), "sources": sources, "table": table}), folder / "store", key=KEY)
+    site = load_site({"name": "n", "root": str(folder), "sources": sources, "table": table})
+    ingest(site, folder / "store", keys=KEYS)
     catalog = Catalog.open(folder / "store")
     cases = catalog.cases(SPLIT)
     assert Counter(case.fold for case in cases) == {"train": 1, "validation": 4, "test": 6}
@@ -385,11 +387,11 @@ def test_a_damaged_npz_is_an_error_in_words(npz, damage):
     (folder / "set.npz").write_bytes(damage((folder / "set.npz").read_bytes()))
     site = load_site({"name": "n", "root": str(folder), "sources": [{"kind": "npz", "path": "set.npz"}]})
     with pytest.raises(DataError, match=r"set\.npz cannot be read"):
-        ingest(site, folder / "store", key=KEY)
+        ingest(site, folder / "store", keys=KEYS)
 
 
 def test_an_npz_without_an_array_is_an_error(tmp_path):
     np.savez(tmp_path / "set.npz", train_images=np.zeros((1, 2, 2)))
     site = load_site({"name": "n", "root": str(tmp_path), "sources": [{"kind": "npz", "path": "set.npz"}]})
     with pytest.raises(DataError, match="train_labels"):
-        ingest(site, tmp_path / "store", key=KEY)
+        ingest(site, tmp_path / "store", keys=KEYS)

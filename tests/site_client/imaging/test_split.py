@@ -8,22 +8,43 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydicom.uid import UID
 
 from locum.common.errors import DataError
 from locum.site_client.imaging.geometry import Volume
-from locum.site_client.imaging.keys import KEY_BYTES, load_or_create_key, pseudonym
+from locum.site_client.imaging.keys import KEY_BYTES, Keys, load_or_create_keys
 from locum.site_client.imaging.nifti import regrid
 from locum.site_client.imaging.reasons import RefusedError
-from locum.site_client.imaging.split import FOLDS, check_shares, fold_of, unit_interval
+from locum.site_client.imaging.split import FOLDS, check_shares, fold_of
 
 KEYS = st.binary(min_size=32, max_size=32)
 
 
 @given(KEYS, st.text())
 def test_a_patient_is_always_at_the_same_place_within_the_unit_interval(key, patient):
-    u = unit_interval(key, patient)
+    u = Keys.of(key).place(patient)
     assert 0 <= u < 1
-    assert u == unit_interval(key, patient)
+    assert u == Keys.of(key).place(patient)
+
+
+@given(KEYS, KEYS, st.text(min_size=1))
+def test_another_key_for_names_leaves_a_patient_in_its_place(key, other, patient):
+    before, after = Keys.of(key), Keys(names=other, folds=key)
+    assert after.place(patient) == before.place(patient)
+    assert (after.patient(patient) == before.patient(patient)) == (key == other)
+
+
+@given(KEYS, st.text(min_size=1))
+def test_dates_move_back_by_at_least_a_day_and_at_most_ten_years(key, patient):
+    assert 1 <= Keys.of(key).days(patient) <= 3652
+
+
+@given(KEYS, st.lists(st.integers(0, 9999), min_size=2, max_size=8))
+def test_a_keyed_uid_is_a_valid_one_and_those_of_the_standard_stay(key, parts):
+    uid = Keys.of(key).uid("1.2." + ".".join(map(str, parts)))
+    assert UID(uid).is_valid
+    assert len(uid) <= 64
+    assert Keys.of(key).uid("1.2.840.10008.1.2.1") == "1.2.840.10008.1.2.1"
 
 
 @given(st.floats(0, 1, exclude_max=True), st.lists(st.integers(0, 100), min_size=3, max_size=3).filter(any))
@@ -40,14 +61,14 @@ def test_a_stated_fold_wins_if_the_table_has_all_three(u, stated):
 
 
 def test_folds_have_their_shares():
-    places = [unit_interval(b"k" * 32, f"p{number}") for number in range(20_000)]
+    places = [Keys.of(b"k" * 32).place(f"p{number}") for number in range(20_000)]
     folds = [fold_of(u, None, (0.7, 0.1, 0.2)) for u in places]
     shares = np.array([folds.count(fold) / len(folds) for fold in FOLDS])
     assert np.allclose(shares, (0.7, 0.1, 0.2), atol=0.015)
 
 
 def test_a_larger_test_share_keeps_the_patients_it_had():
-    places = [unit_interval(b"k" * 32, f"p{number}") for number in range(200)]
+    places = [Keys.of(b"k" * 32).place(f"p{number}") for number in range(200)]
     small = {u for u in places if fold_of(u, None, (0.8, 0.1, 0.1)) == "test"}
     large = {u for u in places if fold_of(u, None, (0.6, 0.1, 0.3)) == "test"}
     assert small < large
@@ -60,22 +81,22 @@ def test_shares_that_do_not_add_up_are_an_error(split):
 
 
 def test_another_key_gives_another_pseudonym():
-    assert pseudonym(b"a" * 32, "P1") != pseudonym(b"b" * 32, "P1")
-    assert len(pseudonym(b"a" * 32, "P1")) == 16
+    assert Keys.of(b"a" * 32).patient("P1") != Keys.of(b"b" * 32).patient("P1")
+    assert len(Keys.of(b"a" * 32).patient("P1")) == 16
 
 
 def test_a_key_is_drawn_once_and_only_its_owner_can_read_it(tmp_path):
     path = tmp_path / "store" / "split.key"
-    key = load_or_create_key(path)
-    assert len(key) == KEY_BYTES
-    assert load_or_create_key(path) == key
+    keys = load_or_create_keys(path)
+    assert len(keys.names) == len(keys.folds) == KEY_BYTES
+    assert load_or_create_keys(path) == keys
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_a_file_that_is_no_key_is_an_error(tmp_path):
     (tmp_path / "key").write_bytes(b"short")
     with pytest.raises(DataError, match="5 bytes"):
-        load_or_create_key(tmp_path / "key")
+        load_or_create_keys(tmp_path / "key")
 
 
 GRID = np.array([[0, -2.0, 0, 5], [1.5, 0, 0, -7], [0, 0, 3, 1], [0, 0, 0, 1]])
