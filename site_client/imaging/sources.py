@@ -245,6 +245,7 @@ class ObjectMasks(BaseModel):
     Attributes:
         path: a folder of such objects; those among the sources are used as well.
         segments: segment or structure to the value it has in the mask: a label, or a code such as SCT:10200004.
+        overlap: what a voxel is that two of them claim: refused, or of the one that `segments` names later.
         consensus: how several objects of one image, by several readers, become one mask.
     """
 
@@ -252,6 +253,7 @@ class ObjectMasks(BaseModel):
     kind: Literal["seg", "rtstruct"]
     path: Path | None = None
     segments: Annotated[dict[str, Annotated[int, Field(ge=1, le=255)]], Field(min_length=1)]
+    overlap: Literal["refuse", "later"] = "refuse"
     consensus: Consensus | None = None
 
 
@@ -288,7 +290,8 @@ class SrLabels(BaseModel):
     Attributes:
         path: a folder of such objects; those among the sources are used as well.
         concept: the name whose value is the label, as SCHEME:CODE; the finding (DCM:121071) unless told.
-        classes: code as SCHEME:CODE to class of the plan.
+        classes: code as SCHEME:CODE to class of the plan; without it the code itself is the class.
+        consensus: how several reports of one image, by several readers, become one label.
     """
 
     model_config = _STRICT
@@ -296,6 +299,7 @@ class SrLabels(BaseModel):
     path: Path | None = None
     concept: str = "DCM:121071"
     classes: Texts | None = None
+    consensus: Literal["majority"] | None = None
 
 
 class ReportLabels(BaseModel):
@@ -307,6 +311,8 @@ class ReportLabels(BaseModel):
         otherwise: the class of a report that affirms none, or None: such images go to quarantine.
         reviewed: a table of reports that a person has labelled (the same key, the column `label`): precision and
             recall of the rules are measured on it.
+        words: the words by which the rules go, such as those of another language; those that ship for English unless
+            told.
     """
 
     model_config = _STRICT
@@ -318,6 +324,20 @@ class ReportLabels(BaseModel):
     findings: Annotated[dict[str, tuple[str, ...]], Field(min_length=1)]
     otherwise: str | None = None
     reviewed: Path | None = None
+    words: Path | None = None
+
+    @model_validator(mode="after")
+    def _a_phrase_means_one_class(self) -> Self:
+        seen: dict[str, str] = {}
+        for name, phrases in self.findings.items():
+            for phrase in (" ".join(each.lower().split()) for each in phrases):
+                if not phrase:
+                    raise ValueError(f"a phrase of '{name}' is empty")
+                if seen.setdefault(phrase, name) != name:
+                    raise ValueError(f"'{phrase}' means both '{seen[phrase]}' and '{name}'")
+        if self.otherwise in self.findings:
+            raise ValueError(f"'{self.otherwise}' is a class of findings: name another for reports without any")
+        return self
 
 
 class FhirLabels(BaseModel):
@@ -326,6 +346,8 @@ class FhirLabels(BaseModel):
     Attributes:
         path: a folder of bundles (.json) or of resources a line (.ndjson).
         link: how a study is found: by accession number, study UID, or patient identifier.
+        accession: the system of the study's identifier that is the accession number; the identifiers of type ACSN
+            (HL7 table 0203) unless told.
         identifier: the system of the patient identifier that is the images' Patient ID; any unless told.
         resources: which resources hold the label.
         classes: code as SYSTEM:CODE (SCT, LOINC, ICD10) to class of the plan.
@@ -336,6 +358,7 @@ class FhirLabels(BaseModel):
     kind: Literal["fhir"]
     path: Path
     link: Literal["accession", "study", "patient"]
+    accession: str | None = None
     identifier: str | None = None
     resources: tuple[Literal["Condition", "Observation", "DiagnosticReport"], ...] = ("Condition",)
     classes: Texts | None = None
