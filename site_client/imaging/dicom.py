@@ -31,6 +31,11 @@ from pydicom.uid import (
     DigitalMammographyXRayImageStorageForProcessing,
     DigitalXRayImageStorageForPresentation,
     DigitalXRayImageStorageForProcessing,
+    EncapsulatedCDAStorage,
+    EncapsulatedMTLStorage,
+    EncapsulatedOBJStorage,
+    EncapsulatedPDFStorage,
+    EncapsulatedSTLStorage,
     EnhancedCTImageStorage,
     EnhancedMRImageStorage,
     EnhancedPETImageStorage,
@@ -39,9 +44,18 @@ from pydicom.uid import (
     LegacyConvertedEnhancedMRImageStorage,
     LegacyConvertedEnhancedPETImageStorage,
     MRImageStorage,
+    MultiFrameGrayscaleByteSecondaryCaptureImageStorage,
+    MultiFrameGrayscaleWordSecondaryCaptureImageStorage,
+    MultiFrameSingleBitSecondaryCaptureImageStorage,
+    MultiFrameTrueColorSecondaryCaptureImageStorage,
     PositronEmissionTomographyImageStorage,
     RTStructureSetStorage,
+    SecondaryCaptureImageStorage,
     SegmentationStorage,
+    UltrasoundImageStorage,
+    UltrasoundMultiFrameImageStorage,
+    XRayAngiographicImageStorage,
+    XRayRadiofluoroscopicImageStorage,
 )
 
 from locum.site_client.imaging.damage import damage_is
@@ -49,6 +63,7 @@ from locum.site_client.imaging.headers import frames, image_type, text, voxels
 from locum.site_client.imaging.items import Item
 from locum.site_client.imaging.known import NOBODY, Known
 from locum.site_client.imaging.reasons import Reason, RefusedError
+from locum.site_client.imaging.ultrasound import regions
 
 SLICES = frozenset({CTImageStorage, MRImageStorage, PositronEmissionTomographyImageStorage})
 MULTI_FRAME = frozenset(
@@ -68,10 +83,31 @@ RADIOGRAPHS = frozenset(
         DigitalMammographyXRayImageStorageForProcessing,
         DigitalXRayImageStorageForPresentation,
         DigitalXRayImageStorageForProcessing,
+        XRayAngiographicImageStorage,
+        XRayRadiofluoroscopicImageStorage,
+    }
+)
+ULTRASOUND = frozenset({UltrasoundImageStorage, UltrasoundMultiFrameImageStorage})
+CAPTURES = frozenset(
+    {
+        MultiFrameGrayscaleByteSecondaryCaptureImageStorage,
+        MultiFrameGrayscaleWordSecondaryCaptureImageStorage,
+        MultiFrameSingleBitSecondaryCaptureImageStorage,
+        MultiFrameTrueColorSecondaryCaptureImageStorage,
+        SecondaryCaptureImageStorage,
     }
 )
 #: Images that are no slices of a volume: each is a case of its own.
-SINGLE = RADIOGRAPHS
+SINGLE = RADIOGRAPHS | ULTRASOUND | CAPTURES
+DOCUMENTS = frozenset(
+    {
+        EncapsulatedCDAStorage,
+        EncapsulatedMTLStorage,
+        EncapsulatedOBJStorage,
+        EncapsulatedPDFStorage,
+        EncapsulatedSTLStorage,
+    }
+)
 #: Objects that say something of images: they are read where labels and masks come from.
 ANNOTATIONS = frozenset(
     {
@@ -83,8 +119,15 @@ ANNOTATIONS = frozenset(
     }
 )
 
+_MAMMOGRAMS = frozenset(
+    {DigitalMammographyXRayImageStorageForPresentation, DigitalMammographyXRayImageStorageForProcessing}
+)
 #: Modalities whose pixels often carry text: there BurnedInAnnotation (0028,0301) must say NO.
 _TEXT_IS_LIKELY = frozenset({"US", "SC", "XA", "RF", "CR", "DX", "OT"})
+#: What a person who has looked at the picture can overrule; the other reasons stand.
+RELEASABLE = frozenset(
+    {Reason.BURNED_IN, Reason.DERIVED, Reason.LOCALIZER, Reason.NO_REGIONS, Reason.SECONDARY_CAPTURE}
+)
 
 MAX_FILE = 4 << 30
 MAX_UNPACKED = 512 << 20
@@ -189,7 +232,7 @@ def look(item: Item, dataset: Dataset, known: Known, sop: str, released: Collect
         dataset: its header, original or cleaned.
         known: what is kept of its patient and study.
         sop: its keyed SOP Instance UID.
-        released: reasons from which a person at the site has released it.
+        released: reasons from which a person at the site has released it; only those of `RELEASABLE` count.
 
     Raises:
         RefusedError: unreadable.
@@ -199,8 +242,8 @@ def look(item: Item, dataset: Dataset, known: Known, sop: str, released: Collect
 
 
 def unit_of(sop_class: str, known: Known, sop: str) -> str:
-    """The unit that an image belongs to: its series, or of images that are no slices of a volume itself."""
-    # Several radiographs of one series (frontal, lateral) are several images.
+    """The unit that an image belongs to: its series, or for a picture itself."""
+    # Several pictures of one series (frontal, lateral) are several images.
     return f"{known.series}/{sop}" if sop_class in SINGLE else known.series
 
 
@@ -226,13 +269,16 @@ def _look(item: Item, dataset: Dataset, known: Known, sop: str, released: Collec
 
 
 def _first(found: Iterable[tuple[Reason, bool]], released: Collection[Reason]) -> Reason | None:
-    return next((reason for reason, holds in found if holds and reason not in released), None)
+    overruled = RELEASABLE.intersection(released)
+    return next((reason for reason, holds in found if holds and reason not in overruled), None)
 
 
 def _reasons_to_leave(sop_class: str, dataset: Dataset) -> Iterator[tuple[Reason, bool]]:
     """Why an object is no image of its series."""
     kind = image_type(dataset)
+    yield Reason.DOCUMENT, sop_class in DOCUMENTS
     yield Reason.UNSUPPORTED_OBJECT, sop_class not in SLICES | MULTI_FRAME | SINGLE
+    yield Reason.SECONDARY_CAPTURE, sop_class in CAPTURES
     yield Reason.LOCALIZER, "LOCALIZER" in kind
     derived = kind[:2] == ("DERIVED", "SECONDARY") or any("SCREEN SAVE" in part for part in kind)
     yield Reason.DERIVED, derived
@@ -241,17 +287,25 @@ def _reasons_to_leave(sop_class: str, dataset: Dataset) -> Iterator[tuple[Reason
 def _reasons_to_spoil(sop_class: str, dataset: Dataset) -> Iterator[tuple[Reason, bool]]:
     """Why an image must not be used, nor the series that would lack it."""
     yield Reason.NO_PATIENT_ID, not text(dataset, "PatientID")
-    yield Reason.BURNED_IN, _may_be_burned_in(dataset)
     yield Reason.NO_PIXELS, _PIXEL_DATA not in dataset or voxels(dataset) == 0
-    yield Reason.COLOUR, not text(dataset, "PhotometricInterpretation").startswith("MONOCHROME")
+    yield Reason.COLOUR, sop_class not in ULTRASOUND | CAPTURES and not _is_grey(dataset)
     yield Reason.MOSAIC, "MOSAIC" in image_type(dataset)
     yield Reason.SEVERAL_VOLUMES, _has_odd_frames(sop_class, dataset)
     yield Reason.TOO_LARGE, voxels(dataset) > MAX_VOXELS
+    # Last: these a person may overrule, and should be asked only of what can be used then.
+    yield Reason.NO_REGIONS, sop_class in ULTRASOUND and not regions(dataset)
+    yield Reason.BURNED_IN, _may_be_burned_in(sop_class, dataset)
 
 
-def _may_be_burned_in(dataset: Dataset) -> bool:
+def _is_grey(dataset: Dataset) -> bool:
+    return text(dataset, "PhotometricInterpretation").startswith("MONOCHROME")
+
+
+def _may_be_burned_in(sop_class: str, dataset: Dataset) -> bool:
+    """As the image says; if it does not say, by its kind (the class, for many captures have no modality)."""
     said = text(dataset, "BurnedInAnnotation").upper()
-    return said == "YES" or (said != "NO" and text(dataset, "Modality") in _TEXT_IS_LIKELY)
+    likely = sop_class in SINGLE - _MAMMOGRAMS or text(dataset, "Modality") in _TEXT_IS_LIKELY
+    return said == "YES" or (said != "NO" and likely)
 
 
 def _has_odd_frames(sop_class: str, dataset: Dataset) -> bool:

@@ -1,59 +1,48 @@
-"""The geometry gate: the slices of a series to one volume whose every voxel has a known place, or a reason.
+"""The geometry gate: the images of one unit to one volume whose every voxel has a known place, or a reason.
 
 Rules:
   * highdicom decides whether slices make a volume (equal distances, perpendicular stacking, one orientation);
     we only name the reason when it says no. Nothing is dropped, interpolated or guessed.
   * Stored values become modality values (PS3.3 C.11.1: HU for CT); windows (VOI) are not applied.
-  * A radiograph in MONOCHROME1 is inverted to MONOCHROME2 over its stored range; a volume in MONOCHROME1 is refused.
+  * A volume in MONOCHROME1 is refused.
   * Inside: arrays (slice, row, column) with LPS affines, as DICOM and highdicom have them. Outside, in `Volume`:
     arrays (column, row, slice) with RAS affines, as NIfTI has them. One slice is a two-dimensional image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import highdicom
 import numpy as np
-import numpy.typing as npt
 from highdicom.spatial import get_volume_positions
 from pydicom.dataset import Dataset
-from pydicom.pixels import apply_modality_lut
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from locum.site_client.imaging.damage import damage_is
-from locum.site_client.imaging.dicom import MAX_VOXELS
+from locum.site_client.imaging.decoding import decoded
+from locum.site_client.imaging.dicom import CAPTURES, MAX_VOXELS, MULTI_FRAME, RADIOGRAPHS, ULTRASOUND
+from locum.site_client.imaging.grids import (
+    Array,
+    Box,
+    Floats,
+    Volume,
+    cropped,
+    floats,
+    narrow,
+    pixel_spacing,
+    squeeze,
+    to_ras,
+)
 from locum.site_client.imaging.headers import count, numbers, text, voxels
+from locum.site_client.imaging.pictures import picture_of, radiograph
 from locum.site_client.imaging.reasons import Reason, RefusedError
-
-Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.float64]
+from locum.site_client.imaging.stored import modality_values, stored_values
 
 #: Largest difference of direction cosines, and relative difference of spacings, that is rounding: 0.05 mm in 500.
 _TOLERANCE = 1e-4
-_PLAIN = frozenset({ImplicitVRLittleEndian, ExplicitVRLittleEndian})
-_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-
-
-@dataclass(frozen=True)
-class Volume:
-    """An image on a grid.
-
-    Attributes:
-        array: (column, row), (column, row, slice) or (column, row, slice, channel).
-        affine: (4, 4), index to millimetres in RAS (right, anterior, superior).
-    """
-
-    array: Array
-    affine: Floats
-
-    @property
-    def spacing(self) -> tuple[float, ...]:
-        """Millimetres between neighbours along each axis of space that the array has."""
-        axes = min(self.array.ndim, 3)
-        return tuple(float(length) for length in np.linalg.norm(self.affine[:3, :axes], axis=0))
 
 
 @dataclass(frozen=True)
@@ -65,6 +54,28 @@ class _Plane:
     spacing: tuple[float, ...]
     size: tuple[int, int]
     frame_of_reference: str
+
+
+def volume_of(datasets: Sequence[Dataset], *, crop: Box | None = None) -> Volume:
+    """The volume of one unit: of a series of slices, of one multi-frame object, or of one two-dimensional image.
+
+    Args:
+        datasets: its images, in any order.
+        crop: what a person lets through: left, top, width, height in pixels of the stored image, in every slice.
+
+    Raises:
+        RefusedError: they make no volume, or cannot be decoded.
+    """
+    sop_class = text(datasets[0], "SOPClassUID")
+    if sop_class in ULTRASOUND | CAPTURES:
+        return picture_of(datasets[0], crop)
+    if sop_class in RADIOGRAPHS:
+        volume = radiograph(datasets[0])
+    elif sop_class in MULTI_FRAME:
+        volume = multi_frame_volume(datasets[0])
+    else:
+        volume = slices_volume(datasets)
+    return cropped(volume, crop) if crop else volume
 
 
 def slices_volume(datasets: Sequence[Dataset]) -> Volume:
@@ -80,7 +91,7 @@ def slices_volume(datasets: Sequence[Dataset]) -> Volume:
     if len(planes) * voxels(datasets[0]) > MAX_VOXELS:
         raise RefusedError(Reason.TOO_LARGE, f"{len(planes)} slices")
     order, distance = _stack(planes, datasets)
-    array = narrow(_modality_values([datasets[index] for index in order], _stored))
+    array = narrow(modality_values([datasets[index] for index in order], stored_values))
     first = planes[order[0]]
     return _volume(array, first, distance)
 
@@ -94,66 +105,24 @@ def multi_frame_volume(dataset: Dataset) -> Volume:
     _refuse_monochrome1([dataset])
     try:
         with damage_is(Reason.DECODE_FAILED):
-            image = highdicom.Image.from_dataset(dataset, copy=False)
+            image = highdicom.Image.from_dataset(_plain(dataset), copy=False)
             volume = image.get_volume(dtype=np.float32, apply_presentation_lut=False, apply_real_world_transform=False)
     except RefusedError as refused:
         raise _frames_diagnosis(dataset) or refused from None
     return Volume(squeeze(narrow(volume.array.T)), to_ras(volume.affine))
 
 
-def radiograph(dataset: Dataset) -> Volume:
-    """A CR, DX or MG image: two-dimensional, at its full depth, in MONOCHROME2; it has no place in the patient.
-
-    Raises:
-        RefusedError: it cannot be decoded, or its spacing is impossible.
-    """
-    stored = _stored_monochrome2 if text(dataset, "PhotometricInterpretation") == "MONOCHROME1" else _stored
-    array = narrow(_modality_values([dataset], stored))
-    with damage_is(Reason.NO_GEOMETRY):
-        given = numbers(dataset, "PixelSpacing") or numbers(dataset, "ImagerPixelSpacing")
-        spacing = _floats(given or (1.0, 1.0), 2)
-        _check_spacing(spacing)
-    return Volume(array[0].T, np.diag([-spacing[1], -spacing[0], 1.0, 1.0]))
-
-
-def picture(array: Array) -> Volume:
-    """An image without place or size: (rows, columns[, 3]) or (slices, rows, columns), at 1 mm.
-
-    Three colours become the channels of one slice: (column, row, 1, 3).
-    """
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
-    if array.ndim == 3 and array.shape[2] == 3:
-        return Volume(narrow(array.transpose(1, 0, 2)[:, :, None, :]), affine)
-    return Volume(squeeze(narrow(array.T)), affine)
-
-
-def to_ras(affine: Floats) -> Floats:
-    """From LPS and (slice, row, column) to RAS and (column, row, slice)."""
-    return np.asarray(_LPS_TO_RAS @ affine[:, [2, 1, 0, 3]], dtype=np.float64)
-
-
-def narrow(array: Array) -> Array:
-    """The same values in int16, uint16 or int32 if they are whole numbers that fit, else in float32.
-
-    Raises:
-        RefusedError: a value is infinite or no number.
-    """
-    if array.size == 0:
-        raise RefusedError(Reason.NO_PIXELS)
-    low, high = float(array.min()), float(array.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise RefusedError(Reason.NOT_FINITE)
-    if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
-        return array.astype(np.float32, copy=False)
-    for kind in (np.int16, np.uint16, np.int32):
-        if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
-            return array.astype(kind, copy=False)
-    return array.astype(np.float32, copy=False)
-
-
-def squeeze(array: Array) -> Array:
-    """An image of one slice as a two-dimensional array; all others as they are."""
-    return array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array
+def _plain(dataset: Dataset) -> Dataset:
+    """The same object without compression, so that no codec runs in this process."""
+    if not UID(dataset.file_meta.TransferSyntaxUID).is_compressed:
+        return dataset
+    pixels = decoded(dataset)
+    plain = copy.copy(dataset)
+    plain.file_meta = copy.copy(dataset.file_meta)
+    plain.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    plain.PixelData = pixels.tobytes()
+    plain["PixelData"].VR = "OW"
+    return plain
 
 
 def _volume(array: Array, first: _Plane, distance: float) -> Volume:
@@ -176,27 +145,14 @@ def _refuse_monochrome1(datasets: Sequence[Dataset]) -> None:
 
 def _plane(dataset: Dataset) -> _Plane:
     plane = _Plane(
-        position=_floats(numbers(dataset, "ImagePositionPatient"), 3),
-        orientation=_floats(numbers(dataset, "ImageOrientationPatient"), 6),
-        spacing=_floats(numbers(dataset, "PixelSpacing"), 2),
+        position=floats(numbers(dataset, "ImagePositionPatient"), 3),
+        orientation=floats(numbers(dataset, "ImageOrientationPatient"), 6),
+        spacing=pixel_spacing(numbers(dataset, "PixelSpacing")),
         size=(count(dataset, "Rows"), count(dataset, "Columns")),
         frame_of_reference=text(dataset, "FrameOfReferenceUID"),
     )
-    _check_spacing(plane.spacing)
     _check_orthonormal(plane.orientation)
     return plane
-
-
-def _floats(values: Sequence[float], count: int) -> tuple[float, ...]:
-    numbers = tuple(float(value) for value in values)
-    if len(numbers) != count or not np.isfinite(numbers).all():
-        raise RefusedError(Reason.NO_GEOMETRY, f"{len(numbers)} values where {count} belong, or not finite")
-    return numbers
-
-
-def _check_spacing(spacing: tuple[float, ...]) -> None:
-    if min(spacing) <= 0:
-        raise RefusedError(Reason.NO_GEOMETRY, f"pixel spacing {spacing} mm")
 
 
 def _check_orthonormal(orientation: tuple[float, ...]) -> None:
@@ -293,67 +249,6 @@ def _frame_planes(dataset: Dataset) -> tuple[list[tuple[float, ...]], list[tuple
     for frame in dataset.PerFrameFunctionalGroupsSequence:
         position = frame.get("PlanePositionSequence") or shared.PlanePositionSequence
         orientation = frame.get("PlaneOrientationSequence") or shared.PlaneOrientationSequence
-        positions.append(_floats(position[0].ImagePositionPatient, 3))
-        orientations.append(_floats(orientation[0].ImageOrientationPatient, 6))
+        positions.append(floats(position[0].ImagePositionPatient, 3))
+        orientations.append(floats(orientation[0].ImageOrientationPatient, 6))
     return positions, orientations
-
-
-def _stored(dataset: Dataset) -> Array:
-    """Stored pixel values, (row, column)."""
-    shape = (count(dataset, "Rows"), count(dataset, "Columns"))
-    with damage_is(Reason.DECODE_FAILED):
-        plain = _plain_pixels(dataset, shape)
-        pixels = np.asarray(dataset.pixel_array) if plain is None else plain
-    if pixels.shape != shape:
-        raise RefusedError(Reason.DECODE_FAILED, f"decoded to shape {pixels.shape}")
-    return pixels
-
-
-def _plain_pixels(dataset: Dataset, shape: tuple[int, int]) -> Array | None:
-    """What pydicom's `pixel_array` gives for plain little-endian pixels, in a twentieth of the time; else None."""
-    bits, stored = count(dataset, "BitsAllocated"), count(dataset, "BitsStored")
-    high, signed = count(dataset, "HighBit"), count(dataset, "PixelRepresentation")
-    if dataset.file_meta.TransferSyntaxUID not in _PLAIN or bits not in (8, 16) or high != stored - 1:
-        return None
-    content = dataset.get_item("PixelData").value
-    length = shape[0] * shape[1] * bits // 8
-    if len(content) != length + length % 2:
-        return None
-    pixels = np.frombuffer(content, f"<{'i' if signed else 'u'}{bits // 8}", shape[0] * shape[1]).reshape(shape)
-    unused = bits - stored
-    # PS3.5 8.1.1: bits above the stored ones may hold anything; shifting there and back also extends the sign.
-    return (pixels << unused) >> unused if unused else pixels
-
-
-def _stored_monochrome2(dataset: Dataset) -> Array:
-    if "ModalityLUTSequence" in dataset:
-        raise RefusedError(Reason.DECODE_FAILED, "MONOCHROME1 with a modality LUT: which of them inverts is open")
-    pixels = _stored(dataset).astype(np.int64)
-    highest = (1 << count(dataset, "BitsStored")) - 1
-    return -1 - pixels if count(dataset, "PixelRepresentation") else highest - pixels
-
-
-def _modality_values(datasets: Sequence[Dataset], stored: Callable[[Dataset], Array]) -> Array:
-    """Stored values times slope plus intercept, (slice, row, column); in whole numbers where they are whole."""
-    arrays = [stored(dataset) for dataset in datasets]
-    if any("ModalityLUTSequence" in dataset for dataset in datasets):
-        with damage_is(Reason.DECODE_FAILED, "modality LUT"):
-            return np.stack(
-                [apply_modality_lut(array, dataset) for array, dataset in zip(arrays, datasets, strict=True)]
-            )
-    with damage_is(Reason.DECODE_FAILED, "rescale"):
-        scales = [_rescale(dataset) for dataset in datasets]
-    pixels = np.stack(arrays)
-    if all(scale == (1.0, 0.0) for scale in scales):
-        return pixels
-    kind = np.int64 if all(float(number).is_integer() for scale in scales for number in scale) else np.float64
-    slopes, intercepts = (np.asarray(column, dtype=kind)[:, None, None] for column in zip(*scales, strict=True))
-    return np.asarray(pixels * slopes + intercepts)
-
-
-def _rescale(dataset: Dataset) -> tuple[float, float]:
-    slope, intercept = numbers(dataset, "RescaleSlope"), numbers(dataset, "RescaleIntercept")
-    scale = (slope[0] if slope else 1.0, intercept[0] if intercept else 0.0)
-    if not np.isfinite(scale).all():
-        raise RefusedError(Reason.DECODE_FAILED, "the rescale slope or intercept is not finite")
-    return scale

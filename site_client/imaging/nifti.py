@@ -16,7 +16,7 @@ import numpy as np
 
 from locum.site_client.imaging.damage import damage_is
 from locum.site_client.imaging.dicom import MAX_VOXELS, check_size
-from locum.site_client.imaging.geometry import Array, Floats, Volume, narrow, squeeze
+from locum.site_client.imaging.grids import Array, Floats, Volume, narrow, squeeze
 from locum.site_client.imaging.reasons import Reason, RefusedError
 
 MAX_CHANNELS = 16

@@ -18,7 +18,7 @@ from pydicom.dataset import Dataset
 from pydicom.sr.coding import Code
 
 from locum.site_client.imaging.damage import damage_is
-from locum.site_client.imaging.geometry import Floats, Volume
+from locum.site_client.imaging.grids import Floats, Volume
 from locum.site_client.imaging.headers import frames, numbers, text
 from locum.site_client.imaging.reasons import Reason, RefusedError
 

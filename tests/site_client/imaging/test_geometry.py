@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from pydicom.uid import ComputedRadiographyImageStorage, generate_uid
 
 from locum.site_client.imaging import geometry
+from locum.site_client.imaging.grids import narrow
 from locum.site_client.imaging.reasons import Reason, RefusedError
+from locum.site_client.imaging.stored import stored_values
 
 
 def rotation(a, b, c):
@@ -179,17 +181,17 @@ def test_plain_pixels_are_those_of_pydicom_whatever_the_unused_bits_hold(series,
     over = {"BitsStored": stored, "HighBit": stored - 1, "PixelRepresentation": signed}
     (image,) = series(slices=1, shape=(2, 3), over=over).images()
     image.PixelData = np.array(values, "<u2").tobytes()
-    assert np.array_equal(geometry._stored(image), image.pixel_array)
+    assert np.array_equal(stored_values(image), image.pixel_array)
 
 
 @given(st.lists(st.integers(-70000, 70000), min_size=1), st.sampled_from([np.int32, np.float64]))
 def test_narrowing_changes_no_value(values, kind):
-    assert geometry.narrow(np.array(values, kind)).tolist() == values
+    assert narrow(np.array(values, kind)).tolist() == values
 
 
 def test_a_value_that_is_no_number_is_refused():
     with pytest.raises(RefusedError, match="not_finite"):
-        geometry.narrow(np.array([1.0, np.nan]))
+        narrow(np.array([1.0, np.nan]))
 
 
 def test_the_stored_file_has_the_values_and_places_of_the_gate(hospital, series):

@@ -14,7 +14,7 @@ from pydicom.tag import Tag
 from pydicom.uid import CTImageStorage, generate_uid
 
 from locum.site_client.imaging.dicom import read
-from locum.site_client.imaging.geometry import Volume
+from locum.site_client.imaging.grids import Volume
 from locum.site_client.imaging.protocol import _REGIONS, Protocol, facts_of, placed, vendor
 
 

@@ -1,0 +1,202 @@
+"""Compressed pixels to plain ones, in a process of their own: a codec that crashes or hangs takes no ingest with it.
+
+Rules:
+  * The codecs are C and C++: a damaged stream was seen to end the whole process (CharLS, an image of 60000 × 60000).
+    So whatever is encapsulated (PS3.5 A.4) is decoded in a child, which may die; the next one is started then.
+  * The child gets the pixel data and the numbers that describe them, nothing else of the header; no pickle.
+  * It has a time limit and a memory limit. It ends when its parent ends, for then its input ends.
+
+One request: a line of JSON with the numbers and the length, then so many bytes. One answer: a line of JSON with shape
+and type, or the error's name, then the array's bytes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import resource
+import selectors
+import subprocess
+import sys
+import threading
+import time
+from typing import Any, BinaryIO
+
+import numpy as np
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import UID
+
+from locum.site_client.imaging.damage import damage_is
+from locum.site_client.imaging.grids import Array
+from locum.site_client.imaging.headers import count, frames, text, voxels
+from locum.site_client.imaging.reasons import Reason, RefusedError
+
+#: Seconds for one object, and for each million of its voxels: slow codecs need 0.1.
+_PATIENCE = 20.0
+_PER_MILLION = 2.0
+#: What the child may address: three times the largest image that is accepted, and the libraries.
+_MEMORY = 6 << 30
+_COUNTS = ("Rows", "Columns", "SamplesPerPixel", "PlanarConfiguration", "BitsAllocated", "BitsStored", "HighBit",
+           "PixelRepresentation")  # fmt: skip
+_CHUNK = 1 << 20
+
+
+def decoded(dataset: Dataset) -> Array:
+    """Stored values as pydicom gives them: ([frame,] row, column[, colour]).
+
+    YBR becomes RGB; a palette is not applied.
+
+    Raises:
+        RefusedError: decode_failed.
+    """
+    with damage_is(Reason.DECODE_FAILED):
+        if not UID(dataset.file_meta.TransferSyntaxUID).is_compressed:
+            return np.asarray(dataset.pixel_array)
+        return _CODECS.decode(dataset)
+
+
+class _Codecs:
+    """The child, started when it is first needed, and again when it has died."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+
+    def decode(self, dataset: Dataset) -> Array:
+        """One object's pixels; raises RefusedError, or what a damaged header raises."""
+        content = bytes(dataset["PixelData"].value)
+        request = {name: count(dataset, name) for name in _COUNTS} | {
+            "syntax": str(dataset.file_meta.TransferSyntaxUID),
+            "frames": frames(dataset),
+            "photometric": text(dataset, "PhotometricInterpretation"),
+            "length": len(content),
+        }
+        limit = _PATIENCE + _PER_MILLION * voxels(dataset) / 1e6
+        with self._lock:
+            try:
+                return _conversation(self._running(), request, content, limit)
+            except (BrokenPipeError, EOFError):
+                self.end()
+                raise RefusedError(Reason.DECODE_FAILED, "the codec crashed") from None
+            except TimeoutError:
+                self.end()
+                raise RefusedError(Reason.DECODE_FAILED, f"not decoded after {limit:.0f} s") from None
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        # A fork of this process has the same pipes: it needs a child of its own.
+        if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
+            self._child = subprocess.Popen(  # noqa: S603 (our own module)
+                [sys.executable, "-m", __name__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+            self._owner = os.getpid()
+        return self._child
+
+    def end(self) -> None:
+        """End the child, whatever it is doing."""
+        child, self._child = self._child, None
+        if child is None or self._owner != os.getpid():
+            return
+        child.kill()
+        child.wait()
+        for stream in (child.stdin, child.stdout):
+            with contextlib.suppress(OSError):
+                stream.close()  # type: ignore[union-attr]
+
+
+_CODECS = _Codecs()
+atexit.register(_CODECS.end)
+
+
+def _conversation(child: subprocess.Popen[bytes], request: dict[str, Any], content: bytes, limit: float) -> Array:
+    """Ask and read the answer; raises EOFError, BrokenPipeError, TimeoutError or RefusedError."""
+    given, got = child.stdin, child.stdout
+    if given is None or got is None:
+        raise EOFError
+    given.write(json.dumps(request).encode() + b"\n")
+    given.write(content)
+    given.flush()
+    answer = _Answer(got, time.monotonic() + limit)
+    head = json.loads(answer.line())
+    if "error" in head:
+        raise RefusedError(Reason.DECODE_FAILED, head["error"])
+    kind = np.dtype(head["dtype"])
+    shape = tuple(head["shape"])
+    return np.frombuffer(answer.take(kind.itemsize * int(np.prod(shape, dtype=object))), kind).reshape(shape)
+
+
+class _Answer:
+    """Reads what the child writes, up to a moment."""
+
+    def __init__(self, stream: BinaryIO | Any, deadline: float) -> None:
+        self._file = stream.fileno()
+        self._deadline = deadline
+        self._rest = bytearray()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._file, selectors.EVENT_READ)
+
+    def line(self) -> bytes:
+        while b"\n" not in self._rest:
+            self._more()
+        line, _, rest = self._rest.partition(b"\n")
+        self._rest = rest
+        return bytes(line)
+
+    def take(self, length: int) -> bytearray:
+        while len(self._rest) < length:
+            self._more()
+        return self._rest
+
+    def _more(self) -> None:
+        if not self._selector.select(max(0.0, self._deadline - time.monotonic())):
+            raise TimeoutError
+        read = os.read(self._file, _CHUNK)
+        if not read:
+            raise EOFError
+        self._rest += read
+
+
+# The child.
+
+
+def _serve() -> None:
+    answers = os.fdopen(os.dup(1), "wb")
+    # The libraries print to standard output: it is not ours any more.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    while line := sys.stdin.buffer.readline():
+        request = json.loads(line)
+        content = sys.stdin.buffer.read(request["length"])
+        try:
+            with damage_is(Reason.DECODE_FAILED):
+                pixels = np.ascontiguousarray(_image(request, content).pixel_array)
+        except RefusedError as refused:
+            answers.write(json.dumps({"error": refused.detail}).encode() + b"\n")
+        else:
+            answers.write(json.dumps({"shape": pixels.shape, "dtype": pixels.dtype.str}).encode() + b"\n")
+            answers.write(pixels.data)
+        answers.flush()
+
+
+def _image(request: dict[str, Any], content: bytes) -> Dataset:
+    image = Dataset()
+    for name in _COUNTS:
+        setattr(image, name, request[name])
+    image.NumberOfFrames = request["frames"]
+    image.PhotometricInterpretation = request["photometric"]
+    image.PixelData = content
+    image["PixelData"].VR = "OB"
+    image["PixelData"].is_undefined_length = True
+    image.file_meta = FileMetaDataset()
+    image.file_meta.TransferSyntaxUID = UID(request["syntax"])
+    return image
+
+
+if __name__ == "__main__":
+    _serve()
