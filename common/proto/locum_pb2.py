@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1elocum/common/proto/locum.proto\x12\x08locum.v1\",\n\x0c\x45nrolRequest\x12\x0f\n\x07request\x18\x01 \x01(\x0c\x12\x0b\n\x03mac\x18\x02 \x01(\x0c\"\x1f\n\x0cRenewRequest\x12\x0f\n\x07request\x18\x01 \x01(\x0c\"O\n\x0c\x43\x65rtificates\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x11\n\tauthority\x18\x02 \x01(\x0c\x12\x17\n\x0flog_certificate\x18\x03 \x01(\x0c\"\x8c\x01\n\rReportRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x10\n\x08\x61\x63tivity\x18\x02 \x01(\t\x12\x0b\n\x03run\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0c\n\x04\x64one\x18\x05 \x01(\x04\x12\r\n\x05total\x18\x06 \x01(\x04\x12\x0f\n\x07version\x18\x07 \x01(\t\x12\r\n\x05\x63lock\x18\x08 \x01(\x01\"F\n\x0bReportReply\x12\r\n\x05\x63lock\x18\x01 \x01(\x01\x12\x16\n\x0eregistry_state\x18\x02 \x01(\x04\x12\x10\n\x08log_size\x18\x03 \x01(\x04\"\x12\n\x10ProposalsRequest\"#\n\x0eProposalsReply\x12\x11\n\tenvelopes\x18\x01 \x03(\x0c\"\"\n\x0e\x41pproveRequest\x12\x10\n\x08\x65nvelope\x18\x01 \x01(\x0c\"\x0e\n\x0c\x41pproveReply\"\x0e\n\x0cGreetRequest\"*\n\x08Greeting\x12\r\n\x05\x63lock\x18\x01 \x01(\x01\x12\x0f\n\x07version\x18\x02 \x01(\t\"3\n\x0eWitnessRequest\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\x13\n\x0b\x63osignature\x18\x02 \x01(\x0c\"1\n\x0cWitnessReply\x12\x12\n\ncheckpoint\x18\x01 \x01(\x0c\x12\r\n\x05proof\x18\x02 \x03(\x0c\"\x9c\x01\n\tFleetCall\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x31\n\x07headers\x18\x02 \x03(\x0b\x32 .locum.v1.FleetCall.HeadersEntry\x12\x0c\n\x04\x62ody\x18\x03 \x01(\x0c\x12\x10\n\x08instance\x18\x04 \x01(\t\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"+\n\x0b\x46leetAnswer\x12\x0e\n\x06status\x18\x01 \x01(\r\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\"4\n\x07\x42lobKey\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\"+\n\tBlobState\x12\x0c\n\x04have\x18\x01 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"H\n\x08PutChunk\x12\x1e\n\x03key\x18\x01 \x01(\x0b\x32\x11.locum.v1.BlobKey\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"<\n\nGetRequest\x12\x1e\n\x03key\x18\x01 \x01(\x0b\x32\x11.locum.v1.BlobKey\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\x15\n\x04Sent\x12\r\n\x05nodes\x18\x01 \x03(\x04\"\x1b\n\x07Replied\x12\x10\n\x08reply_to\x18\x01 \x01(\t2\xa8\x03\n\x08Registry\x12\x37\n\x05\x45nrol\x12\x16.locum.v1.EnrolRequest\x1a\x16.locum.v1.Certificates\x12\x37\n\x05Renew\x12\x16.locum.v1.RenewRequest\x1a\x16.locum.v1.Certificates\x12\x38\n\x06Report\x12\x17.locum.v1.ReportRequest\x1a\x15.locum.v1.ReportReply\x12\x41\n\tProposals\x12\x1a.locum.v1.ProposalsRequest\x1a\x18.locum.v1.ProposalsReply\x12;\n\x07\x41pprove\x12\x18.locum.v1.ApproveRequest\x1a\x16.locum.v1.ApproveReply\x12\x33\n\x05Greet\x12\x16.locum.v1.GreetRequest\x1a\x12.locum.v1.Greeting\x12;\n\x07Witness\x12\x18.locum.v1.WitnessRequest\x1a\x16.locum.v1.WitnessReply2;\n\x05\x46leet\x12\x32\n\x04\x43\x61ll\x12\x13.locum.v1.FleetCall\x1a\x15.locum.v1.FleetAnswer2\x99\x01\n\x05\x42lobs\x12.\n\x04Stat\x12\x11.locum.v1.BlobKey\x1a\x13.locum.v1.BlobState\x12\x30\n\x03Put\x12\x12.locum.v1.PutChunk\x1a\x13.locum.v1.BlobState(\x01\x12.\n\x03Get\x12\x14.locum.v1.GetRequest\x1a\x0f.locum.v1.Chunk0\x01\x32\x38\n\x05Hints\x12/\n\x06\x46ollow\x12\x0e.locum.v1.Sent\x1a\x11.locum.v1.Replied(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1elocum/common/proto/locum.proto\x12\x08locum.v1\",\n\x0c\x45nrolRequest\x12\x0f\n\x07request\x18\x01 \x01(\x0c\x12\x0b\n\x03mac\x18\x02 \x01(\x0c\"\x1f\n\x0cRenewRequest\x12\x0f\n\x07request\x18\x01 \x01(\x0c\"O\n\x0c\x43\x65rtificates\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x11\n\tauthority\x18\x02 \x01(\x0c\x12\x17\n\x0flog_certificate\x18\x03 \x01(\x0c\"\x8c\x01\n\rReportRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x10\n\x08\x61\x63tivity\x18\x02 \x01(\t\x12\x0b\n\x03run\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0c\n\x04\x64one\x18\x05 \x01(\x04\x12\r\n\x05total\x18\x06 \x01(\x04\x12\x0f\n\x07version\x18\x07 \x01(\t\x12\r\n\x05\x63lock\x18\x08 \x01(\x01\"F\n\x0bReportReply\x12\r\n\x05\x63lock\x18\x01 \x01(\x01\x12\x16\n\x0eregistry_state\x18\x02 \x01(\x04\x12\x10\n\x08log_size\x18\x03 \x01(\x04\"\x12\n\x10ProposalsRequest\"#\n\x0eProposalsReply\x12\x11\n\tenvelopes\x18\x01 \x03(\x0c\"\"\n\x0e\x41pproveRequest\x12\x10\n\x08\x65nvelope\x18\x01 \x01(\x0c\"\x0e\n\x0c\x41pproveReply\"\x0e\n\x0cGreetRequest\"*\n\x08Greeting\x12\r\n\x05\x63lock\x18\x01 \x01(\x01\x12\x0f\n\x07version\x18\x02 \x01(\t\"3\n\x0eWitnessRequest\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\x13\n\x0b\x63osignature\x18\x02 \x01(\x0c\"1\n\x0cWitnessReply\x12\x12\n\ncheckpoint\x18\x01 \x01(\x0c\x12\r\n\x05proof\x18\x02 \x03(\x0c\"\x12\n\x10QuestionsRequest\"#\n\x0eQuestionsReply\x12\x11\n\tenvelopes\x18\x01 \x03(\x0c\" \n\x0cStateRequest\x12\x10\n\x08\x65nvelope\x18\x01 \x01(\x0c\"\x0c\n\nStateReply\"\x9c\x01\n\tFleetCall\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x31\n\x07headers\x18\x02 \x03(\x0b\x32 .locum.v1.FleetCall.HeadersEntry\x12\x0c\n\x04\x62ody\x18\x03 \x01(\x0c\x12\x10\n\x08instance\x18\x04 \x01(\t\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"+\n\x0b\x46leetAnswer\x12\x0e\n\x06status\x18\x01 \x01(\r\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\"4\n\x07\x42lobKey\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\"+\n\tBlobState\x12\x0c\n\x04have\x18\x01 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"H\n\x08PutChunk\x12\x1e\n\x03key\x18\x01 \x01(\x0b\x32\x11.locum.v1.BlobKey\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"<\n\nGetRequest\x12\x1e\n\x03key\x18\x01 \x01(\x0b\x32\x11.locum.v1.BlobKey\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\x15\n\x04Sent\x12\r\n\x05nodes\x18\x01 \x03(\x04\"\x1b\n\x07Replied\x12\x10\n\x08reply_to\x18\x01 \x01(\t2\xa2\x04\n\x08Registry\x12\x37\n\x05\x45nrol\x12\x16.locum.v1.EnrolRequest\x1a\x16.locum.v1.Certificates\x12\x37\n\x05Renew\x12\x16.locum.v1.RenewRequest\x1a\x16.locum.v1.Certificates\x12\x38\n\x06Report\x12\x17.locum.v1.ReportRequest\x1a\x15.locum.v1.ReportReply\x12\x41\n\tProposals\x12\x1a.locum.v1.ProposalsRequest\x1a\x18.locum.v1.ProposalsReply\x12;\n\x07\x41pprove\x12\x18.locum.v1.ApproveRequest\x1a\x16.locum.v1.ApproveReply\x12\x33\n\x05Greet\x12\x16.locum.v1.GreetRequest\x1a\x12.locum.v1.Greeting\x12;\n\x07Witness\x12\x18.locum.v1.WitnessRequest\x1a\x16.locum.v1.WitnessReply\x12\x41\n\tQuestions\x12\x1a.locum.v1.QuestionsRequest\x1a\x18.locum.v1.QuestionsReply\x12\x35\n\x05State\x12\x16.locum.v1.StateRequest\x1a\x14.locum.v1.StateReply2;\n\x05\x46leet\x12\x32\n\x04\x43\x61ll\x12\x13.locum.v1.FleetCall\x1a\x15.locum.v1.FleetAnswer2\x99\x01\n\x05\x42lobs\x12.\n\x04Stat\x12\x11.locum.v1.BlobKey\x1a\x13.locum.v1.BlobState\x12\x30\n\x03Put\x12\x12.locum.v1.PutChunk\x1a\x13.locum.v1.BlobState(\x01\x12.\n\x03Get\x12\x14.locum.v1.GetRequest\x1a\x0f.locum.v1.Chunk0\x01\x32\x38\n\x05Hints\x12/\n\x06\x46ollow\x12\x0e.locum.v1.Sent\x1a\x11.locum.v1.Replied(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -59,32 +59,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WITNESSREQUEST']._serialized_end=639
   _globals['_WITNESSREPLY']._serialized_start=641
   _globals['_WITNESSREPLY']._serialized_end=690
-  _globals['_FLEETCALL']._serialized_start=693
-  _globals['_FLEETCALL']._serialized_end=849
-  _globals['_FLEETCALL_HEADERSENTRY']._serialized_start=803
-  _globals['_FLEETCALL_HEADERSENTRY']._serialized_end=849
-  _globals['_FLEETANSWER']._serialized_start=851
-  _globals['_FLEETANSWER']._serialized_end=894
-  _globals['_BLOBKEY']._serialized_start=896
-  _globals['_BLOBKEY']._serialized_end=948
-  _globals['_BLOBSTATE']._serialized_start=950
-  _globals['_BLOBSTATE']._serialized_end=993
-  _globals['_PUTCHUNK']._serialized_start=995
-  _globals['_PUTCHUNK']._serialized_end=1067
-  _globals['_GETREQUEST']._serialized_start=1069
-  _globals['_GETREQUEST']._serialized_end=1129
-  _globals['_CHUNK']._serialized_start=1131
-  _globals['_CHUNK']._serialized_end=1152
-  _globals['_SENT']._serialized_start=1154
-  _globals['_SENT']._serialized_end=1175
-  _globals['_REPLIED']._serialized_start=1177
-  _globals['_REPLIED']._serialized_end=1204
-  _globals['_REGISTRY']._serialized_start=1207
-  _globals['_REGISTRY']._serialized_end=1631
-  _globals['_FLEET']._serialized_start=1633
-  _globals['_FLEET']._serialized_end=1692
-  _globals['_BLOBS']._serialized_start=1695
-  _globals['_BLOBS']._serialized_end=1848
-  _globals['_HINTS']._serialized_start=1850
-  _globals['_HINTS']._serialized_end=1906
+  _globals['_QUESTIONSREQUEST']._serialized_start=692
+  _globals['_QUESTIONSREQUEST']._serialized_end=710
+  _globals['_QUESTIONSREPLY']._serialized_start=712
+  _globals['_QUESTIONSREPLY']._serialized_end=747
+  _globals['_STATEREQUEST']._serialized_start=749
+  _globals['_STATEREQUEST']._serialized_end=781
+  _globals['_STATEREPLY']._serialized_start=783
+  _globals['_STATEREPLY']._serialized_end=795
+  _globals['_FLEETCALL']._serialized_start=798
+  _globals['_FLEETCALL']._serialized_end=954
+  _globals['_FLEETCALL_HEADERSENTRY']._serialized_start=908
+  _globals['_FLEETCALL_HEADERSENTRY']._serialized_end=954
+  _globals['_FLEETANSWER']._serialized_start=956
+  _globals['_FLEETANSWER']._serialized_end=999
+  _globals['_BLOBKEY']._serialized_start=1001
+  _globals['_BLOBKEY']._serialized_end=1053
+  _globals['_BLOBSTATE']._serialized_start=1055
+  _globals['_BLOBSTATE']._serialized_end=1098
+  _globals['_PUTCHUNK']._serialized_start=1100
+  _globals['_PUTCHUNK']._serialized_end=1172
+  _globals['_GETREQUEST']._serialized_start=1174
+  _globals['_GETREQUEST']._serialized_end=1234
+  _globals['_CHUNK']._serialized_start=1236
+  _globals['_CHUNK']._serialized_end=1257
+  _globals['_SENT']._serialized_start=1259
+  _globals['_SENT']._serialized_end=1280
+  _globals['_REPLIED']._serialized_start=1282
+  _globals['_REPLIED']._serialized_end=1309
+  _globals['_REGISTRY']._serialized_start=1312
+  _globals['_REGISTRY']._serialized_end=1858
+  _globals['_FLEET']._serialized_start=1860
+  _globals['_FLEET']._serialized_end=1919
+  _globals['_BLOBS']._serialized_start=1922
+  _globals['_BLOBS']._serialized_end=2075
+  _globals['_HINTS']._serialized_start=2077
+  _globals['_HINTS']._serialized_end=2133
 # @@protoc_insertion_point(module_scope)

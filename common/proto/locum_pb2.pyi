@@ -108,6 +108,26 @@ class WitnessReply(_message.Message):
     proof: _containers.RepeatedScalarFieldContainer[bytes]
     def __init__(self, checkpoint: _Optional[bytes] = ..., proof: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
+class QuestionsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class QuestionsReply(_message.Message):
+    __slots__ = ("envelopes",)
+    ENVELOPES_FIELD_NUMBER: _ClassVar[int]
+    envelopes: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, envelopes: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class StateRequest(_message.Message):
+    __slots__ = ("envelope",)
+    ENVELOPE_FIELD_NUMBER: _ClassVar[int]
+    envelope: bytes
+    def __init__(self, envelope: _Optional[bytes] = ...) -> None: ...
+
+class StateReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class FleetCall(_message.Message):
     __slots__ = ("path", "headers", "body", "instance")
     class HeadersEntry(_message.Message):

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class RegistryStub:
-    """Who is in the federation, what was proposed, and what sites approved. `Enrol` is the one call that an invitation's
+    """Who is in the federation, what was proposed and asked, and what sites approved and stated. `Enrol` is the one call that an invitation's
     certificate may make; every other call of every service needs the certificate of an enrolled site.
     """
 
@@ -71,10 +71,20 @@ class RegistryStub:
                 request_serializer=locum_dot_common_dot_proto_dot_locum__pb2.WitnessRequest.SerializeToString,
                 response_deserializer=locum_dot_common_dot_proto_dot_locum__pb2.WitnessReply.FromString,
                 _registered_method=True)
+        self.Questions = channel.unary_unary(
+                '/locum.v1.Registry/Questions',
+                request_serializer=locum_dot_common_dot_proto_dot_locum__pb2.QuestionsRequest.SerializeToString,
+                response_deserializer=locum_dot_common_dot_proto_dot_locum__pb2.QuestionsReply.FromString,
+                _registered_method=True)
+        self.State = channel.unary_unary(
+                '/locum.v1.Registry/State',
+                request_serializer=locum_dot_common_dot_proto_dot_locum__pb2.StateRequest.SerializeToString,
+                response_deserializer=locum_dot_common_dot_proto_dot_locum__pb2.StateReply.FromString,
+                _registered_method=True)
 
 
 class RegistryServicer:
-    """Who is in the federation, what was proposed, and what sites approved. `Enrol` is the one call that an invitation's
+    """Who is in the federation, what was proposed and asked, and what sites approved and stated. `Enrol` is the one call that an invitation's
     certificate may make; every other call of every service needs the certificate of an enrolled site.
     """
 
@@ -120,6 +130,18 @@ class RegistryServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Questions(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def State(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RegistryServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -158,6 +180,16 @@ def add_RegistryServicer_to_server(servicer, server):
                     request_deserializer=locum_dot_common_dot_proto_dot_locum__pb2.WitnessRequest.FromString,
                     response_serializer=locum_dot_common_dot_proto_dot_locum__pb2.WitnessReply.SerializeToString,
             ),
+            'Questions': grpc.unary_unary_rpc_method_handler(
+                    servicer.Questions,
+                    request_deserializer=locum_dot_common_dot_proto_dot_locum__pb2.QuestionsRequest.FromString,
+                    response_serializer=locum_dot_common_dot_proto_dot_locum__pb2.QuestionsReply.SerializeToString,
+            ),
+            'State': grpc.unary_unary_rpc_method_handler(
+                    servicer.State,
+                    request_deserializer=locum_dot_common_dot_proto_dot_locum__pb2.StateRequest.FromString,
+                    response_serializer=locum_dot_common_dot_proto_dot_locum__pb2.StateReply.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'locum.v1.Registry', rpc_method_handlers)
@@ -167,7 +199,7 @@ def add_RegistryServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Registry:
-    """Who is in the federation, what was proposed, and what sites approved. `Enrol` is the one call that an invitation's
+    """Who is in the federation, what was proposed and asked, and what sites approved and stated. `Enrol` is the one call that an invitation's
     certificate may make; every other call of every service needs the certificate of an enrolled site.
     """
 
@@ -350,6 +382,60 @@ class Registry:
             '/locum.v1.Registry/Witness',
             locum_dot_common_dot_proto_dot_locum__pb2.WitnessRequest.SerializeToString,
             locum_dot_common_dot_proto_dot_locum__pb2.WitnessReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Questions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/locum.v1.Registry/Questions',
+            locum_dot_common_dot_proto_dot_locum__pb2.QuestionsRequest.SerializeToString,
+            locum_dot_common_dot_proto_dot_locum__pb2.QuestionsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def State(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/locum.v1.Registry/State',
+            locum_dot_common_dot_proto_dot_locum__pb2.StateRequest.SerializeToString,
+            locum_dot_common_dot_proto_dot_locum__pb2.StateReply.FromString,
             options,
             channel_credentials,
             insecure,
