@@ -21,11 +21,13 @@ from rich.table import Table
 
 from locum.common.errors import DataError, RunError
 from locum.site_client.check_cli import check_model
+from locum.site_client.desk_cli import desk
 from locum.site_client.doctor_cli import doctor
 from locum.site_client.enrol_cli import enrol
 from locum.site_client.identity import usable
 from locum.site_client.ledger_cli import ledger
 from locum.site_client.options import Home, Json
+from locum.site_client.quarantine_cli import app as quarantine_app
 from locum.site_client.released_cli import released
 from locum.site_client.start_cli import start
 
@@ -46,6 +48,8 @@ app.command()(doctor)
 app.command()(ledger)
 app.command()(released)
 app.command()(check_model)
+app.command()(desk)
+app.add_typer(quarantine_app, name="quarantine")
 
 _SITE_HELP = "A site.yaml: where the images and labels are."
 _SiteFile = Annotated[Path, typer.Argument(metavar="SITE.yaml", show_default=False, help=_SITE_HELP)]

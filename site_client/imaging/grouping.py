@@ -23,6 +23,7 @@ from locum.site_client.imaging.headers import text
 from locum.site_client.imaging.items import Item, Unit, stem
 from locum.site_client.imaging.keys import Keys
 from locum.site_client.imaging.known import NOBODY, Known, known_of
+from locum.site_client.imaging.quarantine import released
 from locum.site_client.imaging.reasons import Reason, RefusedError
 from locum.site_client.imaging.sources import DicomSource, NiftiSource, NpzSource, PacsSource, SiteData
 
@@ -125,8 +126,7 @@ def _seen(watch: Watch, item: Item, dataset: Dataset) -> Sighting:
         known = item.known or known_of(dataset, watch.keys)
         sop = sop if item.known else watch.keys.uid(sop)
     decision = watch.decision(dicom.unit_of(sop_class, known, sop))
-    released = decision.reasons if decision is not None and decision.decision == "release" else ()
-    return dicom.look(item, dataset, known, sop, [Reason(reason) for reason in released])
+    return dicom.look(item, dataset, known, sop, released(decision, item))
 
 
 def _look_nifti(item: Item, keys: Keys) -> Sighting:

@@ -32,7 +32,7 @@ from locum.site_client.imaging.reasons import SENTENCE, Reason, RefusedError
 from locum.site_client.imaging.store import exclusive
 
 #: What a person can clear by looking at the picture.
-RELEASABLE = frozenset({Reason.BURNED_IN, Reason.DERIVED, Reason.NO_REGIONS, Reason.SECONDARY_CAPTURE, Reason.REJECTED})
+RELEASABLE = dicom.RELEASABLE | {Reason.REJECTED}
 #: A crop box that is smaller than this shows nothing.
 LEAST_CROP = 16
 _LONGEST_NAME = 80
