@@ -1,0 +1,223 @@
+"""Masks in RT Structure Sets (PS3.3 A.19): closed planar contours, filled on the grid of the image.
+
+Rules:
+  * A structure is chosen by its ROI Name, or by the code of its observation, written SCHEME:CODE.
+  * A voxel belongs to a structure if its centre lies inside an odd number of its contours on that slice: contours
+    inside others are holes (PS3.3 C.8.8.6.3). A centre on an edge belongs to one side of it, so that structures which
+    share an edge share no voxel.
+  * Every contour lies on a slice of the image, or the object does not match; a contour on every second slice or fewer
+    would have to be interpolated, which would be a guess.
+  * Contours of one structure that cross each other are refused: whether that is a hole is not said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+
+import numpy as np
+from pydicom.dataset import Dataset
+from pydicom.tag import Tag
+from pydicom.uid import RTStructureSetStorage
+
+from locum.site_client.imaging.damage import damage_is
+from locum.site_client.imaging.grids import Array, Floats, Volume
+from locum.site_client.imaging.items import Unit
+from locum.site_client.imaging.keys import Keys
+from locum.site_client.imaging.labels.canvas import (
+    OFF_GRID,
+    Canvas,
+    Drawing,
+    Region,
+    chosen,
+    masks_by_reader,
+    one_mask,
+)
+from locum.site_client.imaging.labels.given import Annotation
+from locum.site_client.imaging.labels.objects import ObjectIndex, code_name
+from locum.site_client.imaging.reasons import Reason, RefusedError
+from locum.site_client.imaging.sources import ObjectMasks
+
+CLASSES = frozenset({str(RTStructureSetStorage)})
+
+_CONTOUR_DATA = Tag("ContourData")
+_CLOSED = frozenset({"CLOSED_PLANAR", "CLOSEDPLANAR_XOR"})
+
+#: By how many voxels a contour may reach beyond the centres of the outermost voxels.
+_BEYOND = 1.0
+#: The part of the smaller of two contours that may lie across the other's edge: a hole drawn up to the outline.
+_ACROSS = 0.01
+
+
+class RtStructMasks:
+    """The masks of a site in RT Structure Sets."""
+
+    def __init__(self, masks: ObjectMasks, keys: Keys, annotations: Iterable[Annotation]) -> None:
+        self._masks = masks
+        self._index = ObjectIndex(masks.path, CLASSES, annotations, keys, reader=_operator)
+
+    def stamp(self, unit: Unit) -> str | None:
+        """As :meth:`MaskSource.stamp`."""
+        return self._index.stamp(unit, self._masks.model_dump_json())
+
+    def read(self, unit: Unit, image: Volume) -> Volume:
+        """As :meth:`MaskSource.read`; also raises RefusedError (conflicting_labels)."""
+        return one_mask(self._drawings(unit), self._masks, image)
+
+    def readings(self, unit: Unit, image: Volume) -> dict[str, Volume]:
+        """What each reader drew; raises as :meth:`read`."""
+        return masks_by_reader(self._drawings(unit), self._masks, image)
+
+    def unmatched(self) -> list[str]:
+        """The name of every object that refers to none of the units asked for, and of every file that is none."""
+        return self._index.unmatched()
+
+    def _drawings(self, unit: Unit) -> list[tuple[str, Drawing]]:
+        objects = self._index.of(unit)
+        if not objects:
+            raise RefusedError(Reason.MASK_MISSING)
+        return [
+            (found.reader, open_structures(found.load(Reason.MASK_UNREADABLE), self._masks.segments))
+            for found in objects
+        ]
+
+
+def _operator(dataset: Dataset) -> str:
+    return str(dataset.get("OperatorsName") or "")
+
+
+def open_structures(dataset: Dataset, segments: Mapping[str, int]) -> Structures:
+    """An RT Structure Set, ready to be drawn.
+
+    Raises:
+        RefusedError: mask_unreadable or conflicting_labels.
+    """
+    with damage_is(Reason.MASK_UNREADABLE):
+        contours = {
+            int(item.ReferencedROINumber): list(item.get("ContourSequence") or ())
+            for item in dataset.get("ROIContourSequence") or ()
+        }
+        named = {number: names for number, names in _names(dataset).items() if contours.get(number)}
+        return Structures(chosen(named, segments), contours)
+
+
+def _names(dataset: Dataset) -> dict[int, frozenset[str]]:
+    """Of each ROI by number: its name and its codes."""
+    codes: dict[int, set[str]] = {}
+    for item in dataset.get("RTROIObservationsSequence") or ():
+        found = {code_name(code) for code in item.get("RTROIIdentificationCodeSequence") or ()}
+        codes.setdefault(int(item.ReferencedROINumber), set()).update(found)
+    return {
+        int(item.ROINumber): frozenset({str(item.get("ROIName", "")).strip(), *codes.get(int(item.ROINumber), ())})
+        for item in dataset.get("StructureSetROISequence") or ()
+    }
+
+
+class Structures:
+    """What one RT Structure Set states."""
+
+    def __init__(self, numbers: Mapping[str, Sequence[int]], contours: Mapping[int, Sequence[Dataset]]) -> None:
+        self._numbers = numbers
+        self._contours = contours
+
+    @property
+    def names(self) -> frozenset[str]:
+        """As :attr:`Drawing.names`."""
+        return frozenset(self._numbers)
+
+    def paint(self, name: str, value: int, canvas: Canvas) -> None:
+        """As :meth:`Drawing.paint`."""
+        for number in self._numbers[name]:
+            with damage_is(Reason.MASK_UNREADABLE, "contours"):
+                outlines = _on_slices([_points(contour) for contour in self._contours[number]], canvas)
+            for place, polygons in outlines.items():
+                canvas.put(canvas.slice(place), filled(polygons, canvas.shape[:2]), value)
+
+
+def _points(contour: Dataset) -> Floats:
+    """(n, 3), mm in LPS, of one contour."""
+    kind = str(contour.get("ContourGeometricType", "")).strip()
+    if kind not in _CLOSED:
+        raise RefusedError(Reason.MASK_UNREADABLE, "a structure with contours that are not CLOSED_PLANAR")
+    raw = contour.get_item(_CONTOUR_DATA).value
+    # pydicom's own conversion of a number takes twenty times as long, and there are thousands a structure.
+    numbers = raw.decode("ascii").strip(" \0").split("\\") if isinstance(raw, bytes) else raw
+    points = np.asarray(numbers, dtype=np.float64).reshape(-1, 3)
+    if len(points) != int(contour.NumberOfContourPoints) or not np.isfinite(points).all():
+        raise RefusedError(Reason.MASK_UNREADABLE, "a contour's points are not as many as it says, or not finite")
+    return points
+
+
+def _on_slices(contours: Iterable[Floats], canvas: Canvas) -> dict[int, list[Floats]]:
+    """By number of the slice: the polygons on it, each (n, 2) of column and row.
+
+    Raises:
+        RefusedError: mask_mismatch.
+    """
+    placed: dict[int, list[Floats]] = {}
+    for points in contours:
+        indices = canvas.indices(points)
+        place = int(np.rint(np.median(indices[:, 2])))
+        off = float(np.abs(indices[:, 2] - place).max())
+        if off > OFF_GRID or not 0 <= place < canvas.shape[2]:
+            raise RefusedError(Reason.MASK_MISMATCH, "a contour lies on no slice of the image")
+        outside = np.maximum(-indices[:, :2], indices[:, :2] - np.asarray(canvas.shape[:2]) + 1).max()
+        if outside > _BEYOND:
+            raise RefusedError(Reason.MASK_MISMATCH, f"a contour reaches {outside:.3g} voxels beyond the image")
+        placed.setdefault(place, []).append(indices[:, :2])
+    _check_dense(sorted(placed))
+    return placed
+
+
+def _check_dense(places: Sequence[int]) -> None:
+    """Refuse a structure of three slices or more of which no two are neighbours."""
+    steps = np.diff(places)
+    if len(steps) > 1 and steps.min() > 1:
+        raise RefusedError(Reason.MASK_MISMATCH, f"contours lie on every {steps.min()}th slice at most")
+
+
+def filled(polygons: Sequence[Floats], shape: tuple[int, int]) -> Region:
+    """(column, row): the pixels whose centres lie inside an odd number of polygons.
+
+    Args:
+        polygons: each (n, 2): column and row, in pixels; closed from the last point to the first.
+        shape: columns and rows.
+
+    Raises:
+        RefusedError: mask_unreadable, if two polygons cross.
+    """
+    regions = [_inside(polygon, shape) for polygon in polygons]
+    for one, other in combinations(regions, 2):
+        _check_nested(one, other)
+    return np.asarray(np.logical_xor.reduce(regions))
+
+
+def _check_nested(one: Region, other: Region) -> None:
+    """Refuse two regions that overlap in part, or are the same: the odd rule would say what nobody drew."""
+    common = int(np.count_nonzero(one & other))
+    sizes = (int(np.count_nonzero(one)), int(np.count_nonzero(other)))
+    smaller = min(sizes)
+    if common > _ACROSS * smaller and (smaller - common > _ACROSS * smaller or sizes[0] == sizes[1]):
+        raise RefusedError(Reason.MASK_UNREADABLE, "two contours of one structure cross, or are the same")
+
+
+def _inside(polygon: Floats, shape: tuple[int, int]) -> Region:
+    """(column, row): the pixels whose centres lie inside one polygon, by the even-odd rule along each row."""
+    toggles = np.zeros((shape[0] + 1, shape[1]), dtype=np.int32)
+    np.add.at(toggles, _crossings(polygon, shape), 1)
+    return np.asarray(np.cumsum(toggles, axis=0)[:-1] % 2 == 1)
+
+
+def _crossings(polygon: Floats, shape: tuple[int, int]) -> tuple[Array, Array]:
+    """Where edges cross the centre lines of rows: the first pixel centre at or behind each crossing, and its row."""
+    x0, y0 = polygon.T
+    x1, y1 = np.roll(polygon, -1, axis=0).T
+    # Half-open, so that a corner on a row's centre line counts once.
+    first = np.clip(np.ceil(np.minimum(y0, y1)), 0, shape[1]).astype(np.intp)
+    behind = np.clip(np.ceil(np.maximum(y0, y1)), 0, shape[1]).astype(np.intp)
+    rows_of_edge = behind - first
+    edge = np.repeat(np.arange(len(polygon)), rows_of_edge)
+    nth = np.arange(len(edge)) - np.repeat(np.cumsum(rows_of_edge) - rows_of_edge, rows_of_edge)
+    rows = first[edge] + nth
+    across = x0[edge] + (rows - y0[edge]) * (x1[edge] - x0[edge]) / (y1[edge] - y0[edge])
+    return np.clip(np.ceil(across), 0, shape[0]).astype(np.intp), rows

@@ -1,0 +1,188 @@
+"""Masks in DICOM Segmentation objects (PS3.3 A.51): BINARY, FRACTIONAL and LABELMAP.
+
+Rules:
+  * A segment is chosen by its label or by the code of its property type or category, written SCHEME:CODE.
+  * Each frame is placed by its own position: frames may lie in any order, on some slices only, and may show a part
+    of a slice. One that lies on no slice refuses the whole object. Slices without a frame are background.
+  * Of a FRACTIONAL segment, what is at least half of the Maximum Fractional Value belongs to it.
+  * A segmentation of a radiograph has no positions: it must have the image's rows and columns.
+  * Tiled objects (whole slides) and parts of a concatenation are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import highdicom
+import numpy as np
+from pydicom.dataset import Dataset
+from pydicom.uid import SegmentationStorage
+
+from locum.site_client.imaging.damage import damage_is
+from locum.site_client.imaging.dicom import MAX_VOXELS
+from locum.site_client.imaging.grids import Array, Volume
+from locum.site_client.imaging.headers import count, voxels
+from locum.site_client.imaging.items import Unit
+from locum.site_client.imaging.keys import Keys
+from locum.site_client.imaging.labels.canvas import Canvas, Drawing, Plane, Region, chosen, masks_by_reader, one_mask
+from locum.site_client.imaging.labels.given import Annotation
+from locum.site_client.imaging.labels.objects import (
+    LabelMapSegmentationStorage,
+    ObjectIndex,
+    code_name,
+)
+from locum.site_client.imaging.reasons import Reason, RefusedError
+from locum.site_client.imaging.sources import ObjectMasks
+
+CLASSES = frozenset({str(SegmentationStorage), LabelMapSegmentationStorage})
+
+#: The least part of the Maximum Fractional Value that belongs to a segment.
+FRACTION = 0.5
+_GROUPS = ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence")
+
+
+class SegMasks:
+    """The masks of a site in DICOM Segmentation objects."""
+
+    def __init__(self, masks: ObjectMasks, keys: Keys, annotations: Iterable[Annotation]) -> None:
+        self._masks = masks
+        self._index = ObjectIndex(masks.path, CLASSES, annotations, keys, reader=_creator)
+
+    def stamp(self, unit: Unit) -> str | None:
+        """As :meth:`MaskSource.stamp`."""
+        return self._index.stamp(unit, self._masks.model_dump_json())
+
+    def read(self, unit: Unit, image: Volume) -> Volume:
+        """As :meth:`MaskSource.read`; also raises RefusedError (conflicting_labels)."""
+        return one_mask(self._drawings(unit), self._masks, image)
+
+    def readings(self, unit: Unit, image: Volume) -> dict[str, Volume]:
+        """What each reader drew; raises as :meth:`read`."""
+        return masks_by_reader(self._drawings(unit), self._masks, image)
+
+    def unmatched(self) -> list[str]:
+        """The name of every object that refers to none of the units asked for, and of every file that is none."""
+        return self._index.unmatched()
+
+    def _drawings(self, unit: Unit) -> list[tuple[str, Drawing]]:
+        objects = self._index.of(unit)
+        if not objects:
+            raise RefusedError(Reason.MASK_MISSING)
+        placeless = "/" in unit.key
+        return [
+            (
+                found.reader,
+                open_segmentation(found.load(Reason.MASK_UNREADABLE), self._masks.segments, placeless=placeless),
+            )
+            for found in objects
+        ]
+
+
+def _creator(dataset: Dataset) -> str:
+    return str(dataset.get("ContentCreatorName") or "")
+
+
+def open_segmentation(dataset: Dataset, segments: Mapping[str, int], *, placeless: bool) -> SegDrawing:
+    """A Segmentation object, ready to be drawn.
+
+    Args:
+        dataset: the object; it is changed.
+        segments: label or SCHEME:CODE to value.
+        placeless: whether its image has no place in the patient.
+
+    Raises:
+        RefusedError: mask_unreadable, mask_mismatch, conflicting_labels.
+    """
+    with damage_is(Reason.MASK_UNREADABLE):
+        _check(dataset)
+        segmentation = highdicom.seg.Segmentation.from_dataset(dataset, copy=False)
+        return SegDrawing(segmentation, segments, placeless=placeless)
+
+
+def _check(dataset: Dataset) -> None:
+    if "TotalPixelMatrixRows" in dataset:
+        raise RefusedError(Reason.MASK_MISMATCH, "a tiled segmentation, of a whole slide")
+    if "InConcatenationNumber" in dataset:
+        raise RefusedError(Reason.MASK_UNREADABLE, "a part of a concatenation")
+    if not 0 < voxels(dataset) <= MAX_VOXELS:
+        raise RefusedError(Reason.MASK_UNREADABLE, f"{voxels(dataset)} pixels")
+    if len(dataset.get("PerFrameFunctionalGroupsSequence") or ()) != int(dataset.NumberOfFrames):
+        raise RefusedError(Reason.MASK_UNREADABLE, "frames and their descriptions differ in number")
+
+
+class SegDrawing:
+    """What one Segmentation object states."""
+
+    def __init__(
+        self, segmentation: highdicom.seg.Segmentation, segments: Mapping[str, int], *, placeless: bool
+    ) -> None:
+        self._object = segmentation
+        self._placeless = placeless
+        self._size = (count(segmentation, "Rows"), count(segmentation, "Columns"))
+        self._kind = str(segmentation.SegmentationType)
+        self._numbers = chosen(
+            {int(each.SegmentNumber): _names(each) for each in segmentation.SegmentSequence}, segments
+        )
+        self._of_segment = self._frames()
+        self._stack: Array | None = None
+        if self._kind == "FRACTIONAL" and int(segmentation.MaximumFractionalValue) < 1:
+            raise RefusedError(Reason.MASK_UNREADABLE, "the maximum fractional value is 0")
+
+    @property
+    def names(self) -> frozenset[str]:
+        """As :attr:`Drawing.names`."""
+        return frozenset(self._numbers)
+
+    def paint(self, name: str, value: int, canvas: Canvas) -> None:
+        """As :meth:`Drawing.paint`."""
+        for number in self._numbers[name]:
+            for frame in self._of_segment.get(number, ()):
+                with damage_is(Reason.MASK_UNREADABLE):
+                    region = self._region(frame, number)
+                    where = self._place(frame, canvas)
+                canvas.put(where, region, value)
+
+    def _frames(self) -> dict[int, list[int]]:
+        """By number of a segment, the indices of its frames; of a label map, all frames for each of them."""
+        groups = self._object.PerFrameFunctionalGroupsSequence
+        if self._kind == "LABELMAP":
+            wanted = (number for numbers in self._numbers.values() for number in numbers)
+            return {number: list(range(len(groups))) for number in wanted}
+        frames: dict[int, list[int]] = {}
+        for index in range(len(groups)):
+            number = int(self._group(index, "SegmentIdentificationSequence").ReferencedSegmentNumber)
+            frames.setdefault(number, []).append(index)
+        return frames
+
+    def _region(self, frame: int, number: int) -> Region:
+        if self._kind == "LABELMAP":
+            if self._stack is None:
+                # Each segment is drawn out of all frames: they are decoded once.
+                self._stack = self._object.get_stored_frames()
+            return np.asarray(self._stack[frame] == number)
+        stored: Array = self._object.get_stored_frame(frame, as_index=True)
+        if self._kind == "FRACTIONAL":
+            return np.asarray(stored >= FRACTION * int(self._object.MaximumFractionalValue))
+        return np.asarray(stored != 0)
+
+    def _place(self, frame: int, canvas: Canvas) -> Array:
+        if self._placeless:
+            return canvas.picture(self._size)
+        position, orientation, measures = (self._group(frame, name) for name in _GROUPS)
+        plane = Plane(
+            position=tuple(map(float, position.ImagePositionPatient)),
+            orientation=tuple(map(float, orientation.ImageOrientationPatient)),
+            spacing=tuple(map(float, measures.PixelSpacing)),
+        )
+        return canvas.plane(plane, self._size)
+
+    def _group(self, frame: int, name: str) -> Dataset:
+        """A functional group (PS3.3 C.7.6.16) of a frame, or the one that all frames share."""
+        own = self._object.PerFrameFunctionalGroupsSequence[frame].get(name)
+        return (own or self._object.SharedFunctionalGroupsSequence[0][name].value)[0]
+
+
+def _names(segment: Dataset) -> frozenset[str]:
+    coded = ("SegmentedPropertyTypeCodeSequence", "SegmentedPropertyCategoryCodeSequence")
+    codes = {code_name(segment[name].value[0]) for name in coded if segment.get(name)}
+    return frozenset({str(segment.get("SegmentLabel", "")).strip(), *codes})
