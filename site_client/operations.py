@@ -43,13 +43,13 @@ from locum.site_client.training.private import Setting
 
 
 def session_for(session: Session | None, settings: Settings, request: Mapping[str, Any]) -> Session:
-    """The session of the request's plan: the warm one, or a new one if the plan is another."""
+    """The session of the request's plan: the warm one, or a new one if the plan or a catalog is another."""
     plan = parse_plan(request["plan"].encode()) if "plan" in request else None
     if plan is not None and (session is None or session.plan.digest != plan.digest):
         return open_session(settings, plan)
     if session is None:
         raise SiteFailure(Code.INTERNAL, "the worker was asked before it was given a plan")
-    return session
+    return open_session(settings, session.plan) if session.outdated() else session
 
 
 def _describe(session: Session, _request: Mapping[str, Any], _tensors: Arrays) -> tuple[dict[str, Any], Tensors]:

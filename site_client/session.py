@@ -4,6 +4,8 @@ Rules:
   * Weights arrive as raw arrays and are checked against the network before use.
   * Tensors with the role `local` never leave; they are written to disk after every round, so that a restarted worker
     and a resumed run go on exactly where they were.
+  * Prepared cases are of the catalogs as they were when the session was opened. Once an ingest has changed one (a
+    patient has withdrawn, a label was mended), the next task opens the session anew.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from locum.common.messages import Arrays
 from locum.common.metrics import Outcomes
 from locum.common.plan import Fold, Plan
 from locum.site_client.imaging.catalog import Case
+from locum.site_client.imaging.consent import State
 from locum.site_client.imaging.fitting import fitting_cases, patients_of
 from locum.site_client.settings import Settings
 from locum.site_client.training import data, evaluate, private, train
@@ -45,6 +48,7 @@ class Session:
     roles: Mapping[str, Role]
     device: torch.device
     cases: Mapping[Fold, tuple[Case, ...]]
+    _states: tuple[State, ...] = ()
     _datasets: dict[tuple[Fold, bool], CacheDataset] = field(default_factory=dict)
     _together: bool | None = None
 
@@ -55,6 +59,13 @@ class Session:
             budget = self.settings.cache_bytes - sum(map(data.held_bytes, self._datasets.values()))
             self._datasets[key] = data.dataset(self.plan, self.cases[fold], augment=augment, budget_bytes=budget)
         return self._datasets[key]
+
+    def outdated(self) -> bool:
+        """Whether the cases of a store are others than when the session was opened.
+
+        While an ingest writes to a store, it is what it was: what an ingest does counts when it has ended.
+        """
+        return any(state.outdated() for state in self._states)
 
     def people(self) -> data.People:
         """The training cases by patient, for a plan with differential privacy; raises as :meth:`dataset` does."""
@@ -75,7 +86,8 @@ def open_session(settings: Settings, plan: Plan) -> Session:
     device = torch.device(_device_name(settings.device))
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(roles[name] != "frozen")
-    return Session(settings, plan, network.to(device), roles, device, _cases(settings, plan))
+    states = tuple(map(State.of, settings.stores))  # before the cases: what changes meanwhile is then seen
+    return Session(settings, plan, network.to(device), roles, device, _cases(settings, plan), states)
 
 
 def _built(plan: Plan) -> tuple[nn.Module, dict[str, Role]]:

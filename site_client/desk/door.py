@@ -153,14 +153,14 @@ async def _form(scope: Scope, receive: Receive) -> bytes:
         raise RefusedRequest(403, "The form comes from another page.")
     if _header(scope, b"content-type").partition(";")[0].strip() != "application/x-www-form-urlencoded":
         raise RefusedRequest(415, "This is no form of the desk.")
-    body = b""
+    body = bytearray()
     while True:
         message = await receive()
         body += message.get("body", b"")
         if len(body) > _MOST_FORM:
             raise RefusedRequest(413, "The form is too large.")
         if not message.get("more_body", False):
-            return body
+            return bytes(body)
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

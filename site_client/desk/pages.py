@@ -42,6 +42,10 @@ _STATIC = {
 }
 
 
+#: Nobody needs to look at images of a patient who has withdrawn.
+_WITHDRAWN = Picture(problem="The patient has withdrawn: the image is not shown.")
+
+
 @dataclass(frozen=True)
 class Desk:
     """What the pages are of.
@@ -121,7 +125,8 @@ def _one_held(app: FastAPI, desk: Desk) -> None:
             held = quarantine.held_of(opened.connection, unit)
             decision = quarantine.decision_on(opened.connection, unit)
         place = min(max(number, 0), len(items) - 1)
-        picture = _picture(desk, items[place])
+        withdrawn = any(entry.reason is Reason.CONSENT_WITHDRAWN for entry in held)
+        picture = _WITHDRAWN if withdrawn else _picture(desk, items[place])
         return _page(
             desk,
             "held",
@@ -140,7 +145,11 @@ def _one_held(app: FastAPI, desk: Desk) -> None:
     @app.get("/pictures/{handle}")
     def small(handle: str) -> Response:
         with shelf.opened(desk.store) as opened:
-            items = quarantine.items_of(opened.connection, quarantine.unit_of(opened.connection, handle))
+            unit = quarantine.unit_of(opened.connection, handle)
+            items = quarantine.items_of(opened.connection, unit)
+            held = quarantine.held_of(opened.connection, unit)
+        if any(entry.reason is Reason.CONSENT_WITHDRAWN for entry in held):
+            return _image(_WITHDRAWN)
         return _image(_picture(desk, items[len(items) // 2], side=SMALL))
 
 

@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from locum.site_client.desk.png import png
 from locum.site_client.imaging.reasons import SENTENCE, Reason, RefusedError
+from locum.site_client.imaging.split import Fold
 
 #: Pixels of a picture, at most: 512 MiB in the eight bytes of a float.
 _MOST_PIXELS = 1 << 26
@@ -61,7 +62,7 @@ class Wanted:
 
     path: Path
     size: int
-    row: tuple[Any, int] | None = None
+    row: tuple[Fold, int] | None = None
     side: int = 2048
 
 
@@ -139,9 +140,8 @@ def _row(wanted: Wanted) -> tuple[Array, dict[str, str]]:
     from locum.common.errors import DataError
     from locum.site_client.imaging import npz
 
-    fold, index = wanted.row or ("train", 0)
     try:
-        array = npz.row(wanted.path, fold, index)[0]
+        array = npz.row(wanted.path, *(wanted.row or ("train", 0)))[0]
     except (DataError, OSError, LookupError):
         raise RefusedError(Reason.UNREADABLE) from None
     plane = array[len(array) // 2] if array.ndim == 3 and array.shape[-1] != 3 else array
@@ -206,12 +206,16 @@ def grey(plane: Array, window: tuple[float, float] | None = None) -> npt.NDArray
     values = np.nan_to_num(np.asarray(plane, np.float32))
     low, high = window or tuple(np.percentile(values[::4, ::4], (1, 99)))
     scaled = (values - low) * (255 / max(high - low, 1e-6))
-    return np.clip(scaled, 0, 255).astype(np.uint8)
+    levels: npt.NDArray[np.uint8] = np.clip(scaled, 0, 255).astype(np.uint8)
+    return levels
 
 
 def colour(plane: Array, bits: int) -> npt.NDArray[np.uint8]:
     """RGB of any depth as RGB of 8 bits."""
-    return np.clip(plane[..., :3].astype(np.int64) >> max(0, bits - 8), 0, 255).astype(np.uint8)
+    levels: npt.NDArray[np.uint8] = np.clip(plane[..., :3].astype(np.int64) >> max(0, bits - 8), 0, 255).astype(
+        np.uint8
+    )
+    return levels
 
 
 _SHOWN = {

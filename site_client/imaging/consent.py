@@ -5,7 +5,7 @@ Rules:
     begin with # say nothing. A line that can be no patient ID stops the ingest: a withdrawal is never passed over.
   * IDs are compared by their pseudonyms, in both forms that Unicode has for letters with accents. No ID is stored.
   * A withdrawal takes effect at the next ingest: the images leave the catalog, the store and what was retrieved, the
-    pictures of earlier readiness reports go, and a warm worker opens the catalog anew (`state_of`).
+    pictures of earlier readiness reports go, and a warm worker opens the catalog anew (`State`).
   * How many have withdrawn is counted; who, is not told.
 """
 
@@ -16,9 +16,13 @@ import json
 import re
 import sqlite3
 import unicodedata
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from locum.common.errors import DataError
+from locum.site_client.imaging.catalog import FILE_NAME, Catalog, read_meta
 from locum.site_client.imaging.keys import Keys
 from locum.site_client.imaging.reasons import Reason
 from locum.site_client.imaging.sources import Consent
@@ -66,16 +70,61 @@ def withdrawn_patients(connection: sqlite3.Connection) -> int:
     return int(row[0])
 
 
-def state_of(connection: sqlite3.Connection) -> str:
-    """A digest of all that a model can be trained on: another one if any case came, went or changed."""
-    digest = hashlib.sha256()
-    rows = connection.execute(
-        "SELECT cases.id, cases.patient, cases.label, cases.fold, units.inputs FROM cases"
-        " JOIN units ON units.key = cases.unit ORDER BY cases.id"
-    )
-    for row in rows:
-        digest.update(json.dumps(row).encode())
-    return digest.hexdigest()[:32]
+@dataclass
+class State:
+    """What the cases of a store were at some time, by which whoever keeps them in memory sees that they have changed.
+
+    Attributes:
+        store: the folder.
+        file: identity, size and time of the catalog's file: while these stay, nothing else is read.
+        digest: of the cases; empty if there is no catalog that can be read.
+    """
+
+    store: Path
+    file: tuple[int, ...]
+    digest: str
+
+    @classmethod
+    def of(cls, store: Path) -> Self:
+        """What the cases are now."""
+        return cls(store, _file(store), _digest(store) or "")
+
+    def outdated(self) -> bool:
+        """Whether the cases are others now; as long as an ingest is at work, they are not."""
+        file = _file(self.store)
+        if file == self.file:
+            return False
+        digest = _digest(self.store)
+        if digest in {None, self.digest}:
+            self.file = file if digest is not None else self.file
+            return False
+        return True
+
+
+def _file(store: Path) -> tuple[int, ...]:
+    try:
+        status = (store / FILE_NAME).stat()
+    except OSError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _digest(store: Path) -> str | None:
+    """A digest of all that a model can be trained on at a store; None while an ingest is at work or failed."""
+    try:
+        with closing(Catalog.open(store)) as catalog:
+            if not read_meta(catalog.connection, "complete", False):
+                return None
+            rows = catalog.connection.execute(
+                "SELECT cases.id, cases.patient, cases.label, cases.fold, units.inputs FROM cases"
+                " JOIN units ON units.key = cases.unit ORDER BY cases.id"
+            )
+            digest = hashlib.sha256()
+            for row in rows:
+                digest.update(json.dumps(row).encode())
+            return digest.hexdigest()
+    except (DataError, sqlite3.Error):
+        return None
 
 
 def forget_reports(store: Path) -> int:

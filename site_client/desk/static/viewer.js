@@ -20,7 +20,8 @@ const start = async () => {
   const viewer = new niivue.Niivue({
     backColor: [0, 0, 0, 1],
     crosshairColor: [1, 0.85, 0, 0.6],
-    crosshairWidth: 0.5,
+    crosshairWidth: 0.15,
+    crosshairWidthUnit: "percent",
     dragAndDropEnabled: false,
     isRadiologicalConvention: true,
     sagittalNoseLeft: true,
