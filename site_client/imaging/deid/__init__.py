@@ -1,1 +1,1 @@
-"""De-identification of DICOM: PS3.15 Annex E, as a table and an engine over it."""
+"""De-identification of DICOM by PS3.15 Annex E: tables as data, an engine of our own, a search for what is left."""
