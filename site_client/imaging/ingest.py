@@ -32,6 +32,7 @@ from locum.site_client.imaging import consent, geometry, nifti, npz
 from locum.site_client.imaging.catalog import CaseRow, Counts, Outcome
 from locum.site_client.imaging.damage import damage_is
 from locum.site_client.imaging.deid.engine import Deidentifier
+from locum.site_client.imaging.grids import picture
 from locum.site_client.imaging.grouping import Reader, Watch, group, look
 from locum.site_client.imaging.headers import text
 from locum.site_client.imaging.inventory import Inventory, batches
@@ -41,6 +42,7 @@ from locum.site_client.imaging.labels.given import Label, LabelSource, MaskSourc
 from locum.site_client.imaging.labels.opening import label_source, mask_source
 from locum.site_client.imaging.labels.tables import Roll
 from locum.site_client.imaging.protocol import Loaded, Protocol, facts_of, placed
+from locum.site_client.imaging.quarantine import rejected
 from locum.site_client.imaging.reasons import Reason, RefusedError
 from locum.site_client.imaging.sources import (
     BidsSource,
@@ -296,8 +298,7 @@ def _refuse(desk: _Desk, unit: Unit, patient: str) -> None:
     """Raises RefusedError for a unit that must not be used, whatever its label."""
     if patient in desk.withdrawn or unit.known.patient in desk.withdrawn:
         raise RefusedError(Reason.CONSENT_WITHDRAWN)
-    found = desk.inventory.decision(unit.key)
-    if found is not None and found.decision == "reject":
+    if rejected(desk.inventory.decision(unit.key)):
         raise RefusedError(Reason.REJECTED)
     if unit.gate is not None:
         raise RefusedError(unit.gate, unit.gate_detail)
@@ -395,7 +396,7 @@ def _load(desk: _Desk, decision: _Decision) -> Loaded:
         loaded: Loaded = tree_of(source).load(source, item)
         return loaded
     if item.row is not None:
-        volume = geometry.picture(npz.row(item.path, *item.row)[0])
+        volume = picture(npz.row(item.path, *item.row)[0])
     else:
         volume = nifti.read_image(item.path, item.size)
     return Loaded(volume, source.modality, protocol=placed(Protocol(), volume))

@@ -26,6 +26,7 @@ from locum.site_client.imaging.items import Item, Unit
 from locum.site_client.imaging.keys import Keys
 from locum.site_client.imaging.known import NOBODY, Known
 from locum.site_client.imaging.labels.given import Annotation
+from locum.site_client.imaging.quarantine import decision_on
 from locum.site_client.imaging.reasons import Reason
 from locum.site_client.imaging.store import DICOM
 
@@ -110,9 +111,8 @@ class Inventory:
         with self.connection:
             catalog.write_meta(self.connection, "complete", False)
             gone = "SELECT name FROM items EXCEPT SELECT name FROM walk"
-            self.connection.execute(
-                f"UPDATE units SET stale = 1 WHERE key IN (SELECT unit FROM items WHERE name IN ({gone}))"
-            )  # noqa: S608
+            units = f"SELECT unit FROM items WHERE name IN ({gone})"  # noqa: S608
+            self.connection.execute(f"UPDATE units SET stale = 1 WHERE key IN ({units})")  # noqa: S608
             self.connection.execute(f"DELETE FROM items WHERE name IN ({gone})")  # noqa: S608
 
     def new_items(self) -> Iterator[Item]:
@@ -264,13 +264,7 @@ class Inventory:
 
     def decision(self, unit: str) -> Decision | None:
         """What a person decided on a unit; None if nobody did."""
-        row = self.connection.execute(
-            "SELECT unit, decision, reasons, by, at, content, crop FROM decisions WHERE unit = ?", (unit,)
-        ).fetchone()
-        if row is None:
-            return None
-        crop = tuple(json.loads(row[6])) if row[6] else None
-        return Decision(row[0], row[1], tuple(json.loads(row[2])), row[3], row[4], row[5], crop)
+        return decision_on(self.connection, unit)
 
     # --- rows
 

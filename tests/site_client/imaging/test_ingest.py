@@ -101,7 +101,7 @@ def test_two_different_images_under_one_uid_refuse_the_series(hospital, series):
 @pytest.mark.parametrize(
     ("over", "reason"),
     [
-        ({"SOPClassUID": SecondaryCaptureImageStorage}, Reason.UNSUPPORTED_OBJECT),
+        ({"SOPClassUID": SecondaryCaptureImageStorage}, Reason.SECONDARY_CAPTURE),
         ({"ImageType": ["DERIVED", "SECONDARY", "MPR"]}, Reason.DERIVED),
         ({"ImageType": ["ORIGINAL", "PRIMARY", "SCREEN SAVE"]}, Reason.DERIVED),
         ({"BurnedInAnnotation": "YES"}, Reason.BURNED_IN),

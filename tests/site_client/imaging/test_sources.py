@@ -186,7 +186,7 @@ def test_cells_with_delimiters_and_line_breaks_are_cells(tmp_path):
     (tmp_path / "t.csv").write_text('a,b\n"x, y","two\nlines"\n007,z\n')
     rows = read_sheet(tmp_path / "t.csv").rows
     assert [row.cells for row in rows] == [{"a": "x, y", "b": "two\nlines"}, {"a": "007", "b": "z"}]
-    assert [row.line for row in rows] == [3, 4]
+    assert [row.line for row in rows] == [2, 4]
 
 
 def test_a_table_is_parsed_once_and_again_once_it_has_changed(tmp_path):
