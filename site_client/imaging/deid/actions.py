@@ -3,7 +3,8 @@
 Rules:
   * What stays was checked: a number is digits, a code string is short and plain, a date is a date. What does not fit
     goes.
-  * What is copied from the input is told to the job, so that it is searched for residue.
+  * A text that holds an identifier of the input is withheld. What is copied is told to the job, to be searched for
+    residue.
   * What is made here holds nothing of the input.
 """
 
@@ -18,8 +19,8 @@ from pydicom.charset import convert_encodings, decode_bytes
 from pydicom.dataelem import RawDataElement
 
 from locum.site_client.imaging.deid.elements import Element, Level
-from locum.site_client.imaging.deid.residue import Copied, Identifiers, Kind
-from locum.site_client.imaging.deid.words import cleaned, meaning
+from locum.site_client.imaging.deid.residue import Copied, Identifiers, Kind, Search
+from locum.site_client.imaging.deid.words import cleaned, meaning, schemes
 from locum.site_client.imaging.known import OLDEST
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Job(Protocol):
     Attributes:
         days: by how many days its dates move back.
         encodings: of its text, as pydicom calls them.
-        known: identifiers of the input.
+        known: identifiers of the input, and what looks for them.
         copied: values that the output has from the input.
     """
 
@@ -60,6 +61,7 @@ class Job(Protocol):
     days: int
     encodings: list[str]
     known: Identifiers
+    search: Search
     copied: list[Copied]
 
     @property
@@ -108,6 +110,8 @@ _DATE = re.compile(rb"(\d{4})([.\-]?)(\d\d)\2(\d\d)[ \0]*")
 _DATE_TIME = re.compile(rb"(\d{4})(\d\d)(\d\d)(\d{2,6}(\.\d{1,6})?)?([+-]\d{4})?[ \0]*")
 _AGE = re.compile(rb"(\d{3})([DWMY])[ \0]*")
 _SEGMENT_LABEL = 0x00620005
+#: What decides whether an image may be used: it is refused rather than emptied.
+_GATES = frozenset({0x00080008, 0x00080060, 0x00280301})
 _CODE_TAGS = (0x00080100, 0x00080119, 0x00080120)
 _SCHEME = 0x00080102
 _CODING_UIDS = frozenset({0x0008010C, 0x00080117, 0x00080118})
@@ -137,6 +141,8 @@ def _copy(job: Job, element: Element, rule: Rule, kind: Kind) -> Element | None:
     vr = vr_of(element, rule)
     if vr is None or not isinstance(element.value, bytes):
         return None
+    if kind == "text" and element.tag not in _GATES and job.search.in_text(element.value):
+        return Element(element.tag, vr, b"")
     job.copied.append(Copied(element.tag, element.value, kind))
     return Element(element.tag, vr, element.value)
 
@@ -241,6 +247,8 @@ def code_string(job: Job, element: Element, rule: Rule, level: Level) -> Element
 def code(job: Job, element: Element, rule: Rule, level: Level) -> Element | None:  # noqa: ARG001
     """A code or its scheme: one word."""
     value = element.value
+    if rule.tag == _SCHEME and text_of(job, value) in schemes():
+        return _made(rule, text_of(job, value).encode())
     return _copy(job, element, rule, "text") if isinstance(value, bytes) and _CODE_VALUE.fullmatch(value) else None
 
 
@@ -256,6 +264,7 @@ def code_meaning(job: Job, element: Element, rule: Rule, level: Level) -> Elemen
 def words(job: Job, element: Element, rule: Rule, level: Level) -> Element:  # noqa: ARG001
     """C of a text: only words of the vocabulary stay, and none that is part of a name in this file."""
     kept = cleaned(text_of(job, element.value), job.known.names).encode()
+    kept = b"" if job.search.in_text(kept) else kept
     if not kept and rule.tag == _SEGMENT_LABEL:
         return _made(rule, REMOVED)
     job.copied.append(Copied(element.tag, kept, "text"))

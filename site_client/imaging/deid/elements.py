@@ -90,7 +90,7 @@ def elements_of(dataset: Dataset, encoding: Encoding, keep: Callable[[int], bool
 def _elements_of(dataset: Dataset, encoding: Encoding, keep: Callable[[int], bool], depth: int) -> Iterator[Element]:
     if depth > _DEEPEST:
         raise DamagedError("sequences are nested too deeply")
-    for element in dataset.elements():
+    for element in dataset.values():
         tag = int(element.tag)
         if isinstance(element, RawDataElement):
             if keep(tag):

@@ -40,7 +40,7 @@ from locum.site_client.imaging.deid.elements import (
     written,
     written_items,
 )
-from locum.site_client.imaging.deid.residue import Copied, Identifiers, residue
+from locum.site_client.imaging.deid.residue import Copied, Identifiers, Search, residue
 from locum.site_client.imaging.deid.rules import CHARACTER_SET, PIXELS, identifies, rule_for
 from locum.site_client.imaging.deid.table import load_tables
 from locum.site_client.imaging.headers import text
@@ -101,6 +101,7 @@ class _Job:
     encodings: list[str]
     private: Mapping[tuple[int, str, int], str]
     known: Identifiers = field(default_factory=Identifiers)
+    search: Search = field(default_factory=lambda: Search(Identifiers()))
     copied: list[Copied] = field(default_factory=list)
     changes: list[Change] | None = None
     place: list[str] = field(default_factory=list)
@@ -259,8 +260,9 @@ class Deidentifier:
             raise RefusedError(Reason.NOT_AN_IMAGE, "a DICOM directory")
         with _damage():
             job.gather(level)
+            job.search = Search(job.known)
             kept = job.cleaned(level)
-            left = residue(job.copied, job.known)
+            left = residue(job.copied, job.search)
         if left is not None:
             raise RefusedError(Reason.RESIDUE, f"{_shown_tag(left)} {self.rule(left).name}")
         kept = sorted([*kept, *self._method(job.encoding)], key=lambda element: element.tag)

@@ -13,14 +13,15 @@ Rules:
   * In binary values a word counts from four letters, in long ones from six: chance would find shorter ones.
   * Makers of scanners and code strings of the standard (`configs/deid/words.txt`) are no names: a patient called
     Siemens does not put all of that scanner's images into quarantine. So that name alone is not found there.
-  * One hit refuses the file; where is told, what is not.
+  * A text that may stay but holds an identifier is withheld while cleaning. Whatever is found after that refuses the
+    file; where is told, what is not.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -113,7 +114,7 @@ def _name_parts(text: str) -> tuple[frozenset[str], frozenset[str]]:
         foreign |= {part for part in parts if not part.isascii() and len(part) > 1}
         ascii_parts = [_without_marks(part) for part in parts]
         words = [word for part in ascii_parts for word in _LETTERS.findall(part)]
-        plain |= {word for word in words if len(word) > 2}
+        plain |= {word for word in words if len(word) > 2 and len(set(word)) > 1}
         if len(words) > 1:
             plain |= {words[0] + words[1], words[1] + words[0]} if len(words[0] + words[1]) >= _LONG_NAME else set()
     return frozenset(plain), frozenset(foreign)
@@ -126,16 +127,16 @@ def _without_marks(text: str) -> str:
 
 def _is_telling(value: str) -> bool:
     """Whether a value is long enough to tell it from a number or a word."""
+    if len(value) < 4 or len(set(value)) < 2:
+        return False
     digits = sum(character.isdigit() for character in value)
     if digits == len(value):
-        return len(value) > 4 and len(set(value)) > 1
-    return len(value) > 3 and (digits > 0 or bool(set(_LETTERS.findall(value)) - common()))
+        return len(value) > 4
+    return digits > 0 or bool(set(_LETTERS.findall(value)) - common())
 
 
-def residue(copied: Iterable[Copied], known: Identifiers) -> int | None:
+def residue(values: Sequence[Copied], search: Search) -> int | None:
     """The tag of the first copied value that holds an identifier; None if none does."""
-    values = list(copied)
-    search = _Search(known)
     whole = b"\n".join(value.value for value in values if value.kind == "text")
     numbers = b"\n".join(value.value for value in values if value.kind == "number")
     if not search.in_text(whole) and not search.in_numbers(numbers):
@@ -143,7 +144,7 @@ def residue(copied: Iterable[Copied], known: Identifiers) -> int | None:
     return next((value.tag for value in values if search.holds(value)), None)
 
 
-class _Search:
+class Search:
     """Looks for the identifiers of one input."""
 
     def __init__(self, known: Identifiers) -> None:

@@ -101,6 +101,12 @@ def _meanings() -> dict[tuple[str, str], str]:
     }
 
 
+@lru_cache(maxsize=1)
+def schemes() -> frozenset[str]:
+    """The coding schemes of the dictionary: their names name no patient."""
+    return frozenset(concepts) | {"SRT", "SNM3", "99SDM"}
+
+
 def meaning(scheme: str, code: str) -> str:
     """What a code means, by its dictionary; the code itself if none knows it."""
     if scheme in {"SRT", "99SDM", "SNM3"}:
