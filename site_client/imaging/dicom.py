@@ -125,9 +125,7 @@ _MAMMOGRAMS = frozenset(
 #: Modalities whose pixels often carry text: there BurnedInAnnotation (0028,0301) must say NO.
 _TEXT_IS_LIKELY = frozenset({"US", "SC", "XA", "RF", "CR", "DX", "OT"})
 #: What a person who has looked at the picture can overrule; the other reasons stand.
-RELEASABLE = frozenset(
-    {Reason.BURNED_IN, Reason.DERIVED, Reason.LOCALIZER, Reason.NO_REGIONS, Reason.SECONDARY_CAPTURE}
-)
+RELEASABLE = frozenset({Reason.BURNED_IN, Reason.DERIVED, Reason.NO_REGIONS, Reason.SECONDARY_CAPTURE})
 
 MAX_FILE = 4 << 30
 MAX_UNPACKED = 512 << 20
@@ -253,8 +251,9 @@ def _look(item: Item, dataset: Dataset, known: Known, sop: str, released: Collec
         return Sighting(item, reason=Reason.INCOMPLETE_HEADER)
     if sop_class in ANNOTATIONS:
         return Sighting(item, sop=sop, sop_class=sop_class, known=known, annotation=True)
-    reason = _first(_reasons_to_leave(sop_class, dataset), released)
-    spoils = None if reason else _first(_reasons_to_spoil(sop_class, dataset), released)
+    overruled = _overruled(dataset, released)
+    reason = _first(_reasons_to_leave(sop_class, dataset), overruled)
+    spoils = None if reason else _first(_reasons_to_spoil(sop_class, dataset), overruled)
     return Sighting(
         item=item,
         unit=unit_of(sop_class, known, sop),
@@ -268,8 +267,15 @@ def _look(item: Item, dataset: Dataset, known: Known, sop: str, released: Collec
     )
 
 
-def _first(found: Iterable[tuple[Reason, bool]], released: Collection[Reason]) -> Reason | None:
+def _overruled(dataset: Dataset, released: Collection[Reason]) -> frozenset[Reason]:
     overruled = RELEASABLE.intersection(released)
+    if overruled and text(dataset, "BurnedInAnnotation").upper() != "YES":
+        # Nothing but a suspicion is left of burned-in text, and a person has looked at the picture.
+        return overruled | {Reason.BURNED_IN}
+    return overruled
+
+
+def _first(found: Iterable[tuple[Reason, bool]], overruled: Collection[Reason]) -> Reason | None:
     return next((reason for reason, holds in found if holds and reason not in overruled), None)
 
 
