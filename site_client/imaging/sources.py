@@ -120,6 +120,7 @@ class Query(BaseModel):
 
 #: Instances a second that are asked of a PACS, at most.
 Rate = Annotated[float, Field(gt=0, le=100_000)]
+Timeout = Annotated[float, Field(gt=0, le=3600)]
 
 
 class DicomWebSource(BaseModel):
@@ -130,6 +131,7 @@ class DicomWebSource(BaseModel):
         user: with `password_file`, for HTTP basic authentication.
         authority: the certificates by which the server is known, PEM; the system's own unless told.
         certificate: with `key`, what the site shows in TLS, PEM.
+        timeout: seconds after which a PACS that says nothing counts as away.
     """
 
     model_config = _STRICT
@@ -137,6 +139,7 @@ class DicomWebSource(BaseModel):
     url: Annotated[str, Field(pattern=r"^https?://[^\s@]+$")]
     query: Query = Query()
     rate: Rate = 200.0
+    timeout: Timeout = 60.0
     user: str | None = None
     password_file: Path | None = None
     authority: Path | None = None
@@ -163,6 +166,7 @@ class DimseSource(BaseModel):
         title: the PACS's application entity title; `calling` this site's, as the PACS knows it.
         fetch: `get` over the same association, or `move` to the `listen` port of this machine.
         associations: at once, at most two: with more a PACS was seen to lose images.
+        timeout: seconds after which a PACS that says nothing counts as away.
     """
 
     model_config = _STRICT
@@ -176,6 +180,7 @@ class DimseSource(BaseModel):
     associations: Literal[1, 2] = 1
     query: Query = Query()
     rate: Rate = 200.0
+    timeout: Timeout = 60.0
 
     @model_validator(mode="after")
     def _a_port_to_move_to(self) -> Self:
