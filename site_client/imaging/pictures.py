@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_color_lut
+from pydicom.uid import UID
 
 from locum.site_client.imaging.damage import damage_is
 from locum.site_client.imaging.decoding import decoded
@@ -107,7 +108,7 @@ def _palette(dataset: Dataset, colour: str, entries: int) -> Array:
     data = dataset[f"{colour}PaletteColorLookupTableData"].value
     width = min(len(data) // entries, 2)
     # PS3.5 A.3: in a big-endian file these words are big-endian too, which pydicom 3.0 overlooks.
-    order = "<" if dataset.original_encoding[1] in (True, None) else ">"
+    order = "<" if UID(dataset.file_meta.TransferSyntaxUID).is_little_endian else ">"
     return np.frombuffer(data, f"{order}u{width}", entries).astype(f"u{width}")
 
 
