@@ -9,6 +9,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from pydicom.dataset import Dataset
@@ -22,6 +23,8 @@ from locum.site_client.imaging.headers import count, numbers
 from locum.site_client.imaging.reasons import Reason, RefusedError
 
 _PLAIN = frozenset({ImplicitVRLittleEndian, ExplicitVRLittleEndian})
+#: The largest magnitude of a stored value of 16 bits.
+_MOST_STORED = 65_536
 
 
 def stored_values(dataset: Dataset) -> Array:
@@ -74,12 +77,23 @@ def modality_values(datasets: Sequence[Dataset], stored: Callable[[Dataset], Arr
             )
     with damage_is(Reason.DECODE_FAILED, "rescale"):
         scales = [_rescale(dataset) for dataset in datasets]
-    pixels = np.stack(arrays)
     if all(scale == (1.0, 0.0) for scale in scales):
-        return pixels
-    kind = np.int64 if all(float(number).is_integer() for scale in scales for number in scale) else np.float64
-    slopes, intercepts = (np.asarray(column, dtype=kind)[:, None, None] for column in zip(*scales, strict=True))
-    return np.asarray(pixels * slopes + intercepts)
+        return np.stack(arrays)
+    values = np.empty((len(arrays), *arrays[0].shape), _kind(arrays, scales))
+    # Slice by slice: a whole volume at once would go through memory several times.
+    for place, array, (slope, intercept) in zip(values, arrays, scales, strict=True):
+        np.multiply(array, values.dtype.type(slope), out=place, dtype=values.dtype)
+        place += values.dtype.type(intercept)
+    return values
+
+
+def _kind(arrays: Sequence[Array], scales: Sequence[tuple[float, float]]) -> type[np.number[Any]]:
+    """The narrowest type, of three, that holds every value of these slices exactly as it is computed."""
+    if not all(number.is_integer() for scale in scales for number in scale):
+        return np.float64
+    most = max(abs(slope) for slope, _ in scales) * _MOST_STORED + max(abs(intercept) for _, intercept in scales)
+    small = all(array.dtype.itemsize <= 2 for array in arrays) and most < np.iinfo(np.int32).max
+    return np.int32 if small else np.int64
 
 
 def _rescale(dataset: Dataset) -> tuple[float, float]:
