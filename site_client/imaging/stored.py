@@ -83,7 +83,7 @@ def modality_values(datasets: Sequence[Dataset], stored: Callable[[Dataset], Arr
     # Slice by slice: a whole volume at once would go through memory several times.
     for place, array, (slope, intercept) in zip(values, arrays, scales, strict=True):
         np.multiply(array, values.dtype.type(slope), out=place, dtype=values.dtype)
-        place += values.dtype.type(intercept)
+        np.add(place, values.dtype.type(intercept), out=place)
     return values
 
 
