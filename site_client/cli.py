@@ -21,10 +21,12 @@ from rich.table import Table
 
 from locum.common.errors import DataError, RunError
 from locum.site_client.check_cli import check_model
+from locum.site_client.deid_cli import deid
 from locum.site_client.desk_cli import desk
 from locum.site_client.doctor_cli import doctor
 from locum.site_client.enrol_cli import enrol
 from locum.site_client.identity import usable
+from locum.site_client.key_cli import key_app
 from locum.site_client.ledger_cli import ledger
 from locum.site_client.options import Home, Json
 from locum.site_client.quarantine_cli import app as quarantine_app
@@ -49,6 +51,8 @@ app.command()(ledger)
 app.command()(released)
 app.command()(check_model)
 app.command()(desk)
+app.command()(deid)
+app.add_typer(key_app, name="key")
 app.add_typer(quarantine_app, name="quarantine")
 
 _SITE_HELP = "A site.yaml: where the images and labels are."
@@ -271,7 +275,9 @@ def _print_proposals(listed: list[dict[str, Any]]) -> None:
 def _bars(*, visible: bool) -> Iterator[Callable[[imaging.Progress], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not visible) as bars:
-        tasks = {stage: bars.add_task(stage, total=None, visible=False) for stage in ("retrieving", "reading", "storing")}
+        tasks = {
+            stage: bars.add_task(stage, total=None, visible=False) for stage in ("retrieving", "reading", "storing")
+        }
 
         def tell(progress: imaging.Progress) -> None:
             bars.update(tasks[progress.stage], completed=progress.done, total=progress.total, visible=True)
@@ -297,7 +303,9 @@ def _counts_table(counts: Counts) -> Table:
     table.add_row("found", str(counts.found), "")
     table.add_row("stored", str(counts.stored), "")
     if counts.annotations:
-        table.add_row("annotations", str(counts.annotations), "Objects that say something of images: SEG, SR, RTSTRUCT.")
+        table.add_row(
+            "annotations", str(counts.annotations), "Objects that say something of images: SEG, SR, RTSTRUCT."
+        )
     for reason, number in counts.quarantined.items():
         table.add_row(reason, str(number), SENTENCE[Reason(reason)], style="yellow")
     return table

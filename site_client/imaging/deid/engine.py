@@ -213,12 +213,26 @@ class Deidentifier:
         """What is done with every element, in the order of the file; it quotes the input.
 
         Raises:
-            RefusedError: unreadable, or residue.
+            RefusedError: unreadable.
+        """
+        return self.explained(dataset)[0]
+
+    def explained(self, dataset: Dataset) -> tuple[tuple[Change, ...], str]:
+        """As :meth:`explain`, and why the file would be refused: where residue is, or nothing.
+
+        Raises:
+            RefusedError: unreadable.
         """
         job = self._job(dataset)
         job.changes = []
-        self._cleaned(dataset, job)
-        return tuple(job.changes)
+        refused = ""
+        try:
+            self._cleaned(dataset, job)
+        except RefusedError as error:
+            if error.reason is not Reason.RESIDUE:
+                raise
+            refused = str(error)
+        return tuple(job.changes), refused
 
     def rule(self, tag: int) -> Rule:
         """What is done with an attribute."""
