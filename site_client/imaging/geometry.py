@@ -11,14 +11,13 @@ Rules:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import highdicom
 import numpy as np
 from highdicom.spatial import get_volume_positions
-from pydicom.dataset import Dataset
+from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from locum.site_client.imaging.damage import damage_is
@@ -117,11 +116,12 @@ def _plain(dataset: Dataset) -> Dataset:
     if not UID(dataset.file_meta.TransferSyntaxUID).is_compressed:
         return dataset
     pixels = decoded(dataset)
-    plain = copy.copy(dataset)
-    plain.file_meta = copy.copy(dataset.file_meta)
+    plain = Dataset()
+    for element in dataset.elements():
+        plain[element.tag] = element
+    plain.add_new("PixelData", "OW", pixels.tobytes())
+    plain.file_meta = FileMetaDataset()
     plain.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    plain.PixelData = pixels.tobytes()
-    plain["PixelData"].VR = "OW"
     return plain
 
 
