@@ -18,6 +18,7 @@ from pydicom.dataset import Dataset
 from locum.site_client.imaging import dicom
 from locum.site_client.imaging.catalog import Decision
 from locum.site_client.imaging.damage import damage_is
+from locum.site_client.imaging.decoding import decoded
 from locum.site_client.imaging.dicom import Sighting
 from locum.site_client.imaging.headers import text
 from locum.site_client.imaging.items import Item, Unit, stem
@@ -192,7 +193,7 @@ def _is_same(one: Item, other: Item, reader: Reader) -> bool:
         with damage_is(Reason.UNREADABLE):
             first, second = reader.read(one), reader.read(other)
             alike = all(first.get(name) == second.get(name) for name in _IDENTITY)
-            return alike and np.array_equal(first.pixel_array, second.pixel_array)
+            return alike and np.array_equal(decoded(first), decoded(second))
     except RefusedError:
         return False
 
