@@ -19,11 +19,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
 from itertools import product
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from locum.common.yaml_source import parse_yaml
+from locum.common.errors import DataError
+from locum.common.yaml_source import YamlError, parse_yaml, read_yaml
 
 Certainty = Literal["affirmed", "negated", "possible"]
 Temporality = Literal["recent", "historical", "hypothetical"]
@@ -37,10 +39,14 @@ _Phrase = Annotated[str, StringConstraints(min_length=1)]
 _WORD = re.compile(r"-ve\b|\w+(?:['/-]\w+)*|[^\w\s]")
 #: What ends a sentence: a full stop and the like before a new beginning, or an empty line.
 _STOP = re.compile(
-    r"""(?P<word>\S*?)[.!?]+["')\]]*(?=\s+["'(\[*]*[A-Z0-9*]|\s*$)|\n\s*\n|\n(?=\s*(?:[-*•]|\d+[.)])\s)"""
+    r"""(?<![.!?])[.!?]++["')\]]*+(?=\s++["'(\[*]*+[A-Z0-9*]|\s*+$)|\n\s*\n|\n(?=[ \t]*+(?:[-*•]|\d{1,3}[.)])\s)"""
 )
+#: The word before a full stop.
+_BEFORE = re.compile(r"[^\s(\[\"']{1,16}$")
+#: How much of a sentence is looked at on each side of a finding: characters, more than the widest window has.
+_SIDE = 600
 #: A heading: up to five words with a colon, which begin a line or a sentence, or follow a wide gap.
-_HEADING = re.compile(r"(?:^|(?<=[\n.;])|(?<=\s\s))\s*(?P<name>[A-Z][A-Za-z/()&' -]{1,48}?)\s*:(?=\s|$)", re.MULTILINE)
+_HEADING = re.compile(r"(?:^[ \t]*+|(?<=[.;]\s)|(?<=\s\s))(?P<name>[A-Z][A-Za-z/()&' -]{1,48}?):(?=\s|$)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,18 +183,23 @@ class Rules:
         """Where the sentences of a text begin and end."""
         start = 0
         for stop in _STOP.finditer(text):
-            word = (stop["word"] or "").lower().strip("([\"'")
-            if word in self.words.abbreviations or (stop["word"] is not None and re.fullmatch(r"[a-z]|\d+", word)):
-                continue
-            yield start, stop.end()
-            start = stop.end()
+            word = _BEFORE.search(text, max(start, stop.start() - 17), stop.start())
+            if word is None or not self._is_short(word[0].lower()):
+                yield start, stop.end()
+                start = stop.end()
         if start < len(text):
             yield start, len(text)
 
+    def _is_short(self, word: str) -> bool:
+        """Whether the full stop after a word ends no sentence: an abbreviation, an initial, the number of a list."""
+        return word in self.words.abbreviations or len(word) == 1 or word.isdecimal()
+
     def _within(self, sentence: str, span: Span) -> Status:
-        start, end = span
+        first = max(0, span[0] - _SIDE)
+        sentence = sentence[first : span[1] + _SIDE]
+        start, end = span[0] - first, span[1] - first
         masked = _lower(sentence[:start]) + "\0" * (end - start) + _lower(sentence[end:])
-        reach = _Reach(masked, span, tuple(self._found(masked)), self.words.window)
+        reach = _Reach(masked, (start, end), tuple(self._found(masked)), self.words.window)
         other = reach.nearest("someone_else", "someone_else") is not None
         return Status(_certainty(reach), _temporality(reach), "other" if other else "patient")
 
@@ -283,10 +294,28 @@ def looked_for(phrases: Iterable[str]) -> re.Pattern[str]:
 
 
 @lru_cache(maxsize=4)
-def rules(language: str = "en") -> Rules:
-    """The rules of a language that the package ships."""
-    path = files("locum.configs").joinpath("terminology", f"negation.{language}.yaml")
-    return Rules(Words.model_validate(parse_yaml(path.read_bytes(), path.name).data))
+def rules(file: Path | None = None) -> Rules:
+    """The rules by the words of a file; by those that ship for English unless told.
+
+    Raises:
+        DataError: the file cannot be read or is not as described.
+    """
+    if file is None:
+        shipped = files("locum.configs").joinpath("terminology", "negation.en.yaml")
+        return Rules(Words.model_validate(parse_yaml(shipped.read_bytes(), shipped.name).data))
+    try:
+        document = read_yaml(file)
+        return Rules(Words.model_validate(document.data))
+    except OSError as error:
+        raise DataError(
+            f"the words {file} cannot be read: {error.strerror}", "check the path in the site file"
+        ) from None
+    except YamlError as error:
+        raise DataError(f"the words {file} are no YAML: {error}", "mend that line") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        line, key = document.line(first["loc"]), ".".join(map(str, first["loc"])) or "the file as a whole"
+        raise DataError(f"{file}, line {line}, {key}: {first['msg']}", "mend it in the file") from None
 
 
 def _tree(words: Words) -> _Tree:
