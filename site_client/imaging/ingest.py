@@ -156,7 +156,7 @@ def ingest(site: SiteData, store: Path, *, keys: Keys, progress: Callable[[Progr
         cleaner = Deidentifier(site.deidentification, keys)
         desk = _Desk(site, store, keys, inventory, Reader(), cleaner, withdrawn, progress or _tell_nobody)
         _retrieve(desk)
-        found, new = inventory.walked(find_items(site, store))
+        found, new = inventory.walked(find_items(site, store, keys))
         before = consent.withdrawn_patients(inventory.connection)
         inventory.begin()
         _look(desk, new)

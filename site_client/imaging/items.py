@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from locum.common.errors import DataError
 from locum.site_client.imaging import npz
+from locum.site_client.imaging.keys import Keys
 from locum.site_client.imaging.known import Known
 from locum.site_client.imaging.reasons import Reason
 from locum.site_client.imaging.sources import (
@@ -87,17 +88,17 @@ def stem(name: str) -> str:
     return base
 
 
-def find_items(site: SiteData, store: Path) -> Iterator[Item]:
+def find_items(site: SiteData, store: Path, keys: Keys) -> Iterator[Item]:
     """Everything that is this site's, source by source; of a PACS what was retrieved into the store.
 
     Raises:
         DataError: a folder or an .npz cannot be read.
     """
     for number in range(len(site.sources)):
-        yield from _of_source(site, store, number)
+        yield from _of_source(site, store, number, keys)
 
 
-def _of_source(site: SiteData, store: Path, number: int) -> Iterator[Item]:
+def _of_source(site: SiteData, store: Path, number: int, keys: Keys) -> Iterator[Item]:
     source = site.sources[number]
     if isinstance(source, DicomSource):
         return _walk(site.root, source.path, number)
@@ -109,7 +110,8 @@ def _of_source(site: SiteData, store: Path, number: int) -> Iterator[Item]:
         from locum.site_client.imaging.retrieve.spool import spooled
 
         return spooled(store, number)
-    return tree_of(source).items(site, source, number)
+    items: Iterator[Item] = tree_of(source).items(site, source, number, keys)
+    return items
 
 
 def tree_of(source: BidsSource | DeepLesionSource) -> Any:

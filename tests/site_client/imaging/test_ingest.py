@@ -428,7 +428,7 @@ def test_progress_tells_every_file_and_every_unit(hospital, series):
 def test_a_hospital_larger_than_the_memory_budget_is_read_again_instead(hospital, series, budget):
     hospital.write(series())
     site, reader = load_site(hospital.site()), Reader(budget)
-    items = tuple(find_items(site, hospital.store))
+    items = tuple(find_items(site, hospital.store, Keys.of(bytes(32))))
     watch = Watch(site, reader, Keys.of(bytes(32)), lambda unit: None)
     assert {look(watch, item).known.series for item in items} == {watch.keys.uid(series().uid)}
     assert [reader.read(item).PatientID for item in items] == ["P1"] * 5
@@ -447,7 +447,7 @@ def test_the_memory_budget_counts_what_a_file_unpacks_to(hospital, series, form)
         if form == "gzipped":
             path.with_suffix(".gz").write_bytes(gzip.compress(path.read_bytes()))
             path.unlink()
-    first, second = find_items(load_site(hospital.site()), hospital.store)
+    first, second = find_items(load_site(hospital.site()), hospital.store, Keys.of(bytes(32)))
     assert first.size < 10_000
     small, large = Reader(2 << 20), Reader(3 << 20)
     assert small.read(first) is not small.read(first)
