@@ -90,7 +90,7 @@ class Words(BaseModel):
     name: str
     version: str
     language: str
-    window: Annotated[int, Field(ge=1)] = 40
+    window: Annotated[int, Field(ge=1, le=60)] = 40
     negated: Sides
     possible: Sides
     evidence: Sides
@@ -293,7 +293,6 @@ def looked_for(phrases: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(_pattern(phrase) for phrase in listed))
 
 
-@lru_cache(maxsize=4)
 def rules(file: Path | None = None) -> Rules:
     """The rules by the words of a file; by those that ship for English unless told.
 
@@ -301,21 +300,27 @@ def rules(file: Path | None = None) -> Rules:
         DataError: the file cannot be read or is not as described.
     """
     if file is None:
-        shipped = files("locum.configs").joinpath("terminology", "negation.en.yaml")
-        return Rules(Words.model_validate(parse_yaml(shipped.read_bytes(), shipped.name).data))
+        return _shipped()
     try:
         document = read_yaml(file)
-        return Rules(Words.model_validate(document.data))
     except OSError as error:
         raise DataError(
             f"the words {file} cannot be read: {error.strerror}", "check the path in the site file"
         ) from None
     except YamlError as error:
         raise DataError(f"the words {file} are no YAML: {error}", "mend that line") from None
+    try:
+        return Rules(Words.model_validate(document.data))
     except ValidationError as error:
-        first = error.errors()[0]
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         line, key = document.line(first["loc"]), ".".join(map(str, first["loc"])) or "the file as a whole"
         raise DataError(f"{file}, line {line}, {key}: {first['msg']}", "mend it in the file") from None
+
+
+@lru_cache(maxsize=1)
+def _shipped() -> Rules:
+    path = files("locum.configs").joinpath("terminology", "negation.en.yaml")
+    return Rules(Words.model_validate(parse_yaml(path.read_bytes(), path.name).data))
 
 
 def _tree(words: Words) -> _Tree:
