@@ -1,4 +1,4 @@
-"""Signed statements: a proposal by the coordinator; by a site an approval, and what was spent of its patients' privacy.
+"""Signed statements: a plan proposed by the coordinator; a site's approval, what it spent, whether its data are ready.
 
 Rules:
   * An envelope is the canonical JSON (RFC 8785) of {"kind", "body", "signature"}; any other spelling is refused, so
@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, get_args
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from locum.common.canonical import canonical_json, digest
 from locum.common.identity import PrivateKey, PublicKey, SiteName, base64url, base64url_bytes, is_p384
 from locum.common.plan import Plan, parse_plan
 
-PROPOSAL, APPROVAL, SPENT = "proposal", "approval", "spent"
+PROPOSAL, APPROVAL, SPENT, READINESS = "proposal", "approval", "spent", "readiness"
 _FIELDS = {"kind", "body", "signature"}
 #: A plan is at most 1 MiB; the rest of a proposal is a few hundred bytes.
 MOST_BYTES = (1 << 20) + 4096
@@ -172,6 +172,88 @@ class Spent(BaseModel):
     delta: float = Field(gt=0, lt=1)
 
 
+#: What a contract is measured by: its keys. Those from `modality` to `months` say which images are used.
+Clause = Literal[
+    "modality",
+    "dimensions",
+    "spacing",
+    "sop_classes",
+    "body_parts",
+    "orientation",
+    "least_slices",
+    "months",
+    "least_patients",
+    "classes",
+    "single_class",
+    "codes",
+    "prevalence",
+    "strata",
+    "deidentified",
+    "deface",
+    "consent",
+]
+CLAUSES: tuple[Clause, ...] = get_args(Clause)
+#: By what a site tells its training patients apart.
+Group = Literal["sex", "age", "manufacturer"]
+_Count = Annotated[int, Field(ge=1, lt=1 << 53)]
+_Cell = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+][A-Za-z0-9 _.+-]{0,63}$")]
+
+
+class Readiness(BaseModel):
+    """Whether a site's data meet a plan's contract, measured and signed by the site.
+
+    Every number is of training patients whose images fit, and a multiple of `step`, rounded down: of fewer patients, or
+    of none, there is no number.
+
+    Attributes:
+        site: whose data.
+        run: for which run it was asked; None if its steward released it before any.
+        plan: the plan's digest.
+        at: when it was measured, seconds since 1970 by the site's clock.
+        ready: whether every clause is met.
+        clauses: by key of the contract, whether it is met.
+        step: the least number of patients that this site tells apart.
+        patients: how many fit; None for fewer than `step`, or not told.
+        strata: by sex, age band and maker of the scanner, how many; what is not there is small, or not told.
+        terminology: the digest of the site's map to standard codes, if it has one.
+        profile: how its DICOM was cleaned; empty if it was not, or there is none.
+        consent: whether it keeps a list of withdrawn consent.
+        withdrawn: how many patients on that list were left out.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    site: SiteName
+    run: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9-]{0,80}$")
+    plan: Digest
+    at: Time
+    ready: bool
+    clauses: dict[Clause, bool]
+    step: int = Field(ge=1, lt=1 << 53)
+    patients: _Count | None = None
+    strata: dict[Group, dict[_Cell, _Count]] = {}
+    terminology: Digest | None = None
+    profile: str = Field("", max_length=400, pattern=r"^[A-Za-z0-9 .,_+-]*$")
+    consent: bool = False
+    withdrawn: _Count | None = None
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Self:
+        if set(self.clauses) != set(CLAUSES):
+            raise ValueError("it does not say of every clause whether it is met")
+        if self.ready != all(self.clauses.values()):
+            raise ValueError("it is ready if every clause is met, and else it is not")
+        numbers = [self.patients, self.withdrawn, *(n for cells in self.strata.values() for n in cells.values())]
+        if any(number is not None and number % self.step for number in numbers):
+            raise ValueError("a number is no multiple of its step")
+        return self
+
+    @property
+    def failing(self) -> tuple[Clause, ...]:
+        """The clauses that are not met."""
+        return tuple(name for name in CLAUSES if not self.clauses[name])
+
+
 def seal_proposal(proposal: Proposal, key: PrivateKey) -> bytes:
     """Signs a proposal; raises EnvelopeError."""
     return seal(PROPOSAL, proposal.model_dump(), key)
@@ -212,3 +294,16 @@ def open_spent(content: bytes, key: PublicKey) -> Spent:
         return Spent.model_validate(unseal(content, SPENT, key))
     except ValidationError as error:
         raise EnvelopeError("this statement has other fields than one of what was spent") from error
+
+
+def seal_readiness(readiness: Readiness, key: PrivateKey) -> bytes:
+    """Signs a statement of readiness; raises EnvelopeError."""
+    return seal(READINESS, readiness.model_dump(), key)
+
+
+def open_readiness(content: bytes, key: PublicKey) -> Readiness:
+    """A statement of readiness, verified; raises EnvelopeError."""
+    try:
+        return Readiness.model_validate(unseal(content, READINESS, key))
+    except ValidationError as error:
+        raise EnvelopeError("this statement has other fields than one of readiness") from error

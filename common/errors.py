@@ -60,6 +60,7 @@ class Code(IntEnum):
     SETUP_UNKNOWN = 115
     PRIVACY_REFUSED = 116
     BUDGET_SPENT = 117
+    NOT_READY = 118
 
 
 #: What a code means to the ML team, and what they can do about it without seeing the site's log.
@@ -105,6 +106,10 @@ MEANING: dict[Code, tuple[str, str]] = {
     Code.BUDGET_SPENT: (
         "the site's privacy budget does not allow this any more",
         "go on without the site, or ask its steward",
+    ),
+    Code.NOT_READY: (
+        "the site's data do not meet the plan's contract",
+        "ask its steward: locum site readiness says what fails and how to mend it",
     ),
 }
 

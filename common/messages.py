@@ -75,7 +75,8 @@ class Description(Header):
 
     `configuration` maps a topic (`tensors`, `transforms`, `classes`, `metrics`, `versions`) to words or a digest that
     must be equal at every site. `missing_classes` are classes without a training case. `policy` is the digest of the
-    site's policy, which stands in the log.
+    site's policy, which stands in the log. `readiness` is the signed statement of whether its data meet the contract
+    (:class:`locum.common.envelope.Readiness`): one that fails makes the site unable.
     """
 
     site: SiteName
@@ -85,6 +86,7 @@ class Description(Header):
     able: bool
     reason: str = Field("", max_length=200)
     policy: Digest | None = None
+    readiness: Envelope | None = None
 
 
 class Secured(BaseModel):

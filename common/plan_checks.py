@@ -35,6 +35,7 @@ def problems_of(plan: Plan) -> list[Problem]:
         *_transform_problems(plan),
         *_size_problems(plan),
         *_class_problems(plan),
+        *_contract_problems(plan),
         *_release_problems(plan),
         *_sampling_problems(plan),
         *_protection_problems(plan),
@@ -190,10 +191,55 @@ def _size_problems(plan: Plan) -> list[Problem]:
 
 
 def _class_problems(plan: Plan) -> list[Problem]:
-    classes = plan.contract.classes
-    if len(set(classes)) == len(classes):
+    contract = plan.contract
+    found: list[Problem] = []
+    if len(set(contract.classes)) < len(contract.classes):
+        found.append(Problem(("contract", "classes"), "a class stands twice", "name every class once"))
+    for section in ("codes", "prevalence"):
+        for name in getattr(contract, section):
+            if name not in contract.classes:
+                message = f"'{name}' is none of the plan's classes"
+                found.append(Problem(("contract", section, name), message, suggestion(name, contract.classes)))
+    return found
+
+
+def _contract_problems(plan: Plan) -> list[Problem]:
+    """What no site's data could meet, or no catalog can tell."""
+    contract = plan.contract
+    found = [
+        Problem(("contract", "codes", name), "no code stands here", "give the standard codes that mean this class")
+        for name, codes in contract.codes.items()
+        if not codes
+    ]
+    if contract.dimensions == 2 and contract.least_slices > 1:
+        message = "an image of 2 dimensions has one slice"
+        found.append(Problem(("contract", "least_slices"), message, "remove it, or set contract.dimensions: 3"))
+    if contract.prevalence and contract.task != "classification":
+        message = "a catalog does not know which classes a mask has"
+        found.append(Problem(("contract", "prevalence"), message, "remove it"))
+    return [*found, *_prevalence_problems(plan), *_strata_problems(plan)]
+
+
+def _prevalence_problems(plan: Plan) -> list[Problem]:
+    """Every patient has a class: the shares of all of them cannot stay below one together."""
+    bounds = plan.contract.prevalence
+    if set(bounds) != set(plan.contract.classes) or sum(share.most for share in bounds.values()) >= 1:
         return []
-    return [Problem(("contract", "classes"), "a class stands twice", "name every class once")]
+    message = "every patient has one of the classes, and their largest shares sum to less than 1"
+    return [Problem(("contract", "prevalence"), message, "raise 'most' of a class")]
+
+
+def _strata_problems(plan: Plan) -> list[Problem]:
+    """One number a group: several would be several questions about the same patients."""
+    found: list[Problem] = []
+    seen: set[tuple[str, str]] = set()
+    for index, stratum in enumerate(plan.contract.strata):
+        key = stratum.by, stratum.value.casefold()
+        if key in seen:
+            message = f"{stratum.by} {stratum.value} stands twice"
+            found.append(Problem(("contract", "strata", index), message, "name every group once"))
+        seen.add(key)
+    return found
 
 
 def _release_problems(plan: Plan) -> list[Problem]:

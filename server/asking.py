@@ -36,11 +36,13 @@ class Roster:
         nodes: node id by name.
         excluded: by site that was asked but cannot take part, why.
         policies: by site that told it, the digest of its policy.
+        readiness: by site that was asked, its signed statement of readiness.
     """
 
     nodes: Mapping[str, int]
     excluded: Mapping[str, Refused]
     policies: Mapping[str, str] = field(default_factory=dict)
+    readiness: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ from locum.server.asking import (
 from locum.server.checkpoints import Checkpoints, Committed
 from locum.server.fold import Fold
 from locum.server.link import Link
+from locum.server.readiness import Heard, heard, unable
 from locum.server.records import Bounds, CellRecord, Evaluated, Events, Number, RoundRecord
 from locum.server.run_log import voided
 from locum.server.secure import SecureSums
@@ -145,7 +146,8 @@ def _gathered(engine: Engine, committed: Committed) -> Roster:
         except TooFewError as error:
             engine.link.wait(error, ())
         else:
-            log.append(log.roster(roster, expected, number=committed.round, model=committed.model_sha256))
+            agreed = log.roster(roster, expected, number=committed.round, model=committed.model_sha256)
+            log.append(*log.readiness(roster.readiness), agreed)
             log.seal()
             return roster
 
@@ -178,14 +180,29 @@ def open_roster(engine: Engine, expected: Mapping[str, str], begun: Collection[s
             raise RunError(f"two agents call themselves '{found.site}'", "give every site its own name")
         described[found.site] = (node, found)
     _agree(expected, {site: found for site, (_, found) in described.items() if site in begun or not begun})
-    excluded |= {site: Refused(found.reason, Code.NO_DATA) for site, (_, found) in described.items() if not found.able}
-    able = {site: node for site, (node, found) in sorted(described.items()) if found.able}
+    statements, unfit = _said(engine, [found for _, found in described.values()])
+    excluded |= unfit
+    able = {site: node for site, (node, _) in sorted(described.items()) if site not in excluded}
     _announce(engine, described, excluded)
     if len(able) < least_sites(plan):
         reason = _too_few(able, plan, excluded)
         raise TooFewError(reason, "mend these sites, or lower participation.quorum in the plan")
     policies = {site: found.policy for site, (_, found) in described.items() if site in able and found.policy}
-    return Roster(able, excluded, policies)
+    return Roster(able, excluded, policies, statements)
+
+
+def _said(engine: Engine, described: Collection[Description]) -> tuple[dict[str, str], dict[str, Refused]]:
+    """By site its signed statement of readiness, of those that count; and why sites cannot be selected."""
+    statements: dict[str, str] = {}
+    unfit: dict[str, Refused] = {}
+    for found in described:
+        statement = heard(found, engine.link.certificate(found.site), run=engine.log.run)
+        refused = statement if isinstance(statement, Refused) else unable(found, statement)
+        if isinstance(statement, Heard):
+            statements[found.site] = statement.envelope
+        if refused is not None:
+            unfit[found.site] = refused
+    return dict(sorted(statements.items())), unfit
 
 
 def _too_few(able: Mapping[str, int], plan: Plan, excluded: Mapping[str, Refused]) -> str:
@@ -222,7 +239,7 @@ def _announce(
         site: f"has no training case of {', '.join(found.missing_classes)}; set contract.single_class: exclude "
         "to leave such sites out"
         for site, (_, found) in sorted(described.items())
-        if found.missing_classes and found.able
+        if found.missing_classes and site not in excluded
     }
     engine.events.emit("roster", cases=cases, excluded=reasons(excluded), notices=notices)
 
@@ -230,20 +247,29 @@ def _announce(
 def _same_roster(engine: Engine, committed: Committed, roster: Roster) -> Roster:
     """The roster that a resumed run began with: a site that is new stays outside, one that is away keeps its place.
 
+    One whose data do not meet the contract any more has lost it.
+
     Raises:
         RunError: a site is gone, and nobody waits for it.
+        TooFewError: too few are left whose data meet the contract.
     """
     if not committed.roster:
         return roster
     nodes = {**roster.nodes, **engine.link.current(committed.roster)}
-    lost = sorted(set(committed.roster) - set(nodes))
+    unfit = {site for site, refused in roster.excluded.items() if refused.code is Code.NOT_READY}
+    kept = [site for site in committed.roster if site not in unfit]
+    lost = sorted(set(kept) - set(nodes))
     if lost:
         raise RunError(f"the run was started with sites that are missing now: {', '.join(lost)}", "bring them back")
+    if len(kept) < least_sites(engine.plan):
+        raise TooFewError(
+            _too_few(dict.fromkeys(kept, 0), engine.plan, roster.excluded), "mend the data of these sites"
+        )
     outside = Refused("was not there when the run began", why="OUTSIDE")
     late = dict.fromkeys(sorted(set(roster.nodes) - set(committed.roster)), outside)
-    excluded = {site: refused for site, refused in roster.excluded.items() if site not in committed.roster}
-    policies = {site: policy for site, policy in roster.policies.items() if site in committed.roster}
-    return Roster({site: nodes[site] for site in committed.roster}, {**excluded, **late}, policies)
+    excluded = {site: refused for site, refused in roster.excluded.items() if site not in kept}
+    policies = {site: policy for site, policy in roster.policies.items() if site in kept}
+    return Roster({site: nodes[site] for site in kept}, {**excluded, **late}, policies, roster.readiness)
 
 
 # --- one round

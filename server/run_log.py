@@ -21,6 +21,7 @@ from locum.common.log.entries import (
     Entry,
     Fold,
     MetricsEntry,
+    ReadinessEntry,
     RosterEntry,
     RoundEntry,
     RunEntry,
@@ -80,6 +81,10 @@ class RunLog:
     def said(self, event: Event) -> RunEntry:
         """Something became of the run."""
         return RunEntry(**self._of_run(), event=event)
+
+    def readiness(self, statements: Mapping[str, str]) -> list[ReadinessEntry]:
+        """What each site that was asked said of its data, by site its signed statement."""
+        return [ReadinessEntry(**self._of_run(), site=site, statement=said) for site, said in statements.items()]
 
     def roster(self, roster: Roster, configuration: Mapping[str, str], *, number: int, model: str) -> RosterEntry:
         """Who takes part from here on, at the model of round `number` whose file has the SHA-256 `model`."""

@@ -41,6 +41,7 @@ from locum.site_client.configuration import LEDGER
 from locum.site_client.gate import Policy
 from locum.site_client.privacy.budget import Budget, Signer, state_of
 from locum.site_client.privacy.ledger import Ledger
+from locum.site_client.readiness.statement import Steward
 from locum.site_client.releases import FOLDER as RELEASES
 from locum.site_client.releases import Releases, Sent, begin_releases, header_bytes
 from locum.site_client.secure import Credentials, SecureSite, seeded
@@ -103,7 +104,9 @@ def open_agent(site: Prepared, policy: Policy, federation: Federation, *, cache_
     worker.start()
     credentials = credentials_of(site.name, federation)
     secure = _secure(site.folder / "secagg", credentials)
-    return Agent(site.name, policy, worker, log, secure, budget=_budget(site.folder, policy, credentials))
+    budget = _budget(site.folder, policy, credentials)
+    steward = Steward((site.store,), policy, budget.signer, budget.now)
+    return Agent(site.name, policy, worker, log, secure, budget=budget, ready=steward.ready)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ from locum.common.secagg.roster import Context, Roster
 from locum.common.secagg.upload import Layout
 from locum.common.sums import metrics_layout, training_layout
 from locum.site_client import gate
-from locum.site_client.gate import Made, Masked, Policy, Release
+from locum.site_client.gate import Made, Masked, Policy, Ready, Release
 from locum.site_client.privacy.budget import Budget, Reserved
 from locum.site_client.privacy.ledger import LedgerError
 from locum.site_client.secure import SecureSite
@@ -85,6 +85,7 @@ class Agent:
         budget: what may be spent of the patients' privacy; without one, plans with differential privacy are refused.
         told: is told what the agent does, and in which round.
         seconds_left: how long the worker may take over a message; None for as long as it takes.
+        ready: says whether the site's data meet a plan's contract, for a run; without it nothing is said of them.
     """
 
     site: str
@@ -96,6 +97,7 @@ class Agent:
     budget: Budget | None = None
     told: Callable[[Activity, int], None] = _nobody
     seconds_left: Callable[[Message], float | None] = _endless
+    ready: Callable[[Plan, str], Ready] | None = None
     _plan: tuple[str, Plan] | None = None
 
     def handle(self, message: Message, bundle: bytes, carrier: Opener = INLINE, *, run: str = LOCAL) -> Message:
@@ -144,8 +146,11 @@ class Agent:
 
     def _describe(self, asked: _Task) -> Release:
         asked.read(DescribeTask)
+        ready = None if self.ready is None else self.ready(asked.plan, asked.run)
         found, _ = self.worker.call("describe", asked.plan, seconds=asked.seconds)
-        return gate.release_description(self.policy, asked.plan, self.site, found)
+        if ready is not None and ready.said.failing:
+            self.log.warning("the contract is not met: %s; see locum site readiness", ", ".join(ready.said.failing))
+        return gate.release_description(self.policy, asked.plan, self.site, found, ready)
 
     def _train(self, asked: _Task) -> Release:
         task, context, model = self._opened(asked, TrainTask)

@@ -7,6 +7,8 @@ Rules:
   * A failure leaves as its type and code, and for a policy refusal the clause's name. Its text never leaves.
   * An update is checked here as the coordinator would check it, before it leaves; under secure aggregation before it is
     masked, for nobody can look at it then.
+  * Of a site's data leaves whether each clause of the contract is met, and numbers of patients as `suppression.py` has
+    them: rounded down, none below the least cell.
   * Of a plan with differential privacy only what has noise leaves, and numbers of patients, which are not protected: no
     loss, no number of images, no missing class. The statement of what was spent is made last.
 """
@@ -26,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from locum.common import names
 from locum.common.canonical import digest
+from locum.common.envelope import Clause, Readiness
 from locum.common.errors import Code, SiteFailure
 from locum.common.messages import (
     Arrays,
@@ -44,7 +47,10 @@ from locum.common.secagg.upload import TOLD, Given
 from locum.common.sums import CASES, LOSS, WEIGHT, Cell, cells_of, metric_lengths, weight_cap
 from locum.common.tensor_files import Sendable
 from locum.common.updates import l2_norm, update_problem
+from locum.site_client import suppression
 from locum.site_client.hours import Hours, open_at
+from locum.site_client.readiness.clauses import Measured
+from locum.site_client.readiness.people import groups
 
 
 class Policy(BaseModel):
@@ -57,14 +63,16 @@ class Policy(BaseModel):
         most_rounds: rounds of one run.
         min_sites: the least sites of a roster and of a secure sum, this one among them.
         require_secure_aggregation: whether a plan that shows the coordinator each site's update is refused.
-        release_case_counts: whether this site's number of cases may be told; if not, a plan is refused in which its
-            weight or its metrics, seen by themselves, would tell it. As a part of a secure sum they do not.
+        release_case_counts: whether this site's number of cases may be told, and how many patients of which group it
+            has; if not, a plan is refused in which its weight or its metrics, seen by themselves, would tell it. As a
+            part of a secure sum they do not.
         release_training_loss: whether this site's mean training loss may be told.
         release_site_metrics: whether this site's own metrics may be told where the plan asks for them beside a sum; if
             not, a plan with subgroups is refused, for this may be the only site that has one.
         hours: when the site works for others, by its own clock.
         stewards: how many different stewards must approve a plan.
-        least_cell: the least patients of a subgroup who are told apart, and of all the others together.
+        least_cell: the least patients of a subgroup who are told apart, and of all the others together; numbers of
+            patients are told in steps of it.
         require_differential_privacy: whether a plan without differential privacy is refused.
         most_epsilon: the most epsilon that one plan may ask for, metrics included; None for what the lifetime leaves.
         lifetime_epsilon: of all runs together, for one patient, at `ledger_delta`.
@@ -184,9 +192,19 @@ def policy_digest(policy: Policy) -> str:
     return digest(policy.model_dump(mode="json"))
 
 
-def release_description(policy: Policy, plan: Plan, site: str, found: Mapping[str, Any]) -> Release:
+class Ready(NamedTuple):
+    """What a site says of its data: the statement, and its envelope if the site has a key."""
+
+    said: Readiness
+    envelope: str | None
+
+
+def release_description(
+    policy: Policy, plan: Plan, site: str, found: Mapping[str, Any], ready: Ready | None = None
+) -> Release:
     """The site's configuration and ability; counts only if plan and policy release them, and they are no images'."""
     counts = _counts(policy, plan) and plan.private is None
+    failing = ready.said.failing if ready is not None else ()
     return Release(
         Description(
             plan_digest=plan.digest,
@@ -194,10 +212,48 @@ def release_description(policy: Policy, plan: Plan, site: str, found: Mapping[st
             configuration=found["configuration"],
             cases=found["cases"] if counts else None,
             missing_classes=tuple(found["missing_classes"]) if counts else (),
-            able=found["able"],
-            reason=found["reason"] if counts else ("" if found["able"] else "the contract is not met"),
+            able=found["able"] and not failing,
+            reason=(found["reason"] if counts else "") or _unmet(found["able"] and not failing, failing),
             policy=policy_digest(policy),
+            readiness=ready.envelope if ready is not None else None,
         )
+    )
+
+
+def _unmet(able: bool, failing: Sequence[Clause]) -> str:
+    """Which clauses a site does not meet, by their names."""
+    if able:
+        return ""
+    return "the contract is not met" + (f": {', '.join(failing)}" if failing else "")
+
+
+def readiness(policy: Policy, plan: Plan, measured: Measured, *, site: str, run: str | None, at: float) -> Readiness:
+    """What a site says of its data.
+
+    Numbers of patients only of data that are ready, for a plan without differential privacy, and if plan and policy
+    let the numbers of cases be told.
+    """
+    counts = measured.ready and plan.private is None and plan.release.case_counts and policy.release_case_counts
+    told = suppression.told(
+        len(measured.people) if counts else 0,
+        groups(measured.people.values() if counts else ()),
+        policy.least_cell,
+        reached=plan.contract.least_patients if counts else 0,
+    )
+    return Readiness(
+        site=site,
+        run=run,
+        plan=plan.digest,
+        at=at,
+        ready=measured.ready,
+        clauses=measured.clauses,
+        step=policy.least_cell,
+        patients=told.patients,
+        strata={by: {v: n for v, n in cells.items() if n is not None} for by, cells in told.groups.items()},
+        terminology=measured.declared.terminology or None,
+        profile=measured.profile,
+        consent=measured.declared.consent,
+        withdrawn=suppression.rounded(measured.declared.withdrawn, policy.least_cell),
     )
 
 

@@ -56,6 +56,7 @@ T = TypeVar("T")
 
 FOLDER = "log"
 DECISION, REPORT, COSIGNATURE, RENEWAL, ENROLMENT = "decision", "report", "cosignature", "renewal", "enrolment"
+READINESS = "readiness"
 #: Codes by which the site says no; the others say that it could not.
 REFUSALS = frozenset(
     {
@@ -176,6 +177,10 @@ class Releases:
     def cosignature(self, line: str, send: Callable[[], T]) -> T:
         """The line by which the site witnesses a checkpoint of the federation's log."""
         return self._request(_plain(COSIGNATURE, line.encode(), statements=(sha256_hex(line.encode()),)), send)
+
+    def readiness(self, envelope: bytes, send: Callable[[], T]) -> T:
+        """A signed statement of readiness that a steward lets go before any run."""
+        return self._request(_plain(READINESS, envelope, statements=(sha256_hex(envelope),)), send)
 
     def renewal(self, request: bytes, send: Callable[[], T]) -> T:
         """A request to certify the site's key anew."""
@@ -313,7 +318,7 @@ def _after(known: _Known, entry: Mapping[str, Any]) -> _Known:
         return known._replace(decisions=known.decisions | {sha256})
     if purpose.startswith(f"{REPORT}."):
         return known._replace(report=(purpose, entry["run"], entry["round"]))
-    return known if purpose in {COSIGNATURE, RENEWAL, ENROLMENT} else known._replace(answer=(sha256, ""))
+    return known if purpose in {COSIGNATURE, READINESS, RENEWAL, ENROLMENT} else known._replace(answer=(sha256, ""))
 
 
 # --- entries
@@ -416,7 +421,7 @@ def _header(reply: Message) -> dict[str, Any]:
 
 def _statements(header: Mapping[str, Any]) -> Iterator[str]:
     """What the site has signed in an answer."""
-    yield from (header[name] for name in ("upload", "spent", "keys") if header.get(name))
+    yield from (header[name] for name in ("upload", "spent", "keys", "readiness") if header.get(name))
     yield from header.get("pairs", {}).values()
 
 

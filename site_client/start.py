@@ -34,6 +34,7 @@ from locum.site_client.identity import SiteIdentity, load_identity
 from locum.site_client.privacy.budget import Budget, Signer, state_of
 from locum.site_client.privacy.ledger import Ledger, LedgerError, State
 from locum.site_client.pulse import News, Pulse
+from locum.site_client.readiness.statement import Steward
 from locum.site_client.releases import open_releases
 from locum.site_client.secure import Credentials, SecureSite, drawn, seeded
 from locum.site_client.service import Service
@@ -109,7 +110,8 @@ def open_service(home: Path, configuration: SiteConfiguration, log: logging.Logg
     releases = open_releases(home, partial(state_of, budget))
     _compare(budget.ledger, releases.known_ledger, log)
     releases.policy(configuration.policy)
-    agent = Agent(identity.site, configuration.policy, worker, log, secure, admit, budget)
+    steward = Steward(configuration.stores, configuration.policy, budget.signer, budget.now)
+    agent = Agent(identity.site, configuration.policy, worker, log, secure, admit, budget, ready=steward.ready)
     witness = Witness(
         home / FOLDER,
         lambda: credentials_of(load_identity(home)),

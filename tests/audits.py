@@ -24,7 +24,17 @@ from locum.common.audit.bundle import Bundle, Manifest, Parts, open_bundle, writ
 from locum.common.audit.statement import Loss, Release, seal_statement
 from locum.common.audit.verify import Verdict, verify
 from locum.common.canonical import canonical_json, sha256_hex
-from locum.common.envelope import Approval, Proposal, Spent, seal_approval, seal_proposal, seal_spent
+from locum.common.envelope import (
+    CLAUSES,
+    Approval,
+    Proposal,
+    Readiness,
+    Spent,
+    seal_approval,
+    seal_proposal,
+    seal_readiness,
+    seal_spent,
+)
 from locum.common.identity import certificate_pem, fingerprint_of, new_key
 from locum.common.log.entries import (
     ApprovalEntry,
@@ -35,6 +45,7 @@ from locum.common.log.entries import (
     MetricsEntry,
     OwnerEntry,
     ProposalEntry,
+    ReadinessEntry,
     ReleaseEntry,
     RosterEntry,
     RoundEntry,
@@ -78,7 +89,7 @@ class Federation:
         folder: an empty folder.
         plan: the plan of its run.
         sites: their names.
-        older: keys of the plan that the version of Locum which ran did not know.
+        older: keys of the plan, such as `seed` or `contract.split`, that the version of Locum which ran did not know.
     """
 
     folder: Path
@@ -113,7 +124,10 @@ class Federation:
     def content(self) -> bytes:
         """The plan as it was proposed."""
         written = json.loads(self.plan.canonical())
-        return canonical_json({key: value for key, value in written.items() if key not in self.older})
+        for key in self.older:
+            section, _, inner = key.rpartition(".")
+            (written[section] if section else written).pop(inner)
+        return canonical_json(written)
 
     @property
     def digest(self) -> str:
@@ -158,6 +172,15 @@ class Federation:
     def spent_all(self, number: int, purpose: str, epsilon: float) -> dict[str, str]:
         """What each site says, of a private plan."""
         return {s: self.spent(s, number, purpose, epsilon) for s in self.sites} if self.plan.private else {}
+
+    def readiness(self, site: str, minutes: float = 6.5, failing: Sequence[str] = (), /, **lies: Any) -> ReadinessEntry:
+        """What a site says of its data, as it stands in the log; `key`, `site`, `plan` and `run` may be others'."""
+        key, entry = lies.pop("key", self.keys[site]), lies.pop("entry", {})
+        fields = {"site": site, "run": RUN, "plan": self.digest, "at": self.at(minutes).timestamp(), "step": 10,
+                  "clauses": {name: name not in failing for name in CLAUSES}, "ready": not failing,
+                  "patients": None if failing else 40, **lies}  # fmt: skip
+        said = seal_readiness(Readiness(**fields), key).decode()
+        return ReadinessEntry(**{**self.of_run(minutes), "site": site, "statement": said, **entry})
 
     # --- the log
 
@@ -242,14 +265,15 @@ class Federation:
     def history(self) -> list[Entry]:
         """The whole true log of a run, the same at every call.
 
-        With three sites: 0 federation, 1–3 sites, 4 proposal, 5–7 approvals, 8 started, 9 roster, then a round and its
-        metrics each, the test, and the end.
+        With three sites: 0 federation, 1–3 sites, 4 proposal, 5–7 approvals, 8 started, 9–11 readiness, 12 roster, then
+        a round and its metrics each, the test, and the end.
         """
         return list(self._history)
 
     @cached_property
     def _history(self) -> list[Entry]:
-        entries = [*self.joined(), self.said("started", 6), self.roster()]
+        ready = [] if "contract.consent" in self.older else [self.readiness(site) for site in self.sites]
+        entries = [*self.joined(), self.said("started", 6), *ready, self.roster()]
         for number in range(1, self.plan.rounds + 1):
             entries += [self.round(number, 10 * number), self.metrics(number, 10 * number + 5)]
         after = 10 * (self.plan.rounds + 1)
@@ -354,14 +378,19 @@ class Federation:
     def releases(self, site: str, *, line: str | None = None) -> list[Entry]:
         """What a site says it let go in the true run: its decision, an update a round, its numbers, its cosignature.
 
-        0 owner, 1 decision, 2 that it was sent, then an update and numbers a round, the test, and a cosignature, that
-        is `line`, or the one under the true log.
+        0 owner, 1 decision, 2 that it was sent, 3 what it said of its data, then an update and numbers a round, the
+        test, and a cosignature, that is `line`, or the one under the true log.
         """
         (entry,) = [e for e in self.history() if isinstance(e, ApprovalEntry) and e.site == site]
         said: list[Entry] = [
             OwnerEntry(at=moment(self.at(1)), federation=self.name, site=site),
             DecisionEntry(at=moment(self.at(5)), plan=self.digest, statement=entry.statement),
             self.released("decision", 5, sha256=sha256_hex(entry.statement.encode())),
+            *(
+                self.released("query.describe", 6.5, run=RUN, statements=(sha256_hex(e.statement.encode()),))
+                for e in self.history()
+                if isinstance(e, ReadinessEntry) and e.site == site
+            ),
         ]
         for number in range(1, self.plan.rounds + 1):
             uploads = (self.upload(site, number),) if self.plan.secured else ()

@@ -40,12 +40,16 @@ Answer = RecordDict | Error
 
 
 class Peer:
-    """A site whose update is `value` everywhere, with weight `weight`; override a method to misbehave."""
+    """A site whose update is `value` everywhere, with weight `weight`; override a method to misbehave.
+
+    `ready` makes its signed statement of readiness, where it has a key.
+    """
 
     def __init__(self, site: str, value: float = 1.0, weight: float = 1.0) -> None:
         self.site, self.value, self.weight = site, value, weight
         self.trained: list[int] = []
         self.carrier: Carrier = INLINE
+        self.ready: Callable[[Plan], str] | None = None
         self.model: Tensors | None = None
 
     def handle(self, message: Message, bundle: bytes, carrier: Carrier = INLINE) -> Message:
@@ -66,6 +70,7 @@ class Peer:
             configuration=build.configuration(plan, self.model or initial(plan)),
             cases={"train": 8, "validation": 1, "test": 2},
             able=True,
+            readiness=None if self.ready is None else self.ready(plan),
         )
 
     def train(self, plan: Plan, content: RecordDict) -> Answer:

@@ -38,10 +38,11 @@ from locum.server.link import Direct
 from locum.server.records import Events
 from locum.server.rounds import Finished, open_engine, run
 from locum.simulations.engines.local import LocalGrid
-from locum.simulations.institutions import Federation, found_federation, secure_site
+from locum.simulations.institutions import Federation, credentials_of, found_federation, secure_site
 from locum.site_client.agent import Agent
 from locum.site_client.gate import Policy
 from tests.plans import initial
+from tests.readiness import ready
 
 #: Threads a site: one that does not answer keeps one busy, as a lost message does not.
 _THREADS = 4
@@ -50,11 +51,13 @@ _THREADS = 4
 class SecurePeer:
     """A site whose update is `value` everywhere, and which has `cases`; override a method to misbehave.
 
+    `failing` are clauses of the contract that its data do not meet.
     `contexts` are those of the sums that it was asked for, `trained` the rounds and attempts that it has trained.
     """
 
     def __init__(self, site: str, value: float = 0.1, cases: int = 8, policy: Policy | None = None) -> None:
         self.site, self.value, self.cases, self.policy = site, value, cases, policy or Policy()
+        self.failing: tuple[str, ...] = ()
         self.contexts: list[Context] = []
         self.trained: list[tuple[int, int]] = []
 
@@ -63,7 +66,16 @@ class SecurePeer:
         self.federation = federation
         secure = secure_site(folder / "sites" / self.site / "secagg", self.site, federation)
         log = logging.getLogger(f"locum.test.{self.site}")
-        self.agent = Agent(self.site, self.policy, _Worker(self), log, secure)  # type: ignore[arg-type]
+        self.agent = Agent(
+            self.site,
+            self.policy,
+            _Worker(self),  # type: ignore[arg-type]
+            log,
+            secure,
+            ready=lambda plan, run: ready(
+                plan, self.site, credentials_of(self.site, federation).key, run, self.failing
+            ),
+        )
 
     @property
     def ready(self) -> Ready:

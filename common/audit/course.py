@@ -7,6 +7,7 @@ from locum.common.audit.standing import Standing
 from locum.common.log.entries import (
     EndEntry,
     MetricsEntry,
+    ReadinessEntry,
     RosterEntry,
     RoundEntry,
     RunEntry,
@@ -16,7 +17,7 @@ from locum.common.log.entries import (
 from locum.common.secagg import LEAST_SITES
 from locum.common.secagg.roster import threshold_of
 
-_Mine = RunEntry | RosterEntry | RoundEntry | VoidEntry | MetricsEntry | EndEntry
+_Mine = RunEntry | ReadinessEntry | RosterEntry | RoundEntry | VoidEntry | MetricsEntry | EndEntry
 #: Why a site has no numbers of a fold without that anything was lost: it has no case of it.
 _NO_CASE = "NO_DATA"
 
@@ -249,8 +250,8 @@ def _end(standing: Standing) -> str:
 
 RULES = (
     Rule(12, "the run went its course", _course, {
-        RunEntry: _said, RosterEntry: _of_this_plan, RoundEntry: _next_round, VoidEntry: _with_roster,
-        MetricsEntry: _with_roster, EndEntry: _ended,
+        RunEntry: _said, ReadinessEntry: _of_this_plan, RosterEntry: _of_this_plan, RoundEntry: _next_round,
+        VoidEntry: _with_roster, MetricsEntry: _with_roster, EndEntry: _ended,
     }),
     Rule(13, "each round has its sites", _all_sites, {RosterEntry: _roster, RoundEntry: _sites}),
     Rule(14, "each model came of the one before", _lineage, {

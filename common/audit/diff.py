@@ -2,8 +2,9 @@
 
 Rules:
   * Compared are the bundle's run and plan, and the site whose log it is.
-  * What the coordinator counts (an update in a round, numbers of a fold, a decision, a cosignature) must stand in the
-    site's log as a release: of this run, round and purpose, and of the same signed statement where there is one.
+  * What the coordinator counts (an update in a round, numbers of a fold, what the site said of its data, a decision, a
+    cosignature) must stand in the site's log as a release: of this run, round and purpose, and of the same signed
+    statement where there is one.
   * What the site let go must be accounted for by the coordinator: counted, or of a round or a fold of which it says
     that it did without the site, or that an attempt counts for nothing.
   * The site's log is read and not touched. Its tree is held against its own checkpoints, and the newest of them against
@@ -33,6 +34,7 @@ from locum.common.log.entries import (
     EntryError,
     MetricsEntry,
     OwnerEntry,
+    ReadinessEntry,
     ReleaseEntry,
     RosterEntry,
     RoundEntry,
@@ -220,7 +222,7 @@ class _Coordinators:
     Attributes:
         updates: rounds that count it, with the digest of its upload where it was masked.
         folds: measurements that have its numbers.
-        decisions: by the SHA-256 of the statement.
+        decisions: by the SHA-256 of the statement; `readiness` likewise.
         cosignatures: by the SHA-256 of the line, the last entry that its checkpoint counts.
         without: rounds and folds of which the log says that something was done without it or counts for nothing.
     """
@@ -231,6 +233,7 @@ class _Coordinators:
     updates: list[tuple[int, int, str | None]] = field(default_factory=list)
     folds: list[tuple[int, int, str]] = field(default_factory=list)
     decisions: dict[str, int] = field(default_factory=dict)
+    readiness: dict[str, int] = field(default_factory=dict)
     cosignatures: dict[str, int] = field(default_factory=dict)
     without: set[tuple[int, str]] = field(default_factory=set)
 
@@ -239,6 +242,9 @@ class _Coordinators:
         if isinstance(entry, ApprovalEntry):
             if (entry.site, entry.plan) == (self.site, self.plan):
                 self.decisions[sha256_hex(entry.statement.encode())] = number
+        elif isinstance(entry, ReadinessEntry):
+            if (entry.site, entry.run) == (self.site, self.run):
+                self.readiness[sha256_hex(entry.statement.encode())] = number
         elif isinstance(entry, RoundEntry | VoidEntry | MetricsEntry | RosterEntry) and entry.run == self.run:
             self._of_run(number, entry)
 
@@ -262,7 +268,8 @@ class _Coordinators:
     def held_against(self, own: _Own, signed: int) -> Compared:
         """The comparison, both ways."""
         found = [*self._updates(own), *self._folds(own), *self._statements(own), *self._unaccounted(own)]
-        compared = len(self.updates) + len(self.folds) + len(self.decisions) + len(self.cosignatures)
+        statements = len(self.readiness) + len(self.decisions) + len(self.cosignatures)
+        compared = len(self.updates) + len(self.folds) + statements
         found.sort(key=lambda each: (each.coordinator is None, each.coordinator or 0, each.site or 0))
         return Compared(self.site, self.run, compared, signed, tuple(found))
 
@@ -289,6 +296,9 @@ class _Coordinators:
         for statement, number in own.told.items():
             if own.decided.get(statement) == self.plan and statement not in self.decisions:
                 yield Difference(None, number, "a decision that the site sent is not in the coordinator's log")
+        for statement, number in self.readiness.items():
+            if statement not in own.signed:
+                yield Difference(number, None, "a statement of readiness that the site did not let go")
         for line, number in self.cosignatures.items():
             if line not in own.signed:
                 yield Difference(number, None, "a cosignature that the site did not give")

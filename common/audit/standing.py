@@ -13,7 +13,15 @@ from dataclasses import dataclass, field
 
 from cryptography import x509
 
-from locum.common.envelope import Approval, EnvelopeError, Spent, open_approval, open_spent
+from locum.common.envelope import (
+    Approval,
+    EnvelopeError,
+    Readiness,
+    Spent,
+    open_approval,
+    open_readiness,
+    open_spent,
+)
 from locum.common.identity import PublicKey, certified_key, public_key_sha256
 from locum.common.log.entries import (
     ApprovalEntry,
@@ -21,6 +29,7 @@ from locum.common.log.entries import (
     Entry,
     MetricsEntry,
     ProposalEntry,
+    ReadinessEntry,
     RosterEntry,
     RoundEntry,
     RunEntry,
@@ -29,12 +38,12 @@ from locum.common.log.entries import (
 )
 from locum.common.plan import Plan
 
-Statement = Approval | Spent
+Statement = Approval | Spent | Readiness
 
 
 #: Entries of a run.
-OfRun = RunEntry | RosterEntry | RoundEntry | VoidEntry | MetricsEntry | EndEntry
-OF_RUN = (RunEntry, RosterEntry, RoundEntry, VoidEntry, MetricsEntry, EndEntry)
+OfRun = RunEntry | ReadinessEntry | RosterEntry | RoundEntry | VoidEntry | MetricsEntry | EndEntry
+OF_RUN = (RunEntry, ReadinessEntry, RosterEntry, RoundEntry, VoidEntry, MetricsEntry, EndEntry)
 
 
 def writer_of(entry: Entry) -> str:
@@ -103,6 +112,7 @@ class Standing:
         ended_since: sites whose approval or enrolment ended since the run's last entry.
         proposed: the SHA-256 of the proposal of the plan, once it is in the log.
         said: what became of the run last.
+        ready: by site that was asked, what it said last of its data.
         roster: who takes part.
         models: by round, the SHA-256 of its model.
         counted: by round, the sites in it.
@@ -128,6 +138,7 @@ class Standing:
     ended_since: set[str] = field(default_factory=set)
     proposed: str | None = None
     said: str = ""
+    ready: dict[str, Readiness] = field(default_factory=dict)
     roster: RosterEntry | None = None
     models: dict[int, str] = field(default_factory=dict)
     counted: dict[int, tuple[str, ...]] = field(default_factory=dict)
@@ -217,6 +228,9 @@ class Standing:
             self.took_part |= {self.members[site].key for site in entry.sites if self.approves(site)}
         if isinstance(entry, RunEntry):
             self.said = entry.event
+        elif isinstance(entry, ReadinessEntry):
+            if (said := self.readiness_of(entry.site, entry.statement)) is not None:
+                self.ready[entry.site] = said
         elif isinstance(entry, RosterEntry):
             self._begun(entry)
         elif isinstance(entry, RoundEntry):
@@ -258,6 +272,12 @@ class Standing:
         member = self.members.get(site)
         opened = None if member is None else self._opened(envelope, member.certificates[-1], open_spent)
         return opened if isinstance(opened, Spent) else None
+
+    def readiness_of(self, site: str, envelope: str) -> Readiness | None:
+        """What a member says of its data; None if it is not signed with the key that it is enrolled with."""
+        member = self.members.get(site)
+        opened = None if member is None else self._opened(envelope, member.certificates[-1], open_readiness)
+        return opened if isinstance(opened, Readiness) else None
 
     def _opened(self, envelope: str, certificate: str, opener: Callable[[bytes, PublicKey], Statement]) -> object:
         """A signed statement, verified once for an entry; None if it does not verify."""

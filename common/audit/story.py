@@ -23,6 +23,7 @@ from locum.common.log.entries import (
     Entry,
     MetricsEntry,
     ProposalEntry,
+    ReadinessEntry,
     RosterEntry,
     RoundEntry,
     RunEntry,
@@ -114,6 +115,7 @@ class Site:
     Attributes:
         events: when it was enrolled, renewed and revoked.
         policy: the digest of the policy with which it took part, if it did.
+        readiness: what it said of its data, last: `ready`, and of what it may tell its `patients` and `strata`.
         counted: how many rounds count it.
         spent: by purpose, the epsilon that it said last, with the delta.
         witnessed: when it last cosigned the log, and how many entries that counts.
@@ -122,6 +124,7 @@ class Site:
     name: str
     events: list[Happened] = field(default_factory=list)
     policy: str | None = None
+    readiness: dict[str, Any] | None = None
     counted: int = 0
     spent: dict[str, tuple[float, float]] = field(default_factory=dict)
     witnessed: tuple[str, int] | None = None
@@ -195,6 +198,9 @@ class Story:
     def _of_run(self, number: int, entry: Entry, standing: Standing) -> None:
         if isinstance(entry, RunEntry):
             self.happened.append(Happened(number, entry.at, entry.event))
+        elif isinstance(entry, ReadinessEntry):
+            said = standing.readiness_of(entry.site, entry.statement)
+            self.site(entry.site).readiness = None if said is None else said.model_dump(mode="json")
         elif isinstance(entry, RosterEntry):
             self._roster(number, entry)
         elif isinstance(entry, RoundEntry):

@@ -229,12 +229,29 @@ def course(story: Story, _site: str | None, _round: int | None) -> list[str]:
     return [*lines, "", f"released: the model of round {end.round}, SHA-256 {end.model}"]
 
 
+def readiness(story: Story, site: str | None, _round: int | None) -> list[str]:
+    """What each site said of its data: whether they meet the contract, and of whom they are, in rounded numbers."""
+    said = [(each.name, each.readiness) for each in _chosen(story, site) if each.readiness is not None]
+    if not said:
+        return ["no site said whether its data meet the contract"]
+    return table(("site", "ready", "not met", "training patients", "of which", "cleaned by"), map(_readiness, said))
+
+
+def _readiness(said: tuple[str, dict[str, Any]]) -> tuple[object, ...]:
+    site, told = said
+    failing = [name for name, met in told["clauses"].items() if not met]
+    strata = [f"{value} {count}" for cells in told["strata"].values() for value, count in cells.items()]
+    patients = f"{told['patients']} or more" if told["patients"] else "not told"
+    return site, "yes" if told["ready"] else "NO", ", ".join(failing), patients, ", ".join(strata), told["profile"]
+
+
 Part = Callable[[Story, str | None, int | None], list[str]]
 #: What can be asked of a bundle, by the word to ask with.
 PARTS: dict[str, Part] = {
     "course": course,
     "plan": plan,
     "approvals": approvals,
+    "readiness": readiness,
     "sites": sites,
     "rounds": rounds,
     "refusals": refusals,

@@ -31,6 +31,7 @@ from locum.common.log.entries import (
     FederationEntry,
     MetricsEntry,
     ProposalEntry,
+    ReadinessEntry,
     RosterEntry,
     RoundEntry,
     RunEntry,
@@ -44,8 +45,8 @@ from locum.common.log.note import Line, NoteError, check_cosignature, check_sign
 from locum.common.log.origins import federation_origin, site_origin
 
 _COORDINATORS = (
-    FederationEntry, SiteEntry, ProposalEntry, ApprovalEntry, RunEntry, RosterEntry, RoundEntry, VoidEntry,
-    MetricsEntry, EndEntry,
+    FederationEntry, SiteEntry, ProposalEntry, ApprovalEntry, RunEntry, ReadinessEntry, RosterEntry, RoundEntry,
+    VoidEntry, MetricsEntry, EndEntry,
 )  # fmt: skip
 _UNSIGNED = "what the log key signed is not known"
 

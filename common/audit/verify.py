@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from locum.common.audit import course, papers, people, privacy
+from locum.common.audit import course, papers, people, privacy, readiness
 from locum.common.audit.bundle import CHECKPOINTS, ENTRIES, Bundle, BundleError, Manifest, open_bundle
 from locum.common.audit.rules import AtEntry, Rule, Wrong, shown
 from locum.common.audit.standing import OF_RUN, Anchors, Standing
@@ -24,9 +24,8 @@ from locum.common.audit.words import named
 from locum.common.identity import fingerprint_of
 from locum.common.log.entries import Entry, moment
 
-RULES: tuple[Rule, ...] = (*people.RULES, *course.RULES, *privacy.RULES, *course.LAST)
-#: Every check, by number.
-TITLES = {
+RULES: tuple[Rule, ...] = (*people.RULES, *course.RULES, *privacy.RULES, *course.LAST, *readiness.RULES)
+_TITLES = {
     1: "the bundle is whole",
     2: "its certificates are those of one federation",
     3: "the plan is the one that was proposed",
@@ -34,9 +33,11 @@ TITLES = {
     5: "each checkpoint has the root of the entries",
     6: "each checkpoint is signed by the log key",
     7: "sites have witnessed the log",
-    **{rule.number: rule.title for rule in RULES},
     18: "the files are those that the log names",
+    **{rule.number: rule.title for rule in RULES},
 }
+#: Every check, by number.
+TITLES = dict(sorted(_TITLES.items()))
 #: Those without which nothing in the log counts.
 _GROUND = 6
 

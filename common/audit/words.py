@@ -13,6 +13,7 @@ from locum.common.log.entries import (
     FederationEntry,
     MetricsEntry,
     ProposalEntry,
+    ReadinessEntry,
     RefusalEntry,
     ReleaseEntry,
     RosterEntry,
@@ -73,6 +74,8 @@ def _of_site(entry: Entry) -> str:
         return f"decision on plan {entry.plan[:12]}"
     if isinstance(entry, RefusalEntry):
         return f"refusal of {entry.asked}"
+    if isinstance(entry, ReadinessEntry):
+        return f"readiness of {entry.site} for {entry.run}"
     if isinstance(entry, VoidEntry):
         return f"void attempt at round {entry.round} of {entry.run}"
     return entry.kind

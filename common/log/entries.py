@@ -94,6 +94,16 @@ class RunEntry(_Entry):
     event: Literal["started", "resumed", "paused", "stopped", "failed"]
 
 
+class ReadinessEntry(_Entry):
+    """What a site that was asked to take part said of its data, as it signed it."""
+
+    kind: Literal["readiness"] = "readiness"
+    run: RunName
+    plan: Digest
+    site: SiteName
+    statement: Envelope
+
+
 class RosterEntry(_Entry):
     """Who takes part from here on, after all agreed on one configuration.
 
@@ -285,6 +295,7 @@ Entry = Annotated[
     | ProposalEntry
     | ApprovalEntry
     | RunEntry
+    | ReadinessEntry
     | RosterEntry
     | RoundEntry
     | VoidEntry

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from locum.common import build
 from locum.common.durable import replace_file
+from locum.common.envelope import CLAUSES, Readiness, seal_readiness
 from locum.common.fab import build_bundle
 from locum.common.messages import Tensors
 from locum.common.plan import Plan, parse_plan
@@ -31,9 +33,10 @@ from locum.server.records import Events
 from locum.server.rounds import open_engine, run
 from locum.simulations.benchmarks.rows import Row
 from locum.simulations.engines.local import LocalGrid
-from locum.simulations.institutions import found_federation, secure_site
+from locum.simulations.institutions import credentials_of, found_federation, secure_site
 from locum.site_client.agent import Agent
-from locum.site_client.gate import Policy
+from locum.site_client.gate import Policy, Ready
+from locum.site_client.secure import Credentials
 
 _SITES, _ROUNDS = 8, 40
 
@@ -106,7 +109,14 @@ def _engine(plan: Plan, model: Mapping[str, Any], folder: Path) -> Iterator[Any]
     names = {node: f"site-{node}" for node in range(2, 2 + _SITES)}
     secure = {node: secure_site(folder / name, name, authority) for node, name in names.items()}
     agents = {
-        node: Agent(name, Policy(), _IdleWorker(description), log, secure[node])  # type: ignore[arg-type]
+        node: Agent(
+            name,
+            Policy(),
+            _IdleWorker(description),  # type: ignore[arg-type]
+            log,
+            secure[node],
+            ready=partial(_ready, credentials_of(name, authority)),
+        )
         for node, name in names.items()
     }
     grid = LocalGrid(agents, build_bundle(plan), 2)
@@ -116,6 +126,20 @@ def _engine(plan: Plan, model: Mapping[str, Any], folder: Path) -> Iterator[Any]
     finally:
         events.close()
         grid.close()
+
+
+def _ready(credentials: Credentials, plan: Plan, run: str) -> Ready:
+    """What a site without images would say of its data if it had those that the plan asks for."""
+    said = Readiness(
+        site=credentials.site,
+        run=run,
+        plan=plan.digest,
+        at=time.time(),
+        ready=True,
+        clauses=dict.fromkeys(CLAUSES, True),
+        step=10,
+    )
+    return Ready(said, seal_readiness(said, credentials.key).decode())
 
 
 def _floor(model: Mapping[str, Any], folder: Path) -> float:

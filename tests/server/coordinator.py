@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from locum.common.identity import fingerprint_of, new_key, utc_now
+from locum.common.identity import fingerprint_of, new_key, save_key, utc_now
 from locum.common.plan import Plan
 from locum.server.app import end, write_result
 from locum.server.authority import initialise, load_authority
@@ -35,12 +35,20 @@ def new_home(path: Path) -> Home:
     return home
 
 
+def key_of(home: Home, site: str) -> Path:
+    """Where a test keeps the key of a site that it has enrolled."""
+    return home.path / "keys" / f"{site}.key"
+
+
 def enrol(home: Home, *names: str) -> None:
     """Enrols sites as the gateway does, without a network."""
     authority = load_authority(home, read_config(home))
     with closing(Registry(home.registry)) as registry:
         for name in names:
-            public = new_key().public_key()
+            key_of(home, name).parent.mkdir(exist_ok=True)
+            key_of(home, name).unlink(missing_ok=True)
+            save_key(key_of(home, name), key := new_key())
+            public = key.public_key()
             invitation = fingerprint_of(authority.issue_invitation(name, public))
             expires = utc_now().replace(year=utc_now().year + 1)
             registry.invite(name, token_sha256=b"\0" * 32, fingerprint=invitation, expires=expires)

@@ -34,8 +34,8 @@ def true(federation: Federation) -> Path:
 
 @pytest.fixture(scope="module")
 def edited_one(true: Path) -> Path:
-    """A bundle in which somebody has edited entry 12."""
-    return with_leaves(true, lambda lines: lines.__setitem__(12, edited(lines[12], attempt=2)))
+    """A bundle in which somebody has edited entry 15."""
+    return with_leaves(true, lambda lines: lines.__setitem__(15, edited(lines[15], attempt=2)))
 
 
 def typed(*words: object) -> int:
@@ -55,12 +55,12 @@ def test_verify_says_what_it_checked_and_what_fails(
 ) -> None:
     assert typed("verify", true) == 0
     out = capsys.readouterr().out
-    assert f"all 18 checks hold: this is the record of {RUN}" in out
+    assert f"all 19 checks hold: this is the record of {RUN}" in out
     assert f"--fingerprint {federation.fingerprint}" in out
     assert typed("verify", edited_one) == 1
     out = capsys.readouterr().out
-    assert "FAILS at check 5, each checkpoint has the root of the entries, at entry 12" in out
-    assert "this means: entry 12 was changed" in out
+    assert "FAILS at check 5, each checkpoint has the root of the entries, at entry 15" in out
+    assert "this means: entry 15 was changed" in out
     assert out.splitlines()[5].split()[:2] == ["6", "-"]  # what rests on it is not looked at
 
 
@@ -68,9 +68,9 @@ def test_verify_as_json_names_the_first_that_fails(
     true: Path, edited_one: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = told(capsys, "verify", true)
-    assert (found["holds"], found["first"], len(found["checks"]), found["run"]) == (True, None, 18, RUN)
+    assert (found["holds"], found["first"], len(found["checks"]), found["run"]) == (True, None, 19, RUN)
     found = told(capsys, "verify", edited_one)
-    assert (found["holds"], found["first"]["number"], found["first"]["entry"]) == (False, 5, 12)
+    assert (found["holds"], found["first"]["number"], found["first"]["entry"]) == (False, 5, 15)
 
 
 def test_whom_to_trust_is_given_as_a_file_or_as_a_fingerprint(
@@ -131,7 +131,7 @@ def test_the_page_loads_nothing_and_nothing_of_a_name_is_markup(
 ) -> None:
     entries = federation.history()
     entries[5] = federation.approval("north", 5, steward=_HOSTILE)
-    entries[12] = federation.round(2, 20, attempt=2)
+    entries[15] = federation.round(2, 20, attempt=2)
     path, out = federation.bundle(entries, name="hostile.zip"), tmp_path / "record.html"
     assert typed("show", path, "--out", out) == 0
     assert f"open {out}" in capsys.readouterr().out
@@ -145,7 +145,7 @@ def test_the_page_loads_nothing_and_nothing_of_a_name_is_markup(
     assert "http" not in text.replace("http-equiv", "")
     assert "@import" not in text
     for words in (
-        _HOSTILE, "This record holds: all 18 checks pass", "secure: 3 of 3 had to answer", "<b>to try</b> it out",
+        _HOSTILE, "This record holds: all 19 checks pass", "secure: 3 of 3 had to answer", "<b>to try</b> it out",
         "What this does not show", "Whether two stewards approved", "Nobody: every site", "attempt 2",
         "ε = 4 at δ = 1e-06",
     ):  # fmt: skip
@@ -184,13 +184,13 @@ def test_a_difference_is_told_by_the_numbers_of_the_entries(
     federation: Federation, true: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert typed("diff", true, federation.site_log("north")) == 0
-    assert "agree on all 7 statements" in capsys.readouterr().out
-    fewer = federation.site_log("north", [entry for n, entry in enumerate(federation.releases("north")) if n != 3])
+    assert "agree on all 8 statements" in capsys.readouterr().out
+    fewer = federation.site_log("north", [entry for n, entry in enumerate(federation.releases("north")) if n != 4])
     assert typed("diff", true, fewer) == 1
-    assert "coordinator's entry 10: round 1 counts an update that the site did not let go" in capsys.readouterr().out
+    assert "coordinator's entry 13: round 1 counts an update that the site did not let go" in capsys.readouterr().out
     found = told(capsys, "diff", true, fewer)
     assert found["differences"] == [
-        {"coordinator": 10, "site": None, "what": "round 1 counts an update that the site did not let go"}
+        {"coordinator": 13, "site": None, "what": "round 1 counts an update that the site did not let go"}
     ]
 
 

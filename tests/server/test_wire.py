@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
 from flwr.app import RecordDict
 
 from locum.common.fab import build_bundle
+from locum.common.identity import load_ec_key
 from locum.common.messages import Description, MessageError
 from locum.common.plan import Plan
 from locum.server.admission import reasons
@@ -24,7 +26,8 @@ from locum.server.wire import Incoming, Wire
 from locum.simulations.engines.local import LocalGrid
 from tests.peers import Answer, Peer
 from tests.plans import initial, plan
-from tests.server.coordinator import approve, approved_run, enrol, go_on, new_home, say
+from tests.readiness import ready
+from tests.server.coordinator import approve, approved_run, enrol, go_on, key_of, new_home, say
 
 
 def _open(home: Home, asked: Run) -> Wire:
@@ -41,12 +44,19 @@ def _connect(home: Home, nodes: Mapping[int, str]) -> None:
 
 def _go(home: Home, asked: Run, peers: Mapping[int, Peer]) -> Finished:
     """Runs the engine over the wire's link; no gateway is there, so replies are pulled without hints."""
+    for peer in peers.values():
+        peer.ready = partial(_ready, home, asked, peer)
     grid = LocalGrid(peers, build_bundle(asked.plan), len(peers))  # type: ignore[arg-type]
     checkpoints, events = Checkpoints(asked.checkpoints, asked.plan), Events(asked.events)
     try:
         return run(open_engine(asked.plan, grid, checkpoints, events, _open(home, asked)))
     finally:
         grid.close()
+
+
+def _ready(home: Home, asked: Run, peer: Peer, plan: Plan) -> str:
+    """What a peer says of its data, signed with the key that it is enrolled with."""
+    return str(ready(plan, peer.site, load_ec_key(key_of(home, peer.site)), asked.id).envelope)
 
 
 @pytest.fixture

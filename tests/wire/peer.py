@@ -21,9 +21,11 @@ from locum.common.fab import plan_of_bundle
 from locum.common.messages import INLINE, LOCAL, Carrier, Tensors, TrainResult, TrainTask
 from locum.common.plan import Plan
 from locum.site_client.configuration import FILE, read_configuration
+from locum.site_client.identity import load_identity
 from locum.site_client.service import Service
 from locum.site_client.start import open_log, open_service
 from tests.peers import Answer, Peer, Spoiler
+from tests.readiness import ready
 
 
 class _NoWorker:
@@ -44,6 +46,8 @@ class WirePeer:
     def handle(self, message: Message, bundle: bytes, carrier: Carrier = INLINE, *, run: str = LOCAL) -> Message:
         plan = plan_of_bundle(bundle)
         self.peer.model = load_file(self.home.parent / f"{plan.digest}.safetensors")
+        key = load_identity(self.home).key
+        self.peer.ready = lambda plan: str(ready(plan, self.peer.site, key, run).envelope)
         with (self.home / "handled").open("a") as file:
             file.write(f"{message.metadata.message_type} {message.metadata.group_id}\n")
         while (self.home / f"hold-{message.metadata.message_type}").exists():

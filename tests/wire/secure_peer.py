@@ -29,9 +29,11 @@ from locum.common.sums import metric_lengths
 from locum.site_client.carrier import SiteCarrier
 from locum.site_client.configuration import FILE, read_configuration
 from locum.site_client.fleet import Fleet, to_bytes
+from locum.site_client.identity import load_identity
 from locum.site_client.journal import Entry
 from locum.site_client.service import Service
 from locum.site_client.start import open_log, open_service
+from tests.readiness import ready
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ def main() -> None:
     configuration = read_configuration(home / FILE)
     service = open_service(home, configuration, open_log(home, home.name, configuration))
     service.agent.worker = _Worker(home)  # type: ignore[assignment]
+    service.agent.ready = lambda plan, run: ready(plan, home.name, load_identity(home).key, run)
     _hold(service)
     signal.signal(signal.SIGTERM, lambda *_: service.end())
     service.pulse.start()

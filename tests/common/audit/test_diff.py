@@ -16,8 +16,8 @@ from tests.audits import NAME, RUN, Federation, sha
 from tests.plans import plan, secured
 
 #: Where entries stand in the site's log of two rounds, and in the coordinator's.
-DECISION, TOLD, TRAIN_1, NUMBERS_1, TRAIN_2, NUMBERS_2, NUMBERS_TEST, COSIGNATURE = 1, 2, 3, 4, 5, 6, 7, 8
-ROUND_1, METRICS_1, ROUND_2, TEST, LAST = 10, 11, 12, 14, 15
+DECISION, TOLD, SAID, TRAIN_1, NUMBERS_1, TRAIN_2, NUMBERS_2, NUMBERS_TEST, COSIGNATURE = 1, 2, 3, 4, 5, 6, 7, 8, 9
+READY, ROUND_1, METRICS_1, ROUND_2, TEST, LAST = 9, 13, 14, 15, 17, 18
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,8 @@ def test_true_logs_agree(of: Callable[[], Any], tmp_path: Path) -> None:
     bundle = federation.bundle()
     for site in federation.sites:
         found = compare(bundle, federation.site_log(site))
-        assert (found.differences, found.site, found.run, found.signed) == ((), site, RUN, 9)
-        assert found.compared == 2 + 3 + 1 + 1
+        assert (found.differences, found.site, found.run, found.signed) == ((), site, RUN, 10)
+        assert found.compared == 2 + 3 + 1 + 1 + 1
 
 
 def _without(entries: list[Entry], number: int) -> list[Entry]:
@@ -55,6 +55,7 @@ def _without(entries: list[Entry], number: int) -> list[Entry]:
     ("number", "expected"),
     [
         (DECISION, [(5, None)]),
+        (SAID, [(READY, None)]),
         (TRAIN_1, [(ROUND_1, None)]),
         (TRAIN_2, [(ROUND_2, None)]),
         (NUMBERS_1, [(METRICS_1, None)]),
@@ -120,11 +121,11 @@ def test_a_log_that_was_changed_after_it_was_signed_is_told(federation: Federati
     folder = federation.site_log("north")
     path = folder / "entries.jsonl"
     path.write_bytes(path.read_bytes().replace(b'"round":2', b'"round":1', 1))
-    with pytest.raises(DataError, match="was changed between entries 0 and 8"):
+    with pytest.raises(DataError, match="was changed between entries 0 and 9"):
         compare(true, folder)
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:-1]))
-    with pytest.raises(DataError, match=r"ends at entry 8, and more of it was signed"):
+    with pytest.raises(DataError, match=r"ends at entry 9, and more of it was signed"):
         compare(true, folder)
 
 

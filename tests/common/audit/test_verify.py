@@ -39,7 +39,8 @@ from tests.audits import (
 from tests.plans import plan, secured
 
 #: Where entries stand in the log of three sites and two rounds.
-PROPOSED, NORTH, STARTED, ROSTER, ROUND_1, METRICS_1, ROUND_2, METRICS_2, TEST, END = 4, 5, 8, 9, 10, 11, 12, 13, 14, 15
+PROPOSED, NORTH, STARTED, READY, ROSTER = 4, 5, 8, 9, 12
+ROUND_1, METRICS_1, ROUND_2, METRICS_2, TEST, END = 13, 14, 15, 16, 17, 18
 
 PRIVACY = {"epsilon": 4.0, "delta": 1e-6, "clip": 1.0, "metrics_epsilon": 1.0}
 
@@ -90,14 +91,14 @@ def test_a_true_bundle_holds(of: Callable[[], Plan], tmp_path: Path) -> None:
     federation = Federation(tmp_path, of())
     verdict = verify(federation.bundle(), authority=federation.fingerprint)
     assert [(result.number, result.told) for result in verdict.results if result.state != "holds"] == []
-    assert [result.number for result in verdict.results] == list(range(1, 19)) == list(TITLES)
+    assert [result.number for result in verdict.results] == list(range(1, 20)) == list(TITLES)
 
 
 def test_a_bundle_without_the_model_holds_and_says_so(open_hand: Federation) -> None:
     path = open_hand.bundle(name="without.zip", model_safetensors=None)
     verdict = verify(path)
     assert verdict.holds
-    assert "was left out" in verdict.results[-1].told
+    assert "was left out" in verdict.results[17].told
 
 
 def test_checkpoints_may_stand_apart_and_an_edited_entry_is_named_as_closely_as_they_stand(
@@ -165,7 +166,7 @@ MEDDLING: dict[str, tuple[Callable[[list[bytes]], Any], int]] = {
     "an inserted entry": (lambda lines: lines.insert(ROUND_2, lines[ROUND_1]), ROUND_2),
     "an entry at the end": (lambda lines: lines.append(lines[STARTED]), END + 1),
     "a truncated log": (lambda lines: lines.pop(), END),
-    "half a log": (lambda lines: lines.__delitem__(slice(9, None)), ROSTER),
+    "half a log": (lambda lines: lines.__delitem__(slice(ROSTER, None)), ROSTER),
 }
 
 
@@ -686,6 +687,7 @@ def test_a_site_with_a_new_key_must_approve_again(tmp_path: Path) -> None:
         at=moment(federation.at(5.5)), site="north", event="enrolled", certificate=fingerprint_of(certificate)
     )
     entries = _with(federation.history(), 7, federation.history()[7], again)
+    entries[READY + 1] = federation.readiness("north", key=key)
     pems = b"".join(map(certificate_pem, [*federation.certificates.values(), certificate]))
     found = caught(federation.bundle(entries, certificates_pem=pems), 11, ROUND_1 + 1)
     assert "an earlier key only" in found.told
@@ -705,11 +707,12 @@ def test_an_approval_under_an_expired_certificate_counts_for_nothing(tmp_path: P
 
 
 def test_a_plan_of_an_earlier_version_is_read_and_its_digest_stays(tmp_path: Path) -> None:
-    federation = Federation(tmp_path, plan(), older=("deterministic", "admission"))
+    federation = Federation(tmp_path, plan(), older=("deterministic", "admission", "contract.consent"))
     assert federation.digest != federation.plan.digest
     verdict = verify(federation.bundle())
     assert verdict.holds, verdict.first
     assert verdict.plan == federation.digest
+    assert verdict.results[18].told == "the version that ran did not ask for it"
 
 
 def test_a_plan_of_a_later_version_is_told(open_hand: Federation, tmp_path: Path) -> None:
