@@ -13,6 +13,7 @@ from rich.table import Table
 from locum.simulations.benchmarks import (
     engine_overhead,
     heart_disease,
+    ingest,
     log,
     private_training,
     secure_sum,
@@ -28,6 +29,7 @@ _ALL = {
     "private_training": private_training.measure,
     "heart_disease": heart_disease.measure,
     "log": log.measure,
+    "ingest": ingest.measure,
 }
 
 

@@ -23,8 +23,6 @@ from locum.site_client.imaging.headers import count, numbers
 from locum.site_client.imaging.reasons import Reason, RefusedError
 
 _PLAIN = frozenset({ImplicitVRLittleEndian, ExplicitVRLittleEndian})
-#: The largest magnitude of a stored value of 16 bits.
-_MOST_STORED = 65_536
 
 
 def stored_values(dataset: Dataset) -> Array:
@@ -82,18 +80,33 @@ def modality_values(datasets: Sequence[Dataset], stored: Callable[[Dataset], Arr
     values = np.empty((len(arrays), *arrays[0].shape), _kind(arrays, scales))
     # Slice by slice: a whole volume at once would go through memory several times.
     for place, array, (slope, intercept) in zip(values, arrays, scales, strict=True):
-        np.multiply(array, values.dtype.type(slope), out=place, dtype=values.dtype)
-        np.add(place, values.dtype.type(intercept), out=place)
+        _rescaled(array, slope, intercept, place)
     return values
 
 
+def _rescaled(array: Array, slope: float, intercept: float, place: Array) -> None:
+    """Write slope · array + intercept; in whole numbers modulo their width, which is exact where the result fits."""
+    if place.dtype.kind == "f":
+        np.multiply(array, slope, out=place)
+        np.add(place, intercept, out=place)
+        return
+    slopes, intercepts = (np.asarray(int(number)).astype(place.dtype) for number in (slope, intercept))
+    np.multiply(array.astype(place.dtype, copy=False), slopes, out=place)
+    np.add(place, intercepts, out=place)
+
+
 def _kind(arrays: Sequence[Array], scales: Sequence[tuple[float, float]]) -> type[np.number[Any]]:
-    """The narrowest type, of three, that holds every value of these slices exactly as it is computed."""
+    """The narrowest of a few types that holds every value of these slices exactly."""
     if not all(number.is_integer() for scale in scales for number in scale):
         return np.float64
-    most = max(abs(slope) for slope, _ in scales) * _MOST_STORED + max(abs(intercept) for _, intercept in scales)
-    small = all(array.dtype.itemsize <= 2 for array in arrays) and most < np.iinfo(np.int32).max
-    return np.int32 if small else np.int64
+    ends = [
+        int(slope) * int(end) + int(intercept)
+        for array, (slope, intercept) in zip(arrays, scales, strict=True)
+        for end in (array.min(initial=0), array.max(initial=0))
+    ]
+    kinds: tuple[type[np.signedinteger[Any]], ...] = (np.int16, np.int32, np.int64)
+    fitting = (kind for kind in kinds if np.iinfo(kind).min <= min(ends) and max(ends) <= np.iinfo(kind).max)
+    return next(fitting, np.float64)
 
 
 def _rescale(dataset: Dataset) -> tuple[float, float]:
