@@ -31,6 +31,7 @@ from locum.common.errors import DataError
 from locum.site_client.imaging import consent, geometry, nifti, npz
 from locum.site_client.imaging.catalog import CaseRow, Counts, Outcome
 from locum.site_client.imaging.damage import damage_is
+from locum.site_client.imaging.declared import note
 from locum.site_client.imaging.deid.engine import Deidentifier
 from locum.site_client.imaging.grids import picture
 from locum.site_client.imaging.grouping import Reader, Watch, group, look
@@ -157,7 +158,6 @@ def ingest(site: SiteData, store: Path, *, keys: Keys, progress: Callable[[Progr
         desk = _Desk(site, store, keys, inventory, Reader(), cleaner, withdrawn, progress or _tell_nobody)
         _retrieve(desk)
         found, new = inventory.walked(find_items(site, store, keys))
-        before = consent.withdrawn_patients(inventory.connection)
         inventory.begin()
         _look(desk, new)
         _group(desk)
@@ -166,10 +166,11 @@ def ingest(site: SiteData, store: Path, *, keys: Keys, progress: Callable[[Progr
         _store(desk, tables, total)
         unmatched = _unmatched(tables) + consent.unmatched(site.consent, keys, inventory.connection)
         folds = sorted({*inventory.stated_folds(), *(tables.roll.folds if tables.roll else ())})
-        counts = inventory.finish(found=found, unmatched=unmatched, folds=folds)
-        sweep(store, inventory.is_file_of)
-        if consent.withdrawn_patients(inventory.connection) != before:
+        note(inventory.connection, site)
+        if inventory.withdrawn != sorted(withdrawn):
             consent.forget_reports(store)  # they hold pictures
+        counts = inventory.finish(found=found, unmatched=unmatched, folds=folds, withdrawn=sorted(withdrawn))
+        sweep(store, inventory.is_file_of)
         return counts
 
 

@@ -240,13 +240,26 @@ class Inventory:
                 "INSERT OR IGNORE INTO codes VALUES (?, ?)", [(case, code) for case in codes for code in codes[case]]
             )
 
-    def finish(self, *, found: int, unmatched: Sequence[str], folds: Sequence[str]) -> Counts:
+    @property
+    def withdrawn(self) -> list[str]:
+        """The pseudonyms on the list of withdrawals at the last ingest that finished."""
+        return list(catalog.read_meta(self.connection, "withdrawn", []))
+
+    def finish(
+        self, *, found: int, unmatched: Sequence[str], folds: Sequence[str], withdrawn: Sequence[str] = ()
+    ) -> Counts:
         """Forget cases that no unit has any more and write the totals, in one transaction."""
         with self.connection:
             self.connection.execute("DELETE FROM cases WHERE unit NOT IN (SELECT key FROM units)")
             self.connection.execute("DELETE FROM codes WHERE case_id NOT IN (SELECT id FROM cases)")
             elsewhere = self._number("SELECT count(*) FROM items JOIN units ON units.key = items.unit WHERE elsewhere")
-            values = {"found": found - elsewhere, "unmatched": list(unmatched), "folds": list(folds), "complete": True}
+            values = {
+                "found": found - elsewhere,
+                "unmatched": list(unmatched),
+                "folds": list(folds),
+                "withdrawn": list(withdrawn),
+                "complete": True,
+            }
             for name, value in values.items():
                 catalog.write_meta(self.connection, name, value)
         return catalog.counts_of(self.connection)
