@@ -117,12 +117,15 @@ def _print_changes(changes: tuple[Change, ...], profile: str, refused: str) -> N
     typer.echo(f"{profile}\nThis shows values of the original: keep it at the site.\n")
     for change in changes:
         why = f"{change.why} ({change.option})" if change.option else change.why
-        after = (
-            "removed" if change.after is None else f"-> {change.after}" if change.after != change.before else "stays"
-        )
-        typer.echo(f"{change.path} {change.name}: {why}\n    {change.before}  {after}")
+        typer.echo(f"{change.path} {change.name}: {why}\n    {change.before}  {_after(change)}")
     if refused:
         typer.echo(f"\nthe file would be refused: {refused}")
+
+
+def _after(change: Change) -> str:
+    if change.after is None:
+        return "removed"
+    return "stays" if change.after == change.before else f"-> {change.after or '(empty)'}"
 
 
 # --- a folder

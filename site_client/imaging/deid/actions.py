@@ -3,8 +3,8 @@
 Rules:
   * What stays was checked: a number is digits, a code string is short and plain, a date is a date. What does not fit
     goes.
-  * A text that holds an identifier of the input is withheld. What is copied is told to the job, to be searched for
-    residue.
+  * A text that holds an identifier of the input is withheld; so is one that is not plain ASCII, as scanners write it.
+    What is copied is told to the job, to be searched for residue.
   * What is made here holds nothing of the input.
 """
 
@@ -103,6 +103,8 @@ _NUMBERS = b"0123456789+-.eE\\ \0"
 _CODES = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_ .-+/\\\0"
 _CODE_VALUE = re.compile(rb"[A-Za-z0-9_.:\-+/{}\[\]%*^()'#?=&~]{1,64}[ \0]*")
 _LONGEST_CODE = 32
+#: Printable ASCII.
+_PLAIN = bytes(range(32, 127))
 _UID = re.compile(r"[0-9.]{1,64}")
 _TIME = re.compile(rb"([01]\d|2[0-3])(:?[0-5]\d(:?([0-5]\d|60)(\.\d{1,6})?)?)?[ \0]*")
 _ZONE = re.compile(rb"[+-](0\d|1[0-4])[0-5]\d[ \0]*")
@@ -141,10 +143,16 @@ def _copy(job: Job, element: Element, rule: Rule, kind: Kind) -> Element | None:
     vr = vr_of(element, rule)
     if vr is None or not isinstance(element.value, bytes):
         return None
-    if kind == "text" and element.tag not in _GATES and job.search.in_text(element.value):
+    if kind == "text" and element.tag not in _GATES and _is_withheld(job, element.value, rule):
         return Element(element.tag, vr, b"")
     job.copied.append(Copied(element.tag, element.value, kind))
     return Element(element.tag, vr, element.value)
+
+
+def _is_withheld(job: Job, value: bytes, rule: Rule) -> bool:
+    """Whether a text goes after all: it holds an identifier, or what no scanner writes and no option asked to keep."""
+    plain = value.rstrip(b"\0").translate(None, _PLAIN)
+    return (bool(plain) and not rule.option) or job.search.in_text(value)
 
 
 def _made(rule: Rule, value: bytes) -> Element:
@@ -157,6 +165,8 @@ def text_of(job: Job, value: object) -> str:
         return ""
     if value.isascii() and b"\x1b" not in value:
         return value.decode("ascii").strip(" \0")
+    if len(job.encodings) == 1 and b"\x1b" not in value:
+        return value.decode(job.encodings[0], "replace").strip(" \0")
     return str(decode_bytes(value, job.encodings, {"\\", "^", "=", "\r", "\n", "\f", "\t"})).strip(" \0")
 
 
@@ -252,13 +262,17 @@ def code(job: Job, element: Element, rule: Rule, level: Level) -> Element | None
     return _copy(job, element, rule, "text") if isinstance(value, bytes) and _CODE_VALUE.fullmatch(value) else None
 
 
-def code_meaning(job: Job, element: Element, rule: Rule, level: Level) -> Element | None:  # noqa: ARG001
+def code_meaning(job: Job, element: Element, rule: Rule, level: Level) -> Element | None:
     """A meaning is that of the dictionary for the code beside it, or the code; without a code it goes."""
     beside = {other.tag: other.value for other in level if other.tag in _CODE_TAGS or other.tag == _SCHEME}
     found = next((beside[tag] for tag in _CODE_TAGS if beside.get(tag)), b"")
     if not isinstance(found, bytes) or not _CODE_VALUE.fullmatch(found):
         return None
-    return _made(rule, meaning(text_of(job, beside.get(_SCHEME, b"")), text_of(job, found)).encode("ascii", "replace"))
+    code_text = text_of(job, found)
+    known = meaning(text_of(job, beside.get(_SCHEME, b"")), code_text)
+    if known == code_text[:64]:
+        return _copy(job, element._replace(value=found[:64]), rule, "text")
+    return _made(rule, known.encode("ascii", "replace"))
 
 
 def words(job: Job, element: Element, rule: Rule, level: Level) -> Element:  # noqa: ARG001

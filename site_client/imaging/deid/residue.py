@@ -10,7 +10,8 @@ Rules:
   * An identifier counts from four characters with a letter, from five digits in text, from six digits in numbers.
     Shorter ones cannot be told from numbers.
   * A date counts in all its spellings.
-  * In binary values a word counts from four letters, in long ones from six: chance would find shorter ones.
+  * In binary values a word counts from four letters, in long ones from six: chance would find shorter ones. A short one of
+    which three quarters can be printed is searched as text.
   * Makers of scanners and code strings of the standard (`configs/deid/words.txt`) are no names: a patient called
     Siemens does not put all of that scanner's images into quarantine. So that name alone is not found there.
   * A text that may stay but holds an identifier is withheld while cleaning. Whatever is found after that refuses the
@@ -44,6 +45,7 @@ _ENCODINGS = (
     "iso8859_7", "iso8859_8", "iso8859_9", "tis_620", "utf-16-le", "utf-16-be",
 )  # fmt: skip
 _LONG_BINARY = 64
+_PRINTABLE = bytes(range(32, 127)) + b"\0"
 _LONG_NAME, _LONG_ID = 6, 8
 
 Kind = Literal["text", "number", "binary"]
@@ -183,7 +185,7 @@ class Search:
         return not self._known.days.isdisjoint(days)
 
     def _in_binary(self, content: bytes) -> bool:
-        if all(31 < byte < 127 or byte == 0 for byte in content[:_LONG_BINARY]) and len(content) <= _LONG_BINARY:
+        if len(content) <= _LONG_BINARY and 4 * len(content.translate(None, _PRINTABLE)) <= len(content):
             return self.in_text(content)
         least = 4 if len(content) <= _LONG_BINARY else _LONG_NAME
         text = content.decode("latin-1").lower()

@@ -1,0 +1,90 @@
+"""An engine with fixed keys, small data sets to clean, and the files of a folder."""
+
+from __future__ import annotations
+
+import gzip
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pydicom
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.errors import InvalidDicomError
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+
+from locum.site_client.imaging.deid.engine import Deidentifier
+from locum.site_client.imaging.keys import Keys
+from locum.site_client.imaging.reasons import RefusedError
+from locum.site_client.imaging.sources import Deidentification, DeidOption
+
+KEYS = Keys(bytes(range(32)), bytes(range(32, 64)))
+#: All that do not keep an identifier on purpose.
+ALL_OPTIONS = tuple(sorted({*get_args(DeidOption)} - {"retain_uids", "institution_identity"}))
+
+
+def engine(*options: str) -> Deidentifier:
+    return Deidentifier(Deidentification.model_validate({"options": options}), KEYS)
+
+
+def image(**over: Any) -> Dataset:
+    """A small CT image; `over` sets or, with None, removes attributes."""
+    made = Dataset()
+    made.SOPClassUID, made.SOPInstanceUID = CTImageStorage, "1.2.826.0.1.3680043.10.7.1"
+    made.StudyInstanceUID, made.SeriesInstanceUID = "1.2.826.0.1.3680043.10.7.2", "1.2.826.0.1.3680043.10.7.3"
+    made.FrameOfReferenceUID = "1.2.826.0.1.3680043.10.7.4"
+    made.PatientID, made.PatientName, made.PatientBirthDate = "MRN-4711-08", "Kowalska^Zofia", "19480905"
+    made.PatientSex, made.PatientAge, made.AccessionNumber = "F", "071Y", "ACC20190007"
+    made.StudyDate, made.StudyTime, made.AcquisitionDateTime = "20190923", "101112", "20190923101112.5+0200"
+    made.ReferringPhysicianName, made.InstitutionName = "Brzezinski^Adam", "St. Elsewhere Hospital"
+    made.Modality, made.Manufacturer, made.ManufacturerModelName = "CT", "ACME", "One"
+    made.StudyDescription, made.DeviceSerialNumber = "CT thorax of Kowalska", "SN-90210"
+    made.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+    made.ImagePositionPatient, made.PixelSpacing = [-10.5, 20, 30.25], [0.5, 0.5]
+    made.Rows, made.Columns, made.SamplesPerPixel, made.PhotometricInterpretation = 2, 3, 1, "MONOCHROME2"
+    made.BitsAllocated, made.BitsStored, made.HighBit, made.PixelRepresentation = 16, 12, 11, 0
+    made.PixelData = bytes(range(12))
+    for name, value in over.items():
+        if value is None:
+            delattr(made, name)
+        else:
+            setattr(made, name, value)
+    made.file_meta = FileMetaDataset()
+    made.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    made.file_meta.MediaStorageSOPClassUID = made.SOPClassUID
+    made.file_meta.MediaStorageSOPInstanceUID = made.SOPInstanceUID
+    return made
+
+
+def saved(dataset: Dataset) -> bytes:
+    buffer = io.BytesIO()
+    dataset.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def loaded(content: bytes) -> Dataset:
+    return pydicom.dcmread(io.BytesIO(content))
+
+
+def cleaned(dataset: Dataset, *options: str) -> Dataset:
+    """A data set written, read, cleaned, written and read again."""
+    return loaded(engine(*options).file(loaded(saved(dataset))))
+
+
+def files_below(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Every DICOM file below a folder, unpacked."""
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        try:
+            pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True)
+        except (InvalidDicomError, EOFError):
+            continue
+        yield str(path.relative_to(folder)), content
+
+
+def outcome(call: Callable[[], bytes]) -> bytes | RefusedError:
+    """What a call gives, or why it refuses."""
+    try:
+        return call()
+    except RefusedError as error:
+        return error
