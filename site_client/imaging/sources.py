@@ -476,6 +476,8 @@ class SiteData(BaseModel):
         kinds = {source.kind for source in self.sources}
         if self.masks is not None and kinds.isdisjoint({"dicom", "dicomweb", "dimse"}):
             raise ValueError("masks is for DICOM; name a nifti source's masks within it")
+        if "retain_uids" in self.deidentification.options and kinds & {"dicomweb", "dimse"}:
+            raise ValueError("retain_uids is not for a PACS: what comes from one is filed under keyed UIDs")
         if self.labels is not None and kinds == {"npz"}:
             raise ValueError("an npz source carries its own labels: remove labels, or use the source's classes")
         if self.table is not None and (self.table.key == "index") != (kinds == {"npz"}):

@@ -53,6 +53,11 @@ def three(hospital, series):
         ("name: north\nsources:\n  - {kind: dicom, path: nowhere}\n", "nowhere does not exist"),
         ("name: north\nsources:\n  - {kind: npz, path: no.npz, part: [4, 4]}\n", "0 <= k < n"),
         ("name: n\nsources:\n  - {kind: nifti, images: .}\nmasks: {path: ., key: series}\n", "masks is for DICOM"),
+        (
+            "name: n\nsources:\n  - {kind: dicomweb, url: 'http://pacs/dicom-web'}\n"
+            "deidentification: {options: [retain_uids]}\n",
+            "retain_uids is not for a PACS",
+        ),
     ],
 )
 def test_a_wrong_site_file_is_told_with_its_place(tmp_path, text, says):
