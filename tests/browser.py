@@ -57,7 +57,7 @@ class Browser:
     _session: str = ""
     _number: int = 0
     _rest: bytes = b""
-    _events: list[dict[str, Any]] = field(default_factory=list)
+    _loaded: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
 
@@ -77,10 +77,11 @@ class Browser:
             self._note(found)
 
     def open(self, address: str) -> None:
-        """Open a page and wait until it is loaded, and where it leads to."""
-        self._events.clear()
-        self.call("Page.navigate", url=address)
-        self._wait_for("Page.loadEventFired")
+        """Open a page and wait until it is loaded."""
+        loader = self.call("Page.navigate", url=address)["loaderId"]
+        end = time.monotonic() + _PATIENCE
+        while loader not in self._loaded:
+            self._note(self._next(end))
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page; it may be a promise."""
@@ -100,9 +101,12 @@ class Browser:
 
     def follow(self, script: str) -> None:
         """Do what leads to another page, and wait until that is loaded."""
-        self._events.clear()
-        self.run(script)
-        self._wait_for("Page.loadEventFired")
+        self.run(f"window.left = false; {script}; true")
+        self.until("window.left === undefined && document.readyState === 'complete'")
+
+    def painted(self) -> None:
+        """Wait until what was drawn so far is on the screen."""
+        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))")
 
     def drag(self, start: tuple[float, float], end: tuple[float, float]) -> None:
         """Draw with the left button from one point of the page to another."""
@@ -123,15 +127,12 @@ class Browser:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
-
-    def _wait_for(self, event: str) -> None:
-        end = time.monotonic() + _PATIENCE
-        while not any(found["method"] == event for found in self._events):
-            self._note(self._next(end))
+        self.call("Page.setLifecycleEventsEnabled", enabled=True)
 
     def _note(self, found: dict[str, Any]) -> None:
         method, given = found.get("method", ""), found.get("params", {})
-        self._events.append({"method": method})
+        if method == "Page.lifecycleEvent" and given["name"] == "load":
+            self._loaded.add(given["loaderId"])
         if method == "Network.requestWillBeSent":
             self.asked.append(given["request"]["url"])
         if method == "Log.entryAdded":

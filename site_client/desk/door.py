@@ -25,10 +25,10 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-COOKIE = "locum-desk"
 ENTER = "/enter"
 _MOST_FORM = 16 << 10
 _MOST_TARGET = 4 << 10
+_MOST_HEADERS = 16 << 10
 #: The viewer draws with WebGL, and keeps fonts and pictures of its own in data: and blob: addresses.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self';"
@@ -45,7 +45,7 @@ _HEADERS = {
     b"cross-origin-opener-policy": b"same-origin",
     b"cross-origin-resource-policy": b"same-origin",
     b"permissions-policy": b"camera=(), geolocation=(), microphone=()",
-    b"referrer-policy": b"no-referrer",
+    b"referrer-policy": b"same-origin",  # with none at all, a browser's own forms would have the Origin null
     b"x-content-type-options": b"nosniff",
 }
 
@@ -95,6 +95,11 @@ class Door:
     port: int
     keys: Pass
 
+    @property
+    def cookie(self) -> str:
+        """The name of the cookie: a browser has one jar for all ports of a machine, and two desks may be open."""
+        return f"locum-desk-{self.port}"
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets a request through, or answers it."""
         if scope["type"] != "http":
@@ -102,7 +107,7 @@ class Door:
         hardened = _hardened(send)
         try:
             if scope["path"] == ENTER:
-                await _answer(hardened, 200, self._enter(scope), cookie=self.keys.session)
+                await _answer(hardened, 200, self._enter(scope), cookie=f"{self.cookie}={self.keys.session}")
                 return
             self._check(scope)
             body = await _form(scope, receive) if scope["method"] == "POST" else b""
@@ -125,9 +130,9 @@ class Door:
 
     def _check(self, scope: Scope) -> None:
         self._check_address(scope)
-        if scope["method"] not in {"GET", "HEAD", "POST"}:
-            raise RefusedRequest(405, "The desk knows GET, HEAD and POST.")
-        if not hmac.compare_digest(_cookie(scope).encode(), self.keys.session.encode()):
+        if scope["method"] not in {"GET", "POST"}:
+            raise RefusedRequest(405, "The desk knows GET and POST.")
+        if not hmac.compare_digest(_cookie(scope, self.cookie).encode(), self.keys.session.encode()):
             raise RefusedRequest(403, "Open the desk by the link that locum site desk printed.")
 
     def _check_address(self, scope: Scope) -> None:
@@ -135,6 +140,8 @@ class Door:
             raise RefusedRequest(421, "The desk answers at its own address only.")
         if len(scope["raw_path"]) + len(scope["query_string"]) > _MOST_TARGET:
             raise RefusedRequest(414, "The address is too long.")
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > _MOST_HEADERS:
+            raise RefusedRequest(431, "The headers are too long.")
 
     def _check_form(self, body: bytes) -> None:
         try:
@@ -179,9 +186,9 @@ def _header(scope: Scope, name: bytes) -> str:
     return found[0].decode("latin-1") if len(found) == 1 else "\0" if found else ""
 
 
-def _cookie(scope: Scope) -> str:
+def _cookie(scope: Scope, name: str) -> str:
     try:
-        morsel = SimpleCookie(_header(scope, b"cookie")).get(COOKIE)
+        morsel = SimpleCookie(_header(scope, b"cookie")).get(name)
     except CookieError:
         return ""
     return morsel.value if morsel is not None else ""
@@ -208,7 +215,7 @@ async def _answer(send: Send, status: int, sentence: str, *, cookie: str = "") -
     )
     headers = [(b"content-type", b"text/html; charset=utf-8"), (b"content-length", str(len(body)).encode())]
     if status == 200:
-        headers.append((b"set-cookie", f"{COOKIE}={cookie}; HttpOnly; SameSite=Strict; Path=/".encode()))
+        headers.append((b"set-cookie", f"{cookie}; HttpOnly; SameSite=Strict; Path=/".encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 

@@ -7,6 +7,8 @@ const said = byId("said");
 
 // For each plane: NiiVue's slice type, and the axis (x, y, z in RAS) along which its slices lie.
 const PLANES = { axial: [0, 2], coronal: [1, 1], sagittal: [2, 0], all: [3, 2] };
+// NIFTI_INTENT_LABEL: without it NiiVue reads the values as intensities, and colours the background.
+const LABELS = 1002;
 // One colour a class, 1 to 255; the background shows the image.
 const COLOURS = [[230, 60, 60], [60, 160, 230], [240, 200, 40], [90, 200, 90], [190, 100, 220], [240, 140, 50]];
 
@@ -33,6 +35,7 @@ const start = async () => {
   const image = viewer.volumes[0];
   if (canvas.dataset.mask !== "") {
     await viewer.addVolumeFromUrl({ url: canvas.dataset.mask, name: "mask.nii", opacity: 0.5 });
+    viewer.volumes[1].hdr.intent_code = LABELS;
     viewer.volumes[1].setColormapLabel(labelColours());
     viewer.updateGLVolume();
   }
