@@ -9,11 +9,11 @@ Rules:
 
 from __future__ import annotations
 
-import hashlib
 import io
 import struct
 import zlib
 from dataclasses import dataclass
+from hashlib import sha256
 
 import pydicom
 from pydicom.dataset import Dataset
@@ -104,18 +104,23 @@ class Desk:
 def arrived(content: bytes, series: Series, desk: Desk) -> Arrival | None:
     """What is kept of an instance that came when `series` was asked for; None if it is of another series."""
     place = Known(study=desk.keys.uid(series.study), series=desk.keys.uid(series.uid))
-    # What cannot be read has no UID: it is known again by its bytes.
-    sop, known = desk.keys.uid(f"damaged {hashlib.sha256(content).hexdigest()}"), place
+    sop, known = "", place
     try:
         with damage_is(Reason.UNREADABLE):
             dataset = parsed(content)
-            uid, known = text(dataset, "SOPInstanceUID"), known_of(dataset, desk.keys)
-        sop = desk.keys.uid(uid) or sop
+            sop, known = desk.keys.uid(text(dataset, "SOPInstanceUID")), known_of(dataset, desk.keys)
         if (known.study, known.series) != (place.study, place.series):
             return None
-        return _judged(dataset, sop, known, desk) if uid else Arrival(sop, place, reason=Reason.INCOMPLETE_HEADER)
+        return _judged(dataset, sop, known, desk) if sop else _unnamed(content, place, desk, Reason.INCOMPLETE_HEADER)
     except RefusedError as refused:
+        if not sop:
+            return _unnamed(content, place, desk, refused.reason, refused.detail)
         return Arrival(sop, known, reason=refused.reason, detail=refused.detail)
+
+
+def _unnamed(content: bytes, place: Known, desk: Desk, reason: Reason, detail: str = "") -> Arrival:
+    """What has no UID that could be read: it is known again by its bytes."""
+    return Arrival(desk.keys.uid(f"damaged {sha256(content).hexdigest()}"), place, reason=reason, detail=detail)
 
 
 def _judged(dataset: Dataset, sop: str, known: Known, desk: Desk) -> Arrival:

@@ -149,31 +149,40 @@ class DicomWeb:
         if want.instances is None:
             self._fetch(place, take)
             return
+        lost: SeriesError | None = None
         for instance in want.instances:
-            self._fetch(f"{place}/instances/{instance.uid}", take)
+            try:
+                self._fetch(f"{place}/instances/{instance.uid}", take, alone=True)
+            except SeriesError as error:
+                lost = error  # the others may come none the less
+        if lost is not None:
+            raise lost
 
-    def _fetch(self, place: str, take: Take) -> None:
+    def _fetch(self, place: str, take: Take, *, alone: bool = False) -> None:
         with self._told():
             response = self._session.get(place, headers=_ACCEPT, stream=True, timeout=self._timeout)
-            with response:
-                response.raise_for_status()
-                kind, boundary = media_type(response.headers.get("Content-Type", ""))
-                chunks = response.iter_content(_CHUNK)
-                if kind == "application/dicom":  # not as the standard has it, but seen
-                    take(b"".join(_bounded(chunks, MAX_INSTANCE)))
-                elif kind == "multipart/related":
-                    for content in parts(chunks, boundary, MAX_INSTANCE):
-                        take(content)
-                else:
-                    raise SeriesError(f"the PACS answers with {kind} instead of DICOM")
+        with response, self._told(alone=alone):
+            response.raise_for_status()
+            kind, boundary = media_type(response.headers.get("Content-Type", ""))
+            chunks = response.iter_content(_CHUNK)
+            if kind == "application/dicom":  # not as the standard has it, but seen
+                take(b"".join(_bounded(chunks, MAX_INSTANCE)))
+            elif kind == "multipart/related":
+                for content in parts(chunks, boundary, MAX_INSTANCE):
+                    take(content)
+            else:
+                raise SeriesError(f"the PACS answers with {kind} instead of DICOM")
 
     def close(self) -> None:
         """Close what is open."""
         self._session.close()
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Say what went wrong in words of ours; those of the libraries quote addresses, and these hold UIDs."""
+    def _told(self, *, alone: bool = False) -> Iterator[None]:
+        """Say what went wrong in words of ours; those of the libraries quote addresses, and these hold UIDs.
+
+        An answer with one image `alone` that breaks off says something of that image, not of the PACS.
+        """
         try:
             yield
         except requests.HTTPError as error:
@@ -186,15 +195,22 @@ class DicomWeb:
             ) from None
         except (requests.exceptions.JSONDecodeError, RecursionError):
             raise AwayError(f"{self.name} answers a query with something that is no JSON", _CHECK_URL) from None
-        except BrokenOffError:
+        except (BrokenOffError, requests.exceptions.ChunkedEncodingError, requests.ConnectionError) as error:
+            if alone:
+                raise SeriesError("the PACS breaks off in mid-image") from None
+            if isinstance(error, requests.ConnectionError):
+                raise self._unreachable(error) from None
             raise AwayError(f"{self.name} broke off in mid-answer", "ingest again: it goes on from there") from None
         except MultipartError as error:
             raise SeriesError(f"the PACS sends malformed multipart: {error}") from None
         except (requests.RequestException, HTTPError) as error:
-            raise AwayError(
-                f"{self.name} cannot be reached, or broke off ({_cause(error)})",
-                "check that it runs and that this machine may connect to it, and ingest again: it goes on from there",
-            ) from None
+            raise self._unreachable(error) from None
+
+    def _unreachable(self, error: Exception) -> AwayError:
+        return AwayError(
+            f"{self.name} cannot be reached, or broke off ({_cause(error)})",
+            "check that it runs and that this machine may connect to it, and ingest again: it goes on from there",
+        )
 
     def _refusal(self, response: requests.Response) -> Exception:
         status = response.status_code

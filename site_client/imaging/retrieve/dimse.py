@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from typing import Any
@@ -114,6 +114,22 @@ _OUT_OF_RESOURCES = 0xA700
 _MOVE_PATIENCE = 10
 
 
+class _Storing:
+    """Handles C-STORE; its answer waits until there is room, which holds the PACS back."""
+
+    def __init__(self, take: Take) -> None:
+        self._take = take
+        self.stopped = False
+
+    def __call__(self, event: evt.Event) -> int:
+        try:
+            self._take(event.encoded_dataset())
+        except StoppedError:
+            self.stopped = True
+            return _OUT_OF_RESOURCES
+        return _SUCCESS
+
+
 class Dimse:
     """See :class:`locum.site_client.imaging.retrieve.peer.Pacs`."""
 
@@ -130,7 +146,7 @@ class Dimse:
         self._idle: list[tuple[frozenset[str], Association]] = []
         self._lock = threading.Lock()
         self._server: Any = None
-        self._moving: Take | None = None
+        self._moving: _Storing | None = None
 
     # --- asking
 
@@ -222,26 +238,36 @@ class Dimse:
     def _get(self, identifier: Dataset, classes: frozenset[str], take: Take) -> None:
         with self._association(classes) as association:
             self._require(association, _GET, "C-GET")
-            association.bind(evt.EVT_C_STORE, _store, [lambda: take])
+            handler = _Storing(take)
+            association.bind(evt.EVT_C_STORE, handler)
             try:
-                for status, _ in association.send_c_get(identifier, _GET):
-                    if status.get("Status") not in _PENDING:
-                        self._judge(status, "C-GET")
+                self._follow(association.send_c_get(identifier, _GET), handler, "C-GET")
             finally:
-                association.unbind(evt.EVT_C_STORE, _store)
+                association.unbind(evt.EVT_C_STORE, handler)
 
     def _move(self, identifier: Dataset, _: frozenset[str], take: Take) -> None:
         self._listen()
         with self._association() as association:
             self._require(association, _MOVE, "C-MOVE")
             association.dimse_timeout = self._source.timeout * _MOVE_PATIENCE
-            self._moving = take
+            self._moving = _Storing(take)
             try:
-                for status, _answer in association.send_c_move(identifier, self._source.calling, _MOVE):
-                    if status.get("Status") not in _PENDING:
-                        self._judge(status, "C-MOVE")
+                answers = association.send_c_move(identifier, self._source.calling, _MOVE)
+                self._follow(answers, self._moving, "C-MOVE")
             finally:
                 self._moving = None
+
+    def _follow(self, answers: Iterator[tuple[Dataset, Dataset | None]], storing: _Storing, service: str) -> None:
+        for status, _ in answers:
+            if storing.stopped:
+                raise StoppedError
+            if status.get("Status") not in _PENDING:
+                self._judge(status, service)
+
+    def _stored(self, event: evt.Event) -> int:
+        """Handle what comes to the port for C-MOVE."""
+        moving = self._moving
+        return _NOT_AUTHORISED if moving is None else moving(event)
 
     def _listen(self) -> None:
         if self._server is not None:
@@ -251,7 +277,7 @@ class Dimse:
         for sop_class in sorted(TAKEN):
             entity.add_supported_context(sop_class, [*_PLAIN, *_COMPRESSED])
         try:
-            handlers = [(evt.EVT_C_STORE, _store, [lambda: self._moving])]
+            handlers = [(evt.EVT_C_STORE, self._stored)]
             self._server = entity.start_server(("", self._source.listen or 0), block=False, evt_handlers=handlers)
         except OSError as error:
             raise DataError(
@@ -380,18 +406,6 @@ class Dimse:
 def _leave(association: Association) -> None:
     if association.is_established:
         association.release()
-
-
-def _store(event: evt.Event, taker: Callable[[], Take | None]) -> int:
-    """Handle one C-STORE; its answer waits until there is room, which holds the PACS back."""
-    take = taker()
-    if take is None:
-        return _NOT_AUTHORISED
-    try:
-        take(event.encoded_dataset())
-    except StoppedError:
-        return _OUT_OF_RESOURCES
-    return _SUCCESS
 
 
 def _groups(instances: Iterable[Instance]) -> Iterator[list[Instance]]:

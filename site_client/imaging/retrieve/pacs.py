@@ -14,7 +14,7 @@ Steps: name the studies → their series → what is missing of each → fetch, 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ from locum.site_client.imaging.retrieve.arrival import Desk, arrived, is_of_no_u
 from locum.site_client.imaging.retrieve.dicomweb import DicomWeb
 from locum.site_client.imaging.retrieve.dimse import Dimse
 from locum.site_client.imaging.retrieve.pace import Pace, wait_after
-from locum.site_client.imaging.retrieve.peer import AwayError, Pacs, Series, SeriesError, Study, Take, Want
+from locum.site_client.imaging.retrieve.peer import AwayError, Instance, Pacs, Series, SeriesError, Study, Take, Want
 from locum.site_client.imaging.retrieve.query import has_day, has_kind
 from locum.site_client.imaging.retrieve.spool import Spool, Tally
 from locum.site_client.imaging.sources import DicomWebSource, PacsSource, Query, SiteData
@@ -40,6 +40,8 @@ from locum.site_client.imaging.sources import DicomWebSource, PacsSource, Query,
 _TOGETHER = 32
 #: Attempts in a row that bring nothing, until a PACS counts as away.
 _TRIES = 5
+#: The same, of series that it does not give although it answers.
+_TRIES_OF_A_SERIES = 2
 T = TypeVar("T")
 
 
@@ -83,15 +85,25 @@ class _Plan:
         wanted: its series that the query names; None if the PACS does not list them.
         unlisted: images that the study has, as the PACS says, and that are in none of the series it lists.
         expected: keyed series UID to the number of images it should have.
+        trouble: why something is not given, in words.
     """
 
     study: Study
     wanted: Sequence[Series] | None
     unlisted: int = 0
     expected: dict[str, int] = field(default_factory=dict)
+    trouble: str = ""
 
 
-def retrieve(site: SiteData, store: Path, keys: Keys, clean: Deidentifier, tell: Callable[[Progress], None]) -> None:
+def retrieve(
+    site: SiteData,
+    store: Path,
+    keys: Keys,
+    clean: Deidentifier,
+    tell: Callable[[Progress], None],
+    *,
+    sleep: Callable[[float], object] = time.sleep,
+) -> None:
     """Bring what the site's PACSs have into the store's `incoming` folder.
 
     The caller holds the store (`store.exclusive`).
@@ -108,7 +120,7 @@ def retrieve(site: SiteData, store: Path, keys: Keys, clean: Deidentifier, tell:
             desk = Desk(source.query, keys, clean, gone)
             with closing(opened(source)) as pacs, Spool.opened(store, number, made=made) as spool:
                 spool.refresh(gone, asked=desk.asked)
-                _retrieve(Retrieval(pacs, source.query, spool, desk, Pace(source.rate), tell))
+                _retrieve(Retrieval(pacs, source.query, spool, desk, Pace(source.rate), tell, sleep))
 
 
 def opened(source: PacsSource) -> Pacs:
@@ -126,10 +138,9 @@ def _retrieve(run: Retrieval) -> None:
         plans = [_plan(run, study) for study in some]
         _complete(run, plans)
         kept += [run.desk.keys.uid(plan.study.uid) for plan in plans if _settle(run, plan)]
-        if run.trouble and run.spool.is_empty():
-            raise DataError(
-                f"{run.pacs.name} gives nothing of what it names: {run.trouble}", run.pacs.when_nothing_comes
-            )
+        if run.spool.is_empty() and any(plan.wanted != [] for plan in plans):
+            why = run.trouble or "it answers, and with nothing"
+            raise DataError(f"{run.pacs.name} gives nothing of what it names: {why}", run.pacs.when_nothing_comes)
     if not kept:
         raise DataError(f"{run.pacs.name} names no image for the query", "check the query: locum site pacs SITE.yaml")
     run.spool.keep_only(kept)
@@ -143,7 +154,7 @@ def _plan(run: Retrieval, study: Study) -> _Plan:
         every = patiently(lambda: run.pacs.series(study), run.sleep)
     except SeriesError as error:
         run.trouble = str(error)
-        return _Plan(study, None)
+        return _Plan(study, None, trouble=str(error))
     wanted = [series for series in every if has_kind(run.query, series)]
     listed = sum(series.said or 0 for series in every)
     unlisted = max(0, (study.said or 0) - listed) if all(series.said is not None for series in every) else 0
@@ -158,86 +169,78 @@ def _plan(run: Retrieval, study: Study) -> _Plan:
 
 
 def _complete(run: Retrieval, plans: Sequence[_Plan]) -> None:
-    expected = {name: number for plan in plans for name, number in plan.expected.items()}
-    wants = [want for plan in plans for series in plan.wanted or () if (want := _first(run, series, expected))]
+    every = [(plan, series) for plan in plans for series in plan.wanted or ()]
+    wants = [want for plan, series in every if (want := _missing(run, plan, series)) is not None]
+    plan_of = {series: plan for plan, series in every}
     idle = 0
     while wants:
         before = run.came
         failed = _fetch(run, wants)
-        wants = _rest(run, wants, failed, expected)
+        # What failed comes last, so that it holds up nothing else.
+        rest = sorted((want.series for want in wants), key=lambda series: series in failed)
+        wants = [want for series in rest if (want := _missing(run, plan_of[series], series, failed=series in failed))]
         idle = idle + 1 if run.came == before else 0
         away = [error for error in failed.values() if isinstance(error, AwayError)]
-        if wants and away and idle < _TRIES:
-            run.sleep(wait_after(idle + 1, max(error.wait for error in away)))
-        elif idle:
+        if idle >= (_TRIES if away else _TRIES_OF_A_SERIES):
             if away:
-                patiently(run.pacs.greet, run.sleep)  # it stumbles over this series alone, or else this says why
+                patiently(run.pacs.greet, run.sleep)  # if it answers, it stumbles over these series alone
             break
-    for plan in plans:
-        plan.expected = {name: expected[name] for name in plan.expected}
+        if wants and away:
+            run.sleep(wait_after(idle + 1, max(error.wait for error in away)))
+    for series, error in failed.items() if wants else ():
+        plan_of[series].trouble = run.trouble = str(error)
 
 
-def _first(run: Retrieval, series: Series, expected: dict[str, int]) -> Want | None:
-    """What is fetched of a series at first: all of it if nothing is here, else what is missing."""
-    if series.said is not None:
-        here = run.spool.count(run.desk.keys.uid(series.uid))
-        if here >= series.said:
-            return None
-        if not here:
-            return Want(series)
-    return _missing(run, series, expected)
-
-
-def _rest(run: Retrieval, wants: Sequence[Want], failed: dict[Want, Exception], expected: dict[str, int]) -> list[Want]:
-    """What is still missing after an attempt; what failed comes last, so that it holds up nothing else."""
-    rest = sorted(wants, key=lambda want: want in failed)
-    return [missing for want in rest if (missing := _missing(run, want.series, expected)) is not None]
-
-
-def _missing(run: Retrieval, series: Series, expected: dict[str, int]) -> Want | None:
-    """The images of a series that are not here; an object of no use is noted instead of fetched."""
-    keys, name = run.desk.keys, run.desk.keys.uid(series.uid)
-    if series.said is not None and run.spool.count(name) >= series.said:
-        return None
+def _missing(run: Retrieval, plan: _Plan, series: Series, *, failed: bool = False) -> Want | None:
+    """What is to be fetched of a series: all of it, the images that are not here, or nothing."""
+    name = run.desk.keys.uid(series.uid)
+    here = run.spool.count(name)
+    if series.said is not None and (here >= series.said or not (here or failed)):
+        return None if here >= series.said else Want(series)
     try:
         listed = patiently(lambda: run.pacs.instances(series), run.sleep)
     except SeriesError as error:
-        run.trouble, listed = str(error), ()
-    expected[name] = max(expected[name], len(listed))
-    study = keys.uid(series.study)
-    here = run.spool.has(study)
-    missing = [instance for instance in listed if keys.uid(instance.uid) not in here]
-    for instance in missing:
-        if is_of_no_use(instance.sop_class):
-            run.spool.put(name, study, unusable(keys.uid(instance.uid), instance.sop_class, study))
+        plan.trouble, listed = str(error), ()
+    plan.expected[name] = max(plan.expected[name], len(listed))
+    rest = tuple(_of_use(run, series, listed))
     run.spool.commit()
-    rest = tuple(instance for instance in missing if not is_of_no_use(instance.sop_class))
-    if listed:
-        return Want(series, rest) if rest else None
-    return Want(series) if run.spool.count(name) < expected[name] or series.said is None else None
+    if not listed:  # it does not answer at this level
+        return Want(series) if here < plan.expected[name] or series.said is None else None
+    return Want(series, rest if here or failed else None) if rest else None
 
 
-def _fetch(run: Retrieval, wants: Sequence[Want]) -> dict[Want, Exception]:
-    """Fetch, clean and keep; returns the fetches that failed. The first that finds the PACS away ends the attempt.
+def _of_use(run: Retrieval, series: Series, listed: Sequence[Instance]) -> Iterator[Instance]:
+    """The images that are not here; an object that nothing reads is noted instead of fetched."""
+    keys, name, study = run.desk.keys, run.desk.keys.uid(series.uid), run.desk.keys.uid(series.study)
+    here = run.spool.has(study)
+    for instance in listed:
+        sop = keys.uid(instance.uid)
+        if sop not in here and is_of_no_use(instance.sop_class):
+            run.spool.put(name, study, unusable(sop, instance.sop_class, study))
+        elif sop not in here:
+            yield instance
+
+
+def _fetch(run: Retrieval, wants: Sequence[Want]) -> dict[Series, AwayError | SeriesError]:
+    """Fetch, clean and keep; returns the series that failed. The first that finds the PACS away ends the attempt.
 
     Raises:
         DataError: the PACS refuses this site.
     """
-    failed: dict[Want, Exception] = {}
+    failed: dict[Series, AwayError | SeriesError] = {}
+    refusal: Exception | None = None
     with fetched(run.fetch, wants, run.pacs.at_once) as events:
         for event in events:
             if event.content is not None:
                 _keep(run, event.want.series, event.content)
-            elif event.error is not None:
-                failed[event.want] = event.error
-                if not isinstance(event.error, SeriesError):
-                    break
+            elif isinstance(event.error, AwayError | SeriesError):
+                failed[event.want.series] = event.error
+            refusal = None if event.error in failed.values() else event.error
+            if refusal is not None or isinstance(event.error, AwayError):
+                break
     run.spool.commit()
-    for error in failed.values():
-        if isinstance(error, SeriesError):
-            run.trouble = str(error)
-        elif not isinstance(error, AwayError):
-            raise error
+    if refusal is not None:
+        raise refusal
     return failed
 
 
@@ -257,12 +260,12 @@ def _settle(run: Retrieval, plan: _Plan) -> bool:
     """Record whether a study is complete; False if the query names nothing of it."""
     study = run.desk.keys.uid(plan.study.uid)
     if plan.wanted is None:
-        run.spool.settle(study, Tally(plan.study.said, lacking=max(1, plan.study.said or 0), surplus=0), None)
+        run.spool.settle(study, Tally(plan.study.said, max(1, plan.study.said or 0), 0, plan.trouble), None)
         return True
     here = {name: run.spool.count(name) for name in plan.expected}
     lacking = sum(max(0, number - here[name]) for name, number in plan.expected.items()) + plan.unlisted
     surplus = sum(max(0, here[run.desk.keys.uid(one.uid)] - one.said) for one in plan.wanted if one.said is not None)
-    run.spool.settle(study, Tally(plan.study.said, lacking, surplus), plan.expected)
+    run.spool.settle(study, Tally(plan.study.said, lacking, surplus, plan.trouble), plan.expected)
     return bool(plan.wanted)
 
 

@@ -33,6 +33,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS sources (source INTEGER PRIMARY KEY, made TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS studies (
     source INTEGER NOT NULL, study TEXT NOT NULL, said INTEGER, lacking INTEGER NOT NULL, surplus INTEGER NOT NULL,
+    trouble TEXT NOT NULL,
     PRIMARY KEY (source, study)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS instances (
@@ -62,11 +63,13 @@ class Tally:
         said: instances, as the PACS says.
         lacking: instances that it said there are, or listed, and did not give.
         surplus: those that it gave beyond what it said.
+        trouble: why something is lacking, in words, if that is known.
     """
 
     said: int | None
     lacking: int
     surplus: int
+    trouble: str = ""
 
 
 class Spool:
@@ -189,6 +192,8 @@ class Spool:
 
     def commit(self) -> None:
         """Keep for good what came."""
+        if not self._batch:
+            return
         self._draft.publish()
         flush(self.folder)
         with self._db:
@@ -221,8 +226,8 @@ class Spool:
             self._remove_others(study, series)
         with self._db:
             self._db.execute(
-                "INSERT OR REPLACE INTO studies VALUES (?, ?, ?, ?, ?)",
-                (self._source, study, tally.said, tally.lacking, tally.surplus),
+                "INSERT OR REPLACE INTO studies VALUES (?, ?, ?, ?, ?, ?)",
+                (self._source, study, tally.said, tally.lacking, tally.surplus, tally.trouble),
             )
             marks = ", ".join("?" * len(_AGAIN))
             self._db.execute(
@@ -266,21 +271,23 @@ def spooled(store: Path, source: int) -> Iterator[Item]:
         return
     with closing(sqlite3.connect(path)) as connection:
         rows = connection.execute(
-            "SELECT study, sop, size, mtime_ns, reason, detail, known, coalesce(lacking, 1)"
+            "SELECT study, sop, size, mtime_ns, reason, detail, known, coalesce(lacking, 1), coalesce(trouble, '')"
             " FROM instances LEFT JOIN studies USING (source, study)"
             " WHERE source = ? AND (reason IS NULL OR reason <> ?) ORDER BY study, sop",
             (source, _OUTSIDE),
         )
-        for study, sop, size, mtime_ns, reason, detail, known, lacking in rows:
+        for study, sop, size, mtime_ns, reason, detail, known, lacking, trouble in rows:
             name = f"{FOLDER}/{source}/{study}/{sop}.dcm"
-            refused = _refused(reason, detail, lacking)
+            refused = _refused(reason, detail, lacking, trouble)
             yield Item(name, store / name, source, size, mtime_ns, known=Known.from_json(known), refused=refused)
 
 
-def _refused(reason: str | None, detail: str, lacking: int) -> tuple[Reason, str] | None:
+def _refused(reason: str | None, detail: str, lacking: int, trouble: str) -> tuple[Reason, str] | None:
     if reason is not None:
         return Reason(reason), detail
-    return (Reason.INCOMPLETE_STUDY, f"{lacking} images were not given") if lacking else None
+    if not lacking:
+        return None
+    return Reason.INCOMPLETE_STUDY, f"images not given: {lacking}{f' ({trouble})' if trouble else ''}"
 
 
 def forget(store: Path, patients: Collection[str]) -> None:
