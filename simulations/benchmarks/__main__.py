@@ -16,6 +16,7 @@ from locum.simulations.benchmarks import (
     ingest,
     log,
     private_training,
+    reading,
     secure_sum,
     training_throughput,
     wire,
@@ -30,6 +31,7 @@ _ALL = {
     "heart_disease": heart_disease.measure,
     "log": log.measure,
     "ingest": ingest.measure,
+    "reading": reading.measure,
 }
 
 
