@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,7 +27,6 @@ from pydicom.uid import (
 
 from locum.common.errors import DataError, RunError
 from locum.site_client.imaging import dicom
-from locum.site_client.imaging.catalog import Catalog
 from locum.site_client.imaging.grouping import Reader, Watch, look
 from locum.site_client.imaging.ingest import ingest
 from locum.site_client.imaging.inventory import Inventory
@@ -532,3 +533,31 @@ def test_a_mask_replaced_while_its_image_is_stored_is_taken_at_the_next_ingest(h
         hospital.ingest(masks={"path": "masks", "key": "patient"})
     hospital.ingest(masks={"path": "masks", "key": "patient"})
     assert np.unique(nibabel.load(hospital.catalog().cases(SPLIT)[0].mask).dataobj) == [2]
+
+
+KEEP = {"deidentification": {"keep_dicom": True}}
+
+
+def test_cleaned_dicom_is_kept_where_a_site_asks_for_it_and_goes_with_its_case(hospital, series):
+    hospital.write(series())
+    hospital.write(series(2, patient="P2", accession="A2", slices=3))
+    hospital.ingest(**KEEP)
+    kept = sorted((hospital.store / "dicom").rglob("*.dcm"))
+    assert len(kept) == 8
+    keys = Keys.of(bytes(range(32)))
+    assert {pydicom.dcmread(path).PatientID for path in kept} == {keys.patient("P1"), keys.patient("P2")}
+    assert not any(b"Secret" in path.read_bytes() for path in kept)
+    shutil.rmtree(hospital.dicom / f"s{series(2).uid[-6:]}")
+    hospital.ingest(**KEEP)
+    assert len(list((hospital.store / "dicom").rglob("*.dcm"))) == 5
+    hospital.ingest()
+    assert not list((hospital.store / "dicom").rglob("*.dcm"))
+
+
+def test_a_series_of_fewer_slices_leaves_no_old_file_behind(hospital, series):
+    paths = hospital.write(series())
+    hospital.ingest(**KEEP)
+    for path in paths[3:]:
+        path.unlink()
+    hospital.ingest(**KEEP)
+    assert len(list((hospital.store / "dicom").rglob("*.dcm"))) == 3

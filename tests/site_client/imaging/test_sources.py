@@ -54,8 +54,7 @@ def three(hospital, series):
         ("name: north\nsources:\n  - {kind: npz, path: no.npz, part: [4, 4]}\n", "0 <= k < n"),
         ("name: n\nsources:\n  - {kind: nifti, images: .}\nmasks: {path: ., key: series}\n", "masks is for DICOM"),
         (
-            "name: n\nsources:\n  - {kind: dicomweb, url: 'http://pacs/dicom-web'}\n"
-            "deidentification: {options: [retain_uids]}\n",
+            "name: n\nsources: [{kind: dicomweb, url: 'http://pacs'}]\ndeidentification: {options: [retain_uids]}\n",
             "retain_uids is not for a PACS",
         ),
     ],
