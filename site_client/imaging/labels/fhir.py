@@ -104,7 +104,7 @@ class FhirBook:
         self._labels = labels
         self._keys = keys
         self._terms = terms
-        self._asked = False
+        self._asked = self._found = False
         self._contained = count()
         self.summary = Summary()
         # "" is SQLite's private temporary database: what does not fit its cache goes to a file without a name.
@@ -133,6 +133,7 @@ class FhirBook:
         )
         if not key or not studies:
             raise RefusedError(Reason.NO_LABEL, "no imaging study of FHIR has this name")
+        self._found = True
         self._base.executemany("UPDATE studies SET named = 1 WHERE study = ?", [(row[0],) for row in studies])
         self._check_patient(unit, studies)
         return self._decided(fact for study in studies for fact in self._of_study(study))
@@ -141,17 +142,15 @@ class FhirBook:
         """'file name:line' (in a bundle the number of the entry) of each imaging study that has named no image.
 
         Raises:
-            DataError: units were asked for, and no study named one.
+            DataError: units were asked for, and nothing named one.
         """
-        missed = [place for (place,) in self._rows("SELECT place FROM studies WHERE NOT named ORDER BY study")]
-        known = self._rows("SELECT count(*) FROM studies")[0][0]
-        if self._asked and known and len(missed) == known:
+        if self._asked and not self._found and self._rows("SELECT 1 FROM studies UNION SELECT 1 FROM persons"):
             raise DataError(
-                f"none of the {known} imaging studies in {self._labels.path} names an image of this site by "
+                f"no imaging study and no patient of {self._labels.path} names an image of this site by "
                 f"{self._labels.link}",
                 "check link, and the keys accession and identifier, in the site file",
             )
-        return missed
+        return [place for (place,) in self._rows("SELECT place FROM studies WHERE NOT named ORDER BY study")]
 
     # --- of a unit
 
@@ -178,6 +177,7 @@ class FhirBook:
             raise RefusedError(Reason.NO_LABEL, "no patient of FHIR has this identifier")
         if len(persons) > 1:
             raise RefusedError(Reason.CONFLICTING_LABELS, f"{len(persons)} patients of FHIR have this identifier")
+        self._found = True
         subjects = self._rows("SELECT name FROM names WHERE person = ?", persons[0][0])
         self._base.executemany("UPDATE studies SET named = 1 WHERE subject = ?", subjects)
         studies = self._rows(
@@ -512,21 +512,27 @@ def _local(reference: str) -> str:
 
 
 def _text(of: Mapping[str, Any], key: str) -> str:
-    value = of.get(key, "")
+    value = of.get(key)
+    if value is None:
+        return ""
     if not isinstance(value, str):
         raise _WrongField(key)
     return value.strip()
 
 
 def _one(of: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = of.get(key, {})
+    value = of.get(key)
+    if value is None:
+        return {}
     if not isinstance(value, dict):
         raise _WrongField(key)
     return value
 
 
 def _many(of: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    value = of.get(key, [])
+    value = of.get(key)
+    if value is None:
+        return []
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
         raise _WrongField(key)
     return value
