@@ -23,8 +23,8 @@ from locum.site_client.imaging.sources import load_site
 from tests.site_client.imaging.cases import thirteen
 from tests.site_client.imaging.conftest import SHARED, Series
 
-#: Seconds for one file, of a few hundred kilobytes at most.
-LIMIT = 30.0
+#: Seconds for one file, of a few hundred kilobytes at most: twice the patience with a codec, and the rest.
+LIMIT = 75.0
 #: MiB that the process may ever have taken.
 MEMORY = 3000
 LARGEST = 300_000
