@@ -30,6 +30,7 @@ from locum.site_client.key_cli import key_app
 from locum.site_client.ledger_cli import ledger
 from locum.site_client.options import Home, Json
 from locum.site_client.quarantine_cli import app as quarantine_app
+from locum.site_client.readiness_cli import readiness
 from locum.site_client.released_cli import released
 from locum.site_client.start_cli import start
 
@@ -49,6 +50,7 @@ app.command()(start)
 app.command()(doctor)
 app.command()(ledger)
 app.command()(released)
+app.command()(readiness)
 app.command()(check_model)
 app.command()(desk)
 app.command()(deid)

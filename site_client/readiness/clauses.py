@@ -4,44 +4,23 @@ Rules:
   * Nothing is looked at but the catalog: no image is opened, and a catalog of a hundred thousand cases takes seconds.
   * `passed` is exact and stays at the site. `told` is what may leave: for a clause that says which images are used, a
     site that has too few patients does not say whether it has none or a few of whom this clause alone keeps out.
+  * What the patients of a site are is asked only where there are enough of them.
   * Groups of patients are judged by the numbers that may be told: in steps of the least cell.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from locum.common.canonical import digest
 from locum.common.envelope import CLAUSES, Clause
 from locum.common.plan import Contract, Plan, Share, Stratum
-from locum.site_client.imaging import consent
-from locum.site_client.imaging.catalog import FILE_NAME, Catalog, read_meta
+from locum.site_client.imaging.declared import Declared, declared
 from locum.site_client.imaging.fitting import OF_IMAGES, Seen, look
 from locum.site_client.readiness.people import Person, person
 from locum.site_client.suppression import rounded
-
-
-@dataclass(frozen=True)
-class Declared:
-    """What the last ingest noted beside the images.
-
-    Attributes:
-        consent: whether the site keeps a list of withdrawn consent.
-        withdrawn: how many patients with images here are on it.
-        terminology: the digest of the site's map; empty without one.
-        codes: class to the standard codes that mean it.
-        unmapped: local codes that the map does not know, with how many images have them.
-    """
-
-    consent: bool = False
-    withdrawn: int = 0
-    terminology: str = ""
-    codes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    unmapped: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,51 +90,19 @@ class Measured:
 def measure(stores: Iterable[Path], plan: Plan, *, least_cell: int) -> Measured:
     """Holds what is in the stores against a plan's contract; raises DataError if a catalog cannot be read."""
     folders = tuple(stores)
-    return judged(plan, tuple(look(folders, plan.contract)), declared_of(folders), least_cell=least_cell)
+    return judged(plan, tuple(look(folders, plan.contract)), declared(folders), least_cell=least_cell)
 
 
-def judged(plan: Plan, seen: Sequence[Seen], declared: Declared, *, least_cell: int) -> Measured:
+def judged(plan: Plan, seen: Sequence[Seen], said: Declared, *, least_cell: int) -> Measured:
     """Holds cases against a plan's contract."""
     fitting = [one for one in seen if one.fits]
     people: dict[str, Person] = {}
     for one in sorted(fitting, key=lambda one: one.case.id):
         if one.case.fold == "train":
             people.setdefault(one.case.patient, person(one.facts))
-    site = _Site(plan.contract, tuple(seen), tuple(fitting), people, declared, least_cell)
+    site = _Site(plan.contract, tuple(seen), tuple(fitting), people, said, least_cell)
     results = {**_of_images(site), **{clause: ask(site) for clause, ask in _OF_SITES.items()}}
-    return Measured(plan, least_cell, declared, tuple(results[name] for name in CLAUSES), tuple(seen), people)
-
-
-def declared_of(stores: Iterable[Path]) -> Declared:
-    """What the last ingests noted; of several stores together. Raises DataError."""
-    found = [_declared(store) for store in stores if not store.is_dir() or (store / FILE_NAME).is_file()]
-    maps = sorted({one.terminology for one in found if one.terminology})
-    codes: dict[str, set[str]] = {}
-    unmapped: dict[str, int] = {}
-    for one in found:
-        for name, known in one.codes.items():
-            codes.setdefault(name, set()).update(known)
-        for code, count in one.unmapped.items():
-            unmapped[code] = unmapped.get(code, 0) + count
-    return Declared(
-        consent=bool(found) and all(one.consent for one in found),
-        withdrawn=sum(one.withdrawn for one in found),
-        terminology="" if not maps else maps[0] if len(maps) == 1 else digest(maps),
-        codes={name: tuple(sorted(known)) for name, known in codes.items()},
-        unmapped=unmapped,
-    )
-
-
-def _declared(store: Path) -> Declared:
-    with closing(Catalog.open(store)) as catalog:
-        terms = read_meta(catalog.connection, "terminology", None) or {}
-        return Declared(
-            consent=bool(read_meta(catalog.connection, "consent", False)),
-            withdrawn=consent.withdrawn_patients(catalog.connection),
-            terminology=terms.get("digest", ""),
-            codes={name: tuple(codes) for name, codes in terms.get("codes", {}).items()},
-            unmapped=terms.get("unmapped", {}),
-        )
+    return Measured(plan, least_cell, said, tuple(results[name] for name in CLAUSES), tuple(seen), people)
 
 
 @dataclass(frozen=True)
@@ -206,7 +153,7 @@ def _of_image(site: _Site, clause: Clause, patients: int, missing: int) -> Resul
         f"{missing} of {_number(len(site.seen), 'image')} {'is' if missing == 1 else 'are'} not used for this"
     )
     asked = _ASKED[clause](site.contract)
-    return Result(clause, asked, measured, passed, told, "" if passed else _REMEDY[clause])
+    return Result(clause, asked, measured if asked else "", passed, told, "" if passed else _REMEDY[clause])
 
 
 def _spacing(contract: Contract) -> str:
@@ -272,7 +219,9 @@ def _classes(site: _Site) -> Result:
 
 def _single_class(site: _Site) -> Result:
     if site.contract.single_class == "allow" or site.contract.task == "segmentation":
-        return _result("single_class", "", "", True, "")
+        return _nothing("single_class")
+    if not site.enough:
+        return _unseen("single_class", "training images of every class")
     present = {one.facts.label for one in site.training}
     missing = [name for name in site.contract.classes if name not in present]
     measured = f"no training image of {', '.join(missing)}" if missing else "there are training images of every class"
@@ -313,7 +262,10 @@ def _of_map(declared: Declared) -> str:
 def _prevalence(site: _Site) -> Result:
     bounds = site.contract.prevalence
     if not bounds:
-        return _result("prevalence", "", "", True, "")
+        return _nothing("prevalence")
+    asked = "; ".join(f"{name} from {share.least:.0%} to {share.most:.0%}" for name, share in bounds.items())
+    if not site.enough:
+        return _unseen("prevalence", asked)
     having: dict[str, set[str]] = {name: set() for name in bounds}
     for one in site.training:
         if one.facts.label in having:
@@ -321,7 +273,6 @@ def _prevalence(site: _Site) -> Result:
     total = len(site.people)
     shares = {name: (len(patients), _within(len(patients), total, site.least_cell, bounds[name]))
               for name, patients in having.items()}  # fmt: skip
-    asked = "; ".join(f"{name} from {share.least:.0%} to {share.most:.0%}" for name, share in bounds.items())
     measured = "; ".join(f"{name} {count} of {total}" for name, (count, _) in shares.items())
     small = f"A class of fewer than {site.least_cell} patients counts as any number below that."
     remedy = f"Ingest the patients of a whole period, not a selection. {small}"
@@ -340,9 +291,11 @@ def _within(count: int, total: int, least: int, bounds: Share) -> bool:
 
 def _strata(site: _Site) -> Result:
     if not site.contract.strata:
-        return _result("strata", "", "", True, "")
+        return _nothing("strata")
+    asked = "; ".join(f"{one.by} {one.value}: at least {one.least_patients}" for one in site.contract.strata)
+    if not site.enough:
+        return _unseen("strata", asked)
     counts = [(stratum, _having(site.people.values(), stratum)) for stratum in site.contract.strata]
-    asked = "; ".join(f"{one.by} {one.value}: at least {one.least_patients}" for one, _ in counts)
     measured = "; ".join(f"{one.by} {one.value}: {count}" for one, count in counts)
     passed = all((rounded(count, site.least_cell) or 0) >= stratum.least_patients for stratum, count in counts)
     remedy = (
@@ -360,7 +313,7 @@ def _having(people: Iterable[Person], stratum: Stratum) -> int:
 def _deidentified(site: _Site) -> Result:
     bare = sum(bool(one.facts.sop_class) and not one.facts.profile for one in site.fitting)
     asked = "DICOM cleaned with the Basic Profile of PS3.15" if site.contract.deidentified else ""
-    measured = f"{bare} of {_number(len(site.fitting), 'image')} that fit were not cleaned"
+    measured = f"{bare} of {_number(len(site.fitting), 'image')} that fit were not cleaned" if asked else ""
     remedy = "Ingest again with this version: it cleans DICOM as `deidentification` of site.yaml says."
     return _result("deidentified", asked, measured, not (asked and bare), remedy)
 
@@ -368,7 +321,7 @@ def _deidentified(site: _Site) -> Result:
 def _deface(site: _Site) -> Result:
     faces = sum(not one.facts.defaced for one in site.fitting)
     asked = "faces were removed" if site.contract.deface == "required" else ""
-    measured = f"not declared of {faces} of {_number(len(site.fitting), 'image')} that fit"
+    measured = f"not declared of {faces} of {_number(len(site.fitting), 'image')} that fit" if asked else ""
     remedy = "Remove the faces, then declare it: `defaced: true` in site.yaml, and ingest again."
     return _result("deface", asked, measured, not (asked and faces), remedy)
 
@@ -383,6 +336,15 @@ def _consent(site: _Site) -> Result:
 
 def _result(clause: Clause, asked: str, measured: str, passed: bool, remedy: str) -> Result:
     return Result(clause, asked, measured, passed, passed, "" if passed else remedy)
+
+
+def _nothing(clause: Clause) -> Result:
+    return _result(clause, "", "", True, "")
+
+
+def _unseen(clause: Clause, asked: str) -> Result:
+    """Of a clause about the patients of a site that has too few of them: that is told already."""
+    return _result(clause, asked, "not looked at: too few patients have images that fit", True, "")
 
 
 def _number(count: int, noun: str) -> str:

@@ -57,6 +57,7 @@ from locum.site_client.identity import SiteIdentity
 from locum.site_client.releases import begin_releases
 from tests.peers import Failing, Mute, Peer, Spoiler, run_peers
 from tests.plans import plan
+from tests.readiness import ready
 from tests.secure_peers import SecurePeer, run_secure
 from tests.server.coordinator import enrol, new_home
 from tests.server.door import Door, open_door
@@ -199,6 +200,7 @@ class _Spender(Peer):
         super().__init__(site)
         self.key = credentials_of(site, found_federation(folder)).key
         self.changes = dict(changes or {})
+        self.ready = lambda plan: str(ready(plan, site, self.key, LOCAL).envelope)
 
     def header(self, plan: Plan, task: TrainTask) -> TrainResult:
         fields = {"site": self.site, "run": LOCAL, "plan": plan.digest, "round": task.round, "purpose": "train",
