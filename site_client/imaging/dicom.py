@@ -87,7 +87,15 @@ RADIOGRAPHS = frozenset(
         XRayRadiofluoroscopicImageStorage,
     }
 )
-ULTRASOUND = frozenset({UltrasoundImageStorage, UltrasoundMultiFrameImageStorage})
+#: With the two that they replaced (PS3.6 annex A, retired), which older devices still write.
+ULTRASOUND = frozenset(
+    {
+        UltrasoundImageStorage,
+        UltrasoundMultiFrameImageStorage,
+        "1.2.840.10008.5.1.4.1.1.6",
+        "1.2.840.10008.5.1.4.1.1.3",
+    }
+)
 CAPTURES = frozenset(
     {
         MultiFrameGrayscaleByteSecondaryCaptureImageStorage,
