@@ -1,8 +1,7 @@
 """A real Orthanc for tests, images with identifiers planted in them, and certificates.
 
 Rules:
-  * One that is shared holds the studies of all tests: each test loads its own, asks by their accession numbers, and takes
-    them away again.
+  * One that is shared holds the studies of all tests: each loads its own, asks by accession numbers, and removes them.
   * Where Orthanc cannot run, tests are skipped and say why; with LOCUM_NEEDS_ORTHANC set they fail.
 """
 

@@ -109,9 +109,11 @@ def arrived(content: bytes, series: Series, desk: Desk) -> Arrival | None:
         with damage_is(Reason.UNREADABLE):
             dataset = parsed(content)
             sop, known = desk.keys.uid(text(dataset, "SOPInstanceUID")), known_of(dataset, desk.keys)
+        if not (sop and known.study and known.series):
+            return _unnamed(content, place, desk, Reason.INCOMPLETE_HEADER)
         if (known.study, known.series) != (place.study, place.series):
             return None
-        return _judged(dataset, sop, known, desk) if sop else _unnamed(content, place, desk, Reason.INCOMPLETE_HEADER)
+        return _judged(dataset, sop, known, desk)
     except RefusedError as refused:
         if not sop:
             return _unnamed(content, place, desk, refused.reason, refused.detail)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import ssl
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime
 from email.utils import parsedate_to_datetime
@@ -97,10 +97,13 @@ class DicomWeb:
     def _pages(self, keys: Mapping[str, str]) -> Iterator[Study]:
         before: set[str] = set()
         while True:
-            with self._told():
-                page = self._client.search_for_studies(
-                    limit=_PAGE, offset=len(before), fields=[*_STUDY_FIELDS], search_filters=dict(keys)
-                )
+            page = self._asked(
+                self._client.search_for_studies,
+                fields=[*_STUDY_FIELDS],
+                limit=_PAGE,
+                offset=len(before),
+                search_filters=dict(keys),
+            )
             studies = [self._study(answer) for answer in page]
             new = [study for study in studies if study.uid not in before]
             yield from new
@@ -119,8 +122,7 @@ class DicomWeb:
 
     def series(self, study: Study) -> Sequence[Series]:
         """All series of a study."""
-        with self._told():
-            answers = self._client.search_for_series(study.uid, fields=list(_SERIES_FIELDS))
+        answers = self._asked(self._client.search_for_series, study.uid, fields=[*_SERIES_FIELDS])
         found = [
             Series(
                 study.uid,
@@ -135,13 +137,19 @@ class DicomWeb:
 
     def instances(self, series: Series) -> Sequence[Instance]:
         """All instances of a series."""
-        with self._told():
-            answers = self._client.search_for_instances(series.study, series.uid, fields=list(_INSTANCE_FIELDS))
+        answers = self._asked(self._client.search_for_instances, series.study, series.uid, fields=[*_INSTANCE_FIELDS])
         found = [
             Instance(proper_uid(_text(answer, "SOPInstanceUID"), self.name), _text(answer, "SOPClassUID"))
             for answer in answers
         ]
         return list({instance.uid: instance for instance in found}.values())
+
+    def _asked(self, question: Callable[..., Any], *place: str, **keys: Any) -> list[_Answer]:
+        with self._told():
+            answers = question(*place, **keys)
+        if isinstance(answers, list) and all(isinstance(answer, Mapping) for answer in answers):
+            return answers
+        raise AwayError(f"{self.name} answers a query with something that is no list", _CHECK_URL)
 
     def fetch(self, want: Want, take: Take) -> None:
         """A series by one request, single instances by one each."""
@@ -288,7 +296,7 @@ def _bounded(chunks: Iterator[bytes], most: int) -> Iterator[bytes]:
 
 
 def _values(answer: _Answer, keyword: str) -> list[Any]:
-    element = answer.get(_TAGS[keyword]) if isinstance(answer, Mapping) else None
+    element = answer.get(_TAGS[keyword])
     values = element.get("Value") if isinstance(element, Mapping) else None
     return values if isinstance(values, list) else []
 
