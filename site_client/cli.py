@@ -26,6 +26,7 @@ from locum.site_client.desk_cli import desk
 from locum.site_client.doctor_cli import doctor
 from locum.site_client.enrol_cli import enrol
 from locum.site_client.identity import usable
+from locum.site_client.imaging.labels.agreement_cli import agreement
 from locum.site_client.key_cli import key_app
 from locum.site_client.ledger_cli import ledger
 from locum.site_client.options import Home, Json
@@ -54,6 +55,7 @@ app.command()(readiness)
 app.command()(check_model)
 app.command()(desk)
 app.command()(deid)
+app.command()(agreement)
 app.add_typer(key_app, name="key")
 app.add_typer(quarantine_app, name="quarantine")
 
