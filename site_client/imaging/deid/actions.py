@@ -99,10 +99,14 @@ _DUMMIES = {
     "UR": b"http://removed.invalid",
 }
 
-_NUMBERS = b"0123456789+-.eE\\ \0"
+#: Written so that no value takes longer than its length.
+_ONE_NUMBER = rb"[ \0]*([+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?[ \0]*)?"
+_NUMBERS = re.compile(_ONE_NUMBER + rb"(\\" + _ONE_NUMBER + rb")*")
 _CODES = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_ .-+/\\\0"
 _CODE_VALUE = re.compile(rb"[A-Za-z0-9_.:\-+/{}\[\]%*^()'#?=&~]{1,64}[ \0]*")
 _LONGEST_CODE = 32
+#: Of a text that stays; LO has 64 characters a value, ST 1024 (PS3.5 6.2).
+_LONGEST_TEXT = 1024
 #: Printable ASCII.
 _PLAIN = bytes(range(32, 127))
 _UID = re.compile(r"[0-9.]{1,64}")
@@ -151,6 +155,8 @@ def _copy(job: Job, element: Element, rule: Rule, kind: Kind) -> Element | None:
 
 def _is_withheld(job: Job, value: bytes, rule: Rule) -> bool:
     """Whether a text goes after all: it holds an identifier, or what no scanner writes and no option asked to keep."""
+    if len(value) > _LONGEST_TEXT:
+        return True
     plain = value.rstrip(b"\0").translate(None, _PLAIN)
     return (bool(plain) and not rule.option) or job.search.in_text(value)
 
@@ -233,7 +239,7 @@ def copy_text(job: Job, element: Element, rule: Rule, level: Level) -> Element |
 
 def number(job: Job, element: Element, rule: Rule, level: Level) -> Element | None:  # noqa: ARG001
     """DS and IS: digits stay."""
-    fits = isinstance(element.value, bytes) and not element.value.translate(None, _NUMBERS)
+    fits = isinstance(element.value, bytes) and _NUMBERS.fullmatch(element.value)
     return _copy(job, element, rule, "number") if fits else None
 
 
@@ -277,7 +283,7 @@ def code_meaning(job: Job, element: Element, rule: Rule, level: Level) -> Elemen
 
 def words(job: Job, element: Element, rule: Rule, level: Level) -> Element:  # noqa: ARG001
     """C of a text: only words of the vocabulary stay, and none that is part of a name in this file."""
-    kept = cleaned(text_of(job, element.value), job.known.names).encode()
+    kept = cleaned(text_of(job, element.value)[:_LONGEST_TEXT], job.known.names).encode()
     kept = b"" if job.search.in_text(kept) else kept
     if not kept and rule.tag == _SEGMENT_LABEL:
         return _made(rule, REMOVED)

@@ -206,7 +206,7 @@ class Deidentifier:
             RefusedError: unreadable, or residue.
         """
         made = self._cleaned(dataset, self._job(dataset))
-        with _damage(), damage_is(Reason.UNREADABLE, "pixels"):
+        with damage_is(Reason.UNREADABLE, "pixels"), _damage():
             return b"".join([b"\0" * 128, b"DICM", _meta(made), *_parts(made, dataset)])
 
     def explain(self, dataset: Dataset) -> tuple[Change, ...]:
@@ -267,7 +267,7 @@ class Deidentifier:
         return _Job(self, self._keys, self._keys.days(patient), encoding, encodings, private)
 
     def _cleaned(self, dataset: Dataset, job: _Job) -> _Cleaned:
-        with _damage(), damage_is(Reason.UNREADABLE, "elements"):
+        with damage_is(Reason.UNREADABLE, "elements"), _damage():
             level = elements_of(dataset, job.encoding, PIXELS.__contains__)
         sop_class, sop = _text_at(job, level, 0x00080016), _text_at(job, level, 0x00080018)
         if sop_class == MediaStorageDirectoryStorage or any(element.tag >> 16 == 4 for element in level):

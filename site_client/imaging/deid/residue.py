@@ -10,8 +10,8 @@ Rules:
   * An identifier counts from four characters with a letter, from five digits in text, from six digits in numbers.
     Shorter ones cannot be told from numbers.
   * A date counts in all its spellings.
-  * In binary values a word counts from four letters, in long ones from six: chance would find shorter ones. A short one of
-    which three quarters can be printed is searched as text.
+  * In binary values a word counts from four letters, in long ones from six: chance would find shorter ones. A short one
+    of which three quarters can be printed is searched as text.
   * Makers of scanners and code strings of the standard (`configs/deid/words.txt`) are no names: a patient called
     Siemens does not put all of that scanner's images into quarantine. So that name alone is not found there.
   * A text that may stay but holds an identifier is withheld while cleaning. Whatever is found after that refuses the

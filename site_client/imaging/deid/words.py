@@ -92,13 +92,13 @@ def vocabulary() -> frozenset[str]:
 
 @lru_cache(maxsize=1)
 def _meanings() -> dict[tuple[str, str], str]:
-    """(Coding scheme, code) to meaning: the code dictionary of pydicom, made from PS3.16."""
-    return {
-        (scheme, code): meaning
-        for scheme, names in concepts.items()
-        for codes in names.values()
-        for code, (meaning, _) in codes.items()
-    }
+    """(Coding scheme, code) to meaning: the code dictionary of pydicom, made from PS3.16; of several the shortest."""
+    found: dict[tuple[str, str], str] = {}
+    for scheme, names in concepts.items():
+        for code, (meaning, _) in (item for codes in names.values() for item in codes.items()):
+            known = found.get((scheme, code), meaning)
+            found[scheme, code] = min(known, meaning, key=lambda text: (len(text), text))
+    return found
 
 
 @lru_cache(maxsize=1)

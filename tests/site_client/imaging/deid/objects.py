@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -19,6 +20,8 @@ from locum.site_client.imaging.reasons import RefusedError
 from locum.site_client.imaging.sources import Deidentification, DeidOption
 
 KEYS = Keys(bytes(range(32)), bytes(range(32, 64)))
+#: Explicit VRs with a length of four bytes.
+LONG = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
 #: All that do not keep an identifier on purpose.
 ALL_OPTIONS = tuple(sorted({*get_args(DeidOption)} - {"retain_uids", "institution_identity"}))
 
@@ -88,3 +91,31 @@ def outcome(call: Callable[[], bytes]) -> bytes | RefusedError:
         return call()
     except RefusedError as error:
         return error
+
+
+# --- bytes that pydicom would not write
+
+
+def element(tag: int, vr: bytes, value: bytes) -> bytes:
+    """One element, explicit, little-endian; odd values are padded."""
+    value += b" " * (len(value) % 2)
+    head = struct.pack("<HH", tag >> 16, tag & 0xFFFF) + vr
+    if vr in LONG:
+        return head + struct.pack("<HI", 0, len(value)) + value
+    return head + struct.pack("<H", len(value)) + value
+
+
+def level(elements: dict[int, tuple[bytes, bytes]]) -> bytes:
+    return b"".join(element(tag, *elements[tag]) for tag in sorted(elements))
+
+
+def item(content: bytes) -> bytes:
+    return struct.pack("<HHI", 0xFFFE, 0xE000, len(content)) + content
+
+
+def spliced(dataset: Dataset, tag: int, vr: bytes, value: bytes) -> bytes:
+    """A file of a data set with one more element, explicit and little-endian, whatever it holds."""
+    content = saved(dataset)
+    after = next(raw for raw in loaded(content).values() if int(raw.tag) > tag)
+    start = after.value_tell - (12 if after.VR.encode() in LONG else 8)
+    return content[:start] + element(tag, vr, value) + content[start:]

@@ -16,11 +16,10 @@ from pydicom.errors import InvalidDicomError
 
 from locum.site_client.imaging.reasons import Reason, RefusedError
 from tests.site_client.imaging.deid.checker import Secrets, leaks
-from tests.site_client.imaging.deid.objects import ALL_OPTIONS, engine, outcome
+from tests.site_client.imaging.deid.objects import ALL_OPTIONS, LONG, element, engine, item, level, outcome
 
-_LONG = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
 _TEXT_VRS = [b"AE", b"AS", b"CS", b"DA", b"DS", b"DT", b"IS", b"LO", b"LT", b"PN", b"SH", b"ST", b"TM", b"UI"]
-_VRS = sorted(_LONG | {*_TEXT_VRS, b"AT", b"FD", b"FL", b"SL", b"SS", b"UL", b"US"})
+_VRS = sorted(LONG | {*_TEXT_VRS, b"AT", b"FD", b"FL", b"SL", b"SS", b"UL", b"US"})
 _PUBLIC = [
     tag for tag in DicomDictionary if tag >> 16 not in {0, 2, 4, 0x7FE0, 0xFFFA} and tag & 0xFFFF and tag != 0x00080005
 ]
@@ -79,23 +78,6 @@ people = st.builds(
         min_value=__import__("datetime").date(1910, 1, 1), max_value=__import__("datetime").date(2019, 12, 31)
     ).map(lambda day: day.strftime("%Y%m%d")),
 )
-
-
-def element(tag: int, vr: bytes, value: bytes) -> bytes:
-    """One element, explicit, little-endian; odd values are padded."""
-    value += b" " * (len(value) % 2)
-    head = struct.pack("<HH", tag >> 16, tag & 0xFFFF) + vr
-    if vr in _LONG:
-        return head + struct.pack("<HI", 0, len(value)) + value
-    return head + struct.pack("<H", len(value)) + value
-
-
-def level(elements: dict[int, tuple[bytes, bytes]]) -> bytes:
-    return b"".join(element(tag, *elements[tag]) for tag in sorted(elements))
-
-
-def item(content: bytes) -> bytes:
-    return struct.pack("<HHI", 0xFFFE, 0xE000, len(content)) + content
 
 
 @st.composite
