@@ -71,6 +71,11 @@ CREATE INDEX studies_by_subject ON studies (subject);
 """
 
 
+_STUDIES_BY_KEY = (
+    "SELECT study, subject, encounter, first, last FROM studies JOIN study_keys USING (study) WHERE key = ?"
+)
+
+
 @dataclass(frozen=True)
 class Summary:
     """What was read.
@@ -116,6 +121,8 @@ class FhirBook:
                 self._take(file, line, names, resource)
         self._base.execute("COMMIT")
         self._base.executescript(_INDEXES)
+        # What has named an image is noted in one transaction without an end: nothing of this base is to last.
+        self._base.execute("BEGIN")
 
     def label(self, unit: Unit) -> Label:
         """The label of an image.
@@ -128,7 +135,7 @@ class FhirBook:
             return self._decided(self._of_patient(unit))
         key = unit.known.accession if self._labels.link == "accession" else unit.known.study
         studies = self._rows(
-            "SELECT study, subject, encounter, first, last FROM studies JOIN study_keys USING (study) WHERE key = ?",
+            _STUDIES_BY_KEY,
             key,
         )
         if not key or not studies:
@@ -158,7 +165,10 @@ class FhirBook:
         """What counts for one imaging study."""
         number, subject, encounter, first, last = study
         days = None if first is None else (first, last)
-        for fact in self._facts(subject):
+        persons = self._rows("SELECT person FROM names WHERE name = ?", subject)
+        if len(persons) > 1:
+            raise RefusedError(Reason.CONFLICTING_LABELS, f"{len(persons)} patients of FHIR have this identifier")
+        for fact in self._facts(self._names_of(persons[0][0]) if persons else [subject]):
             if fact.kind == "Condition":
                 yield from fact.at(days, same_encounter=encounter is not None and fact.encounter == encounter)
             elif fact.refers:
@@ -178,28 +188,43 @@ class FhirBook:
         if len(persons) > 1:
             raise RefusedError(Reason.CONFLICTING_LABELS, f"{len(persons)} patients of FHIR have this identifier")
         self._found = True
-        subjects = self._rows("SELECT name FROM names WHERE person = ?", persons[0][0])
-        self._base.executemany("UPDATE studies SET named = 1 WHERE subject = ?", subjects)
-        studies = self._rows(
-            "SELECT study, subject, encounter, first, last FROM studies JOIN study_keys USING (study)"
-            " WHERE key = ? AND subject IN (SELECT name FROM names WHERE person = ?)",
-            unit.known.study, persons[0][0],
-        )  # fmt: skip
+        names = self._names_of(persons[0][0])
+        self._base.executemany("UPDATE studies SET named = 1 WHERE subject = ?", [(name,) for name in names])
+        studies = [
+            study
+            for study in self._rows(
+                _STUDIES_BY_KEY,
+                unit.known.study,
+            )
+            if study[1] in names
+        ]
         if studies:
             return (fact for study in studies for fact in self._of_study(study))
         days = (f"{unit.known.month}-01", f"{unit.known.month}-31") if unit.known.month else None
-        facts = (fact for (subject,) in subjects for fact in self._facts(subject) if fact.kind == "Condition")
+        facts = (fact for fact in self._facts(names) if fact.kind == "Condition")
         return (seen for fact in facts for seen in fact.at(days, same_encounter=False))
 
-    def _facts(self, subject: bytes) -> list[_Fact]:
+    def _names_of(self, person: int) -> list[bytes]:
+        """The names of a patient that no other patient has."""
+        names = self._rows(
+            "SELECT name FROM names WHERE person = ? AND NOT EXISTS"
+            " (SELECT 1 FROM names AS other WHERE other.name = names.name AND other.person != names.person)",
+            person,
+        )
+        return [name for (name,) in names]
+
+    def _facts(self, names: Iterable[bytes]) -> list[_Fact]:
         """All that is coded of a patient, whichever of its names the resources use."""
-        rows = self._rows(
-            "SELECT fact, kind, encounter, class, codes, sure, began_first, began_last, ended_first, ended_last,"
-            " EXISTS (SELECT 1 FROM fact_studies WHERE fact_studies.fact = facts.fact)"
-            " FROM facts WHERE subject = ? OR subject IN (SELECT other.name FROM names AS one JOIN names AS other"
-            " USING (person) WHERE one.name = ?)",
-            subject, subject,
-        )  # fmt: skip
+        rows = [
+            row
+            for name in names
+            for row in self._rows(
+                "SELECT fact, kind, encounter, class, codes, sure, began_first, began_last, ended_first, ended_last,"
+                " EXISTS (SELECT 1 FROM fact_studies WHERE fact_studies.fact = facts.fact)"
+                " FROM facts WHERE subject = ?",
+                name,
+            )
+        ]
         return [
             _Fact(number, kind, encounter, name, tuple(json.loads(codes)), bool(sure), days[:2], days[2:], bool(refers))
             for number, kind, encounter, name, codes, sure, *days, refers in rows

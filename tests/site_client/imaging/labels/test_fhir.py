@@ -126,6 +126,23 @@ def test_two_patients_with_one_identifier_are_no_guess(book):
     assert outcome(found, unit(month="2011-09")) == "conflicting_labels"
 
 
+@pytest.mark.parametrize("link", ["patient", "study", "accession"])
+def test_an_identifier_that_patients_share_mixes_nothing(book, link):
+    shared = {"system": "urn:insurer", "value": "AOK"}
+    one, two = ({"system": "urn:mrn", "value": f"MRN{number}"} for number in (1, 2))
+    second = {"reference": "Patient/p2"}
+    found = book(
+        patient(1, identifier=[shared, one]), patient(2, identifier=[shared, two]), study(1), study(2, subject=second),
+        condition(), condition(HEART, subject=second), link=link,
+    )  # fmt: skip
+    assert outcome(found, unit("MRN1", "A1", "1.2.3.1", "2011-09")) == "obese"
+    assert outcome(found, unit("MRN2", "A2", "1.2.3.2", "2011-09")) == "heart"
+    assert outcome(found, unit("MRN2", month="2011-09")) == ("heart" if link == "patient" else "no_label")
+    assert outcome(found, unit("AOK", month="2011-09")).endswith(
+        "conflicting_labels" if link == "patient" else "no_label"
+    )
+
+
 def test_one_name_of_two_patients_is_an_error(book):
     with pytest.raises(DataError, match="two patients with different identifiers"):
         book(patient(1, "MRN1"), patient(1, "MRN2"))
