@@ -48,7 +48,7 @@ def told(patients: int, groups: Mapping[By, Mapping[str, int]], least: int, *, r
     cells = {by: {value: rounded(count, least) for value, count in values.items()} for by, values in groups.items()}
     total = rounded(patients, least) or 0
     most = min((_most(values, least) for values in groups.values()), default=total)
-    if reached > most:
+    if -(-reached // least) * least > most:
         return Told(None, {by: {} for by in groups})
     total = min(total, most)
     total -= total % least

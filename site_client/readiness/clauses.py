@@ -2,8 +2,8 @@
 
 Rules:
   * Nothing is looked at but the catalog: no image is opened, and a catalog of a hundred thousand cases takes seconds.
-  * `passed` is exact and stays at the site. `told` is what may leave: for a clause that says which images are used, a
-    site that has too few patients does not say whether it has none or a few of whom this clause alone keeps out.
+  * `passed` is exact and stays at the site. `told` is what may leave: of a clause that says which images are used, a
+    site that has too few patients does not say whether it lets none or a few in, or keeps none or a few out.
   * What the patients of a site are is asked only where there are enough of them.
   * Groups of patients are judged by the numbers that may be told: in steps of the least cell.
 """
@@ -145,9 +145,9 @@ def _of_images(site: _Site) -> dict[Clause, Result]:
 
 
 def _of_image(site: _Site, clause: Clause, patients: int, missing: int) -> Result:
-    least = site.contract.least_patients
-    passed = patients >= least
-    told = site.enough or patients >= max(least, site.least_cell)
+    least, kept_out = site.contract.least_patients, site.all_training - patients
+    passed = patients >= min(least, site.all_training)
+    told = site.enough or (patients >= site.least_cell and (patients >= least or kept_out < site.least_cell))
     measured = (
         f"{patients} of {site.all_training} training patients have such an image; "
         f"{missing} of {_number(len(site.seen), 'image')} {'is' if missing == 1 else 'are'} not used for this"
