@@ -121,7 +121,8 @@ _GATES = frozenset({0x00080008, 0x00080060, 0x00280301})
 _CODE_TAGS = (0x00080100, 0x00080119, 0x00080120)
 _SCHEME = 0x00080102
 _CODING_UIDS = frozenset({0x0008010C, 0x00080117, 0x00080118})
-_PUBLIC_ROOTS = ("1.2.840.10008.", "2.16.840.1.113883.")
+#: Below it HL7 registers coding schemes.
+_PUBLIC_ROOT = "2.16.840.1.113883."
 
 
 def vr_of(element: Element, rule: Rule) -> str | None:
@@ -213,12 +214,12 @@ def accession(job: Job, element: Element, rule: Rule, level: Level) -> Element: 
 
 
 def uid(job: Job, element: Element, rule: Rule, level: Level) -> Element | None:
-    """U: each UID becomes its keyed name; those of the standard and of public coding schemes stay."""
-    values = text_of(job, element.value).split("\\")
-    if vr_of(element, rule) is None or not all(_UID.fullmatch(value) for value in values if value):
+    """U: each UID becomes its keyed name, even one that is none; those of the standard and of public codes stay."""
+    if vr_of(element, rule) is None:
         return None
-    if rule.tag in _CODING_UIDS and values[0].startswith(_PUBLIC_ROOTS[1]):
-        return copy_text(job, element, rule, level)
+    values = text_of(job, element.value).split("\\")
+    if rule.tag in _CODING_UIDS and values[0].startswith(_PUBLIC_ROOT):
+        return copy_uid(job, element, rule, level)
     return _made(rule, "\\".join(job.keys.uid(value) for value in values).encode())
 
 

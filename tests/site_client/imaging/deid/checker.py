@@ -83,6 +83,8 @@ def secrets_of(dataset: Dataset) -> Secrets:
     """All that identifies in an original, at any depth, in private groups too."""
     found = Secrets()
     for element in _all(dataset):
+        if element.VR == "SQ":
+            continue
         values = element.value if isinstance(element.value, list | pydicom.multival.MultiValue) else [element.value]
         texts = [str(value) for value in values if value not in (None, "")]
         for text in texts:
