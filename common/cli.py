@@ -29,9 +29,10 @@ _HELP = {
     "stop": "End a run; what was committed stays.",
     "resume": "Go on with a run that was paused or stopped.",
     "pull": "Fetch a run's model, metrics and report.",
+    "cohort": "Ask the sites how many of their patients fit a description.",
     "audit": "A run's record: bundle it, verify it offline, read it, compare it.",
 }
-_SERVER = ("audit", "server", "propose", "run", "watch", "stop", "resume", "pull")
+_SERVER = ("audit", "cohort", "server", "propose", "run", "watch", "stop", "resume", "pull")
 _EXTRA = {"simulate": "site,server", "site": "site", **dict.fromkeys(_SERVER, "server")}
 
 

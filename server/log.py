@@ -25,10 +25,12 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from locum.common.errors import LocumError
 from locum.common.identity import PublicKey, fingerprint_of, load_certificate, subject_of, utc_now
 from locum.common.log.entries import (
+    AnswerEntry,
     ApprovalEntry,
     EndEntry,
     Entry,
     FederationEntry,
+    QuestionEntry,
     RunEntry,
     moment,
     read_entry,
@@ -57,7 +59,7 @@ class _Known:
 
     Attributes:
         size: entries that were read.
-        facts: the SHA-256 of what each entry about a member or a plan says.
+        facts: the SHA-256 of what each entry about a member, a plan or a question says.
         runs: by run, what was said last.
     """
 
@@ -83,12 +85,13 @@ class _Known:
             self.facts.add(_fact(entry))
 
 
-_FOLLOWED = tuple(f'"kind":"{kind}"'.encode() for kind in ("site", "proposal", "approval", "run", "end"))
+_KINDS = ("site", "proposal", "approval", "question", "answer", "run", "end")
+_FOLLOWED = tuple(f'"kind":"{kind}"'.encode() for kind in _KINDS)
 
 
 def _fact(entry: Entry) -> bytes:
     """What an entry says, whenever it was written; a statement that was signed once is one fact."""
-    if isinstance(entry, ApprovalEntry):
+    if isinstance(entry, ApprovalEntry | QuestionEntry | AnswerEntry):
         return hashlib.sha256(entry.statement.encode()).digest()
     return hashlib.sha256(written(entry.model_copy(update={"at": _ANY_TIME}))).digest()
 
@@ -126,7 +129,7 @@ class FederationLog:
             self.append(*wanted.values())
 
     def append_new(self, *entries: Entry) -> None:
-        """Appends those of these entries about members and plans that say what the log has not said at any time."""
+        """Appends those of these entries about members, plans and questions that say what the log has not said."""
         with self._usable(), self._known.lock:
             self._known.follow(self.store)
             self.store.append(*(entry for entry in entries if _fact(entry) not in self._known.facts))

@@ -1,4 +1,4 @@
-"""The registry: who was invited, who is in the federation, what was proposed, and what sites approved.
+"""The registry: who was invited, who is in the federation, what was proposed and asked, and what sites said to it.
 
 One SQLite file, shared by the gateway, the commands and the runs. Rules:
   * Every change is one short transaction, flushed to the disk before it counts (WAL, synchronous=FULL).
@@ -58,7 +58,16 @@ CREATE TABLE approvals (
     envelope BLOB NOT NULL, PRIMARY KEY (site, key, digest)
 ) STRICT;
 """
-_VERSION = 1
+_QUESTIONS = """
+CREATE TABLE questions (
+    number INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, until REAL NOT NULL, envelope BLOB NOT NULL
+) STRICT;
+CREATE TABLE answers (
+    site TEXT NOT NULL, key TEXT NOT NULL, question TEXT NOT NULL, envelope BLOB NOT NULL,
+    PRIMARY KEY (site, key, question)
+) STRICT;
+"""
+_VERSION = 2
 #: Tables whose rows have a name and can be revoked.
 _REVOCABLE = ("sites", "certificates", "invitations")
 _STANDING = """
@@ -66,6 +75,7 @@ _STANDING = """
     WHERE sites.revoked_at IS NULL AND approvals.approved = 1 AND approvals.digest = ?
 """
 
+_ANSWERED = "SELECT 1 FROM answers WHERE site = ? AND key = ? AND question = ? AND envelope = ?"
 _SAID = "SELECT 1 FROM approvals WHERE site = ? AND key = ? AND digest = ? AND envelope = ?"
 
 
@@ -133,7 +143,7 @@ class Registry:
         registry = cls(path)
         with registry._use(new=True) as connection:
             connection.execute("PRAGMA journal_mode = WAL")
-            connection.executescript(_SCHEMA)
+            connection.executescript(_SCHEMA + _QUESTIONS)
             connection.execute(f"PRAGMA user_version = {_VERSION}")
         return registry
 
@@ -366,10 +376,64 @@ class Registry:
             return _one(connection, f"SELECT 1 {_STANDING} AND site = ?", digest, site) is not None
 
     def state(self) -> int:
-        """A number that grows with every proposal."""
+        """A number that grows with every proposal and every question."""
+        newest = "SELECT COALESCE(MAX(number), 0) FROM"
         with self._use() as connection:
-            row = _one(connection, "SELECT COALESCE(MAX(number), 0) AS state FROM proposals")
+            row = _one(connection, f"SELECT ({newest} proposals) + ({newest} questions) AS state")
             return int(row["state"])
+
+    # --- cohort questions and answers
+
+    def ask(self, digest: str, until: float, envelope: bytes, *, noted: Callable[[], object] = _unnoted) -> bool:
+        """Puts a question before the sites; returns whether it is new. One that was asked before stays as it was.
+
+        `noted` is called within the transaction if it is new: what it raises undoes everything.
+        """
+        with self._change() as connection:
+            query = "INSERT INTO questions (digest, until, envelope) VALUES (?, ?, ?) ON CONFLICT (digest) DO NOTHING"
+            new = connection.execute(query, (digest, until, envelope)).rowcount > 0
+            if new:
+                noted()
+            return new
+
+    def questions(self, *, open_at: float = 0.0) -> tuple[bytes, ...]:
+        """The envelopes of the questions that are open at a time, the newest first."""
+        with self._use() as connection:
+            query = "SELECT envelope FROM questions WHERE until > ? ORDER BY number DESC"
+            return tuple(bytes(row["envelope"]) for row in connection.execute(query, (open_at,)))
+
+    def question(self, digest: str) -> bytes | None:
+        """The envelope of a question."""
+        with self._use() as connection:
+            row = _one(connection, "SELECT envelope FROM questions WHERE digest = ?", digest)
+        return None if row is None else bytes(row["envelope"])
+
+    def record_answer(self, site: str, question: str, envelope: bytes, *, noted: Callable[[], object]) -> bool:
+        """Notes a site's answer, signed with its present key; returns whether it is new. The first one stays.
+
+        `noted` is called within the transaction unless there is another answer: what it raises undoes everything.
+        Raises RefusedError for a site that is not enrolled, and for another answer than the one that is there.
+        """
+        with self._change() as connection:
+            row = _one(connection, "SELECT key FROM sites WHERE name = ? AND revoked_at IS NULL", site)
+            if row is None:
+                raise RefusedError(f"{site} is not enrolled", "enrol it first")
+            query = "INSERT INTO answers (site, key, question, envelope) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING"
+            new = connection.execute(query, (site, row["key"], question, envelope)).rowcount > 0
+            if not new and _one(connection, _ANSWERED, site, row["key"], question, envelope) is None:
+                raise RefusedError("this question has another answer of this site already", "ask it anew: edition")
+            noted()
+            return new
+
+    def answers(self, question: str) -> dict[str, bytes]:
+        """The answers to a question, by site, of sites that are not revoked, under their present keys."""
+        with self._use() as connection:
+            rows = connection.execute(
+                "SELECT site, envelope FROM answers JOIN sites ON sites.name = answers.site AND sites.key = answers.key"
+                " WHERE sites.revoked_at IS NULL AND question = ? ORDER BY site",
+                (question,),
+            )
+            return {row["site"]: bytes(row["envelope"]) for row in rows}
 
     # --- the file ---
 
@@ -395,6 +459,7 @@ class Registry:
             self.close()
             self._connection, self._opened = _connect(self.path), here
             if not new:
+                _upgrade(self._connection)
                 _check_version(self._connection)
         return self._connection
 
@@ -411,6 +476,17 @@ def _connect(path: Path) -> sqlite3.Connection:
     connection.row_factory = sqlite3.Row
     connection.execute("PRAGMA synchronous = FULL")
     return connection
+
+
+def _upgrade(connection: sqlite3.Connection) -> None:
+    """Version 1 knew no questions."""
+    if _one(connection, "PRAGMA user_version")[0] != 1:
+        return
+    with transaction(connection):
+        if _one(connection, "PRAGMA user_version")[0] == 1:
+            for statement in _QUESTIONS.strip().split(";\n"):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {_VERSION}")
 
 
 def _check_version(connection: sqlite3.Connection) -> None:

@@ -15,7 +15,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from types import MappingProxyType
@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from locum.common import names
 from locum.common.canonical import digest
+from locum.common.cohort import Answer, Told
 from locum.common.envelope import Clause, Readiness
 from locum.common.errors import Code, SiteFailure
 from locum.common.messages import (
@@ -78,6 +79,8 @@ class Policy(BaseModel):
         lifetime_epsilon: of all runs together, for one patient, at `ledger_delta`.
         warn_epsilon: from here on the ledger warns.
         ledger_delta: the delta at which the ledger composes all runs.
+        cohort: whether cohort questions are answered, with numbers of patients of `least_cell` or more.
+        cohort_questions_a_day: how many of them in 24 hours; the next ones wait.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -99,6 +102,8 @@ class Policy(BaseModel):
     lifetime_epsilon: float = Field(8.0, gt=0, allow_inf_nan=False)
     warn_epsilon: float = Field(3.0, gt=0, allow_inf_nan=False)
     ledger_delta: float = Field(1e-5, gt=0, lt=1)
+    cohort: Literal["off", "on"] = "off"
+    cohort_questions_a_day: int = Field(20, ge=1)
 
 
 class PolicyRefusal(SiteFailure):
@@ -354,6 +359,29 @@ def told_cells(cells: Mapping[str, frozenset[int]], least: int) -> set[str]:
 
 def _others(cells: Mapping[str, frozenset[int]], told: Collection[str]) -> frozenset[int]:
     return frozenset[int]().union(*(patients for value, patients in cells.items() if value not in told))
+
+
+# --- cohort questions
+
+
+def release_answer(
+    policy: Policy, question: str, site: str, cells: Iterable[Told], *, at: float, refused: str | None
+) -> Answer:
+    """What a site answers to a cohort question: numbers of its least cell or more, if the policy allows any."""
+    told = [Told(table=cell.table, key=cell.key, patients=_large(policy, cell.patients)) for cell in cells]
+    allowed = policy.cohort == "on" and refused is None
+    return Answer(
+        site=site,
+        question=question,
+        at=at,
+        least_cell=policy.least_cell,
+        cells=tuple(told) if allowed else (),
+        refused=refused if policy.cohort == "on" else "cohort",
+    )
+
+
+def _large(policy: Policy, patients: int | None) -> int | None:
+    return None if patients is None or patients < policy.least_cell else patients
 
 
 # --- under secure aggregation

@@ -1,15 +1,15 @@
 """The agent's pulse: tells the coordinator that the site lives and what it does, and brings the news back.
 
 One thread for the life of the agent. Every few seconds, and at once when something changes, it makes the steps that are
-due: Flower's heartbeat, the renewal of a certificate that runs out, a report, the stewards' decisions, the proposals, a
-look at the federation's log.
+due: Flower's heartbeat, the renewal of a certificate that runs out, a report, the stewards' decisions, the proposals,
+the questions and the site's answers, a look at the federation's log.
 Rules:
   * Nothing here holds up the work.
-  * A step that fails costs itself, and is made again after a pause. A decision that the coordinator refuses costs no
-    other, nor does a proposal that cannot be used here.
+  * A step that fails costs itself, and is made again after a pause. A decision or answer that the coordinator refuses
+    costs no other, nor does a proposal or question that cannot be used here.
   * What leaves goes through `releases.py`, which writes it down first.
-  * The coordinator hears the decisions anew over each connection, and when its registry has changed: one that was
-    restored from a backup must not go on without them.
+  * The coordinator hears decisions and answers anew over each connection, and when its registry has changed: one that
+    was restored from a backup must not go on without them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from locum.common.errors import LocumError
 from locum.common.proto import locum_pb2 as pb
 from locum.common.proto import locum_pb2_grpc as rpc
 from locum.site_client.fleet import AwayError, Fleet, RefusedError, guarded
-from locum.site_client.releases import Releases
+from locum.site_client.releases import Releases, Statement
 from locum.site_client.status import CLOCK_WARNING
 from locum.site_client.witness import ForkedError
 
@@ -63,6 +63,8 @@ class News:
     Attributes:
         receive: takes a signed proposal in. Raises LocumError or OSError.
         decisions: the stewards' signed decisions that count, one a plan.
+        asked: takes a signed cohort question in, and answers it later. Raises LocumError or OSError.
+        answers: the site's signed answers to questions that are open.
         renew: renews the certificate over a channel if it is due at a time; returns whether it did. Raises LocumError.
         witness: looks at the federation's log over a channel; returns up to which entry the site vouches for it. Raises
             ForkedError, which it has told, and LocumError.
@@ -70,6 +72,8 @@ class News:
 
     receive: Callable[[bytes], object]
     decisions: Callable[[], Iterable[bytes]]
+    asked: Callable[[bytes], object]
+    answers: Callable[[], Iterable[Statement]]
     renew: Callable[[grpc.Channel, datetime], bool]
     witness: Callable[[grpc.Channel], int]
 
@@ -83,8 +87,8 @@ class _Way:
         fleet: the site's node.
         instance: the agent's, drawn when it starts.
         state: of the coordinator's registry at the last report.
-        fetched: the state whose proposals are here.
-        told: the decisions that the coordinator has heard in this state.
+        fetched: the state whose proposals are here; `heard` that whose questions are.
+        told: the decisions and answers that the coordinator has heard in this state.
         sealed: how many entries of its log the coordinator has signed, as it says.
         vouched: for how many of them the site vouches.
         look: when the log is looked at in any case, by the monotonic clock.
@@ -96,6 +100,7 @@ class _Way:
     instance: str
     state: int = -1
     fetched: int = -1
+    heard: int = -1
     told: set[bytes] = field(default_factory=set)
     sealed: int = 0
     vouched: int = -1
@@ -180,6 +185,8 @@ class Pulse:
             (self._report, 0.0),
             (self._decide, _DECISION_SECONDS),
             (self._fetch, 0.0),
+            (self._hear, 0.0),
+            (self._answer, _DECISION_SECONDS),
             (self._witness, 0.0),
         )
         while True:
@@ -242,18 +249,37 @@ class Pulse:
         if state == way.fetched:
             return
         reply = guarded(lambda: way.registry.Proposals(pb.ProposalsRequest(), timeout=_CALL_SECONDS))
-        problems = [problem for envelope in reply.envelopes if (problem := self._problem(envelope))]
-        if problems:
-            self.log.warning("%d proposals cannot be used; the first of them: %s", len(problems), problems[0])
+        self._take_in(reply.envelopes, self.news.receive, "proposals")
         way.fetched = state
 
-    def _problem(self, envelope: bytes) -> str:
-        """Takes a proposal in; why it cannot be used, empty if it can. Raises OSError."""
+    def _hear(self, way: _Way) -> None:
+        """Takes the questions in, if there can be new ones."""
+        state = way.state
+        if state == way.heard:
+            return
+        reply = guarded(lambda: way.registry.Questions(pb.QuestionsRequest(), timeout=_CALL_SECONDS))
+        self._take_in(reply.envelopes, self.news.asked, "questions")
+        way.heard = state
+
+    def _take_in(self, envelopes: Iterable[bytes], receive: Callable[[bytes], object], what: str) -> None:
+        """Those that cannot be used are told together. Raises OSError."""
+        problems = [problem for envelope in envelopes if (problem := _problem(receive, envelope))]
+        if problems:
+            self.log.warning("%d %s cannot be used; the first of them: %s", len(problems), what, problems[0])
+
+    def _answer(self, way: _Way) -> None:
+        for said in self.news.answers():
+            if said.envelope not in way.told:
+                self._state(way.registry, said)
+                way.told.add(said.envelope)
+
+    def _state(self, stub: rpc.RegistryStub, said: Statement) -> None:
+        """Hands an answer over; raises AwayError. One that is refused is told here, and offered again later."""
         try:
-            self.news.receive(envelope)
-        except LocumError as error:
-            return str(error)
-        return ""
+            request = pb.StateRequest(envelope=said.envelope)
+            self.releases.statement(said, lambda: guarded(lambda: stub.State(request, timeout=_CALL_SECONDS)))
+        except RefusedError as error:
+            self.log.warning("the coordinator does not take an answer to a cohort question: %s", error)
 
     def _witness(self, way: _Way) -> None:
         """Looks at the log when it has grown, and once a minute: a coordinator that says nothing of it is asked too."""
@@ -293,3 +319,12 @@ class Pulse:
             self._warned = True
             self.log.warning("this machine's clock is %.0f s off the coordinator's; set it", -self.offset)
         return int(reply.registry_state), int(reply.log_size)
+
+
+def _problem(receive: Callable[[bytes], object], envelope: bytes) -> str:
+    """Takes something in; why it cannot be used, empty if it can. Raises OSError."""
+    try:
+        receive(envelope)
+    except LocumError as error:
+        return str(error)
+    return ""

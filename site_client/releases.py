@@ -6,6 +6,7 @@ Rules:
   * An entry says that something was about to leave, not that it arrived. What is sent again to the byte, after a cut or
     a crash, has one entry.
   * An answer that refuses what was asked has two, in one append: why, and that this left.
+  * An answer to a cohort question has one with the question beside it, and one that refuses it the reason.
   * A report is written down when its words change: what the agent does, of which run, in which round. How far a blob
     is, the clock and the version are not.
   * Of what the coordinator sent only numbers and names in the form that they have in a log stand here.
@@ -39,6 +40,7 @@ from locum.common.log.entries import (
     LedgerEntry,
     OwnerEntry,
     PolicyEntry,
+    QuestionEntry,
     RefusalEntry,
     ReleaseEntry,
     moment,
@@ -56,6 +58,7 @@ T = TypeVar("T")
 
 FOLDER = "log"
 DECISION, REPORT, COSIGNATURE, RENEWAL, ENROLMENT = "decision", "report", "cosignature", "renewal", "enrolment"
+COHORT = "cohort"
 READINESS = "readiness"
 #: Codes by which the site says no; the others say that it could not.
 REFUSALS = frozenset(
@@ -109,6 +112,22 @@ class _Known(NamedTuple):
     answer: tuple[str, str] = ("", "")
     report: tuple[str, str | None, int | None] | None = None
     decisions: frozenset[str] = frozenset()
+    stated: frozenset[str] = frozenset()
+
+
+class Statement(NamedTuple):
+    """A site's answer to a cohort question.
+
+    Attributes:
+        envelope: the answer, signed.
+        question: the digest of the question; `asked` as the federation signed it.
+        refused: the policy's key, if it tells nothing.
+    """
+
+    envelope: bytes
+    question: str
+    asked: bytes
+    refused: str | None = None
 
 
 @dataclass
@@ -142,6 +161,11 @@ class Releases:
         """How far the privacy ledger had come at the newest entry that says so."""
         return self._known.ledger
 
+    @property
+    def stated(self) -> frozenset[str]:
+        """The SHA-256 of each answer to a cohort question that was about to leave."""
+        return self._known.stated
+
     # --- what leaves
 
     def answer(self, run: str, message: Message, reply: Message, sent: Sent, send: Callable[[], T]) -> T:
@@ -162,6 +186,15 @@ class Releases:
             if statement not in self._known.decisions:
                 self._write(_plain(DECISION, envelope, statements=(statement,)))
                 self._know(decisions=self._known.decisions | {statement})
+        return send()
+
+    def statement(self, said: Statement, send: Callable[[], T]) -> T:
+        """An answer to a cohort question, to the coordinator."""
+        digest = sha256_hex(said.envelope)
+        with self._writing():
+            if digest not in self._known.stated:
+                self._write(*_stated(said, digest))
+                self._know(stated=self._known.stated | {digest})
         return send()
 
     def report(self, activity: Activity, run: str, round_number: int, content: bytes, send: Callable[[], T]) -> T:
@@ -316,6 +349,8 @@ def _after(known: _Known, entry: Mapping[str, Any]) -> _Known:
     purpose, sha256 = entry["purpose"], entry["sha256"]
     if purpose == DECISION:
         return known._replace(decisions=known.decisions | {sha256})
+    if purpose == COHORT:
+        return known._replace(stated=known.stated | {sha256})
     if purpose.startswith(f"{REPORT}."):
         return known._replace(report=(purpose, entry["run"], entry["round"]))
     return known if purpose in {COSIGNATURE, READINESS, RENEWAL, ENROLMENT} else known._replace(answer=(sha256, ""))
@@ -364,6 +399,15 @@ def _refusal(run: str, message: Message, reply: Message) -> Iterator[RefusalEntr
     clause = (reply.error.reason or "").partition(" ")[2]
     known = clause if _CLAUSE.fullmatch(clause) else None
     yield RefusalEntry(at=_now(), run=_run(run), asked=_asked(message), code=code.name, clause=known)
+
+
+def _stated(said: Statement, digest: str) -> Iterator[Entry]:
+    """A question, why it is refused if it is, and that the answer left."""
+    code = None if said.refused is None else Code.POLICY_REFUSED.name
+    yield QuestionEntry(at=_now(), question=said.question, statement=said.asked.decode())
+    if code is not None:
+        yield RefusalEntry(at=_now(), asked=COHORT, code=code, clause=said.refused)
+    yield _plain(COHORT, said.envelope, statements=(digest,), code=code)
 
 
 def _ledger(state: State) -> LedgerEntry:

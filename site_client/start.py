@@ -1,7 +1,8 @@
 """`locum site start`: puts an agent together from its folder, and runs it until it is told to end.
 
 home/  site.yaml  identity/  proposals/  approvals/  journal/  work/ (blobs on their way)  run/ (local tensors)
-       secagg/ (keys of secure sums)  ledger.sqlite  log/ (what left)  site.log  agent.json  agent.lock
+       secagg/ (keys of secure sums)  ledger.sqlite  log/ (what left)  cohort/ (what was asked)  site.log  agent.json
+       agent.lock
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ from locum.common.secagg.roster import Trust
 from locum.site_client import gate
 from locum.site_client.agent import Agent
 from locum.site_client.approvals import Approvals, open_approvals
+from locum.site_client.cohort.answering import Answering
+from locum.site_client.cohort.counting import Cohorts
+from locum.site_client.cohort.memory import FOLDER as COHORT
+from locum.site_client.cohort.memory import Memory
 from locum.site_client.configuration import FILE, SiteConfiguration, read_configuration
 from locum.site_client.enrolment import connection_error, needs_renewal, open_channel, renew
 from locum.site_client.gate import Policy
@@ -118,9 +123,20 @@ def open_service(home: Path, configuration: SiteConfiguration, log: logging.Logg
         lambda: datetime.fromtimestamp(service.pulse.now(), UTC),
         log,
     )
+    cohort = Answering(
+        Memory(home / COHORT),
+        Cohorts(configuration.stores),
+        configuration.policy,
+        lambda: load_identity(home),
+        lambda: service.pulse.now(),  # noqa: PLW0108 - the service is made below
+        lambda: releases.stated,
+        log,
+    )
     news = News(
         receive=lambda envelope: approvals().receive(envelope),
         decisions=lambda: approvals().decisions(),
+        asked=cohort.receive,
+        answers=cohort.statements,
         renew=renewed,
         witness=lambda channel: witness.look(over(RegistryStub(channel), releases)),
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from cryptography import x509
 
+from locum.common.cohort import Query
 from locum.common.envelope import (
     Approval,
     EnvelopeError,
@@ -113,6 +114,7 @@ class Standing:
         proposed: the SHA-256 of the proposal of the plan, once it is in the log.
         said: what became of the run last.
         ready: by site that was asked, what it said last of its data.
+        questions: by its digest, each cohort question; `answered` which of them were, each with the key of the site.
         roster: who takes part.
         models: by round, the SHA-256 of its model.
         counted: by round, the sites in it.
@@ -139,6 +141,8 @@ class Standing:
     proposed: str | None = None
     said: str = ""
     ready: dict[str, Readiness] = field(default_factory=dict)
+    questions: dict[str, Query] = field(default_factory=dict)
+    answered: set[tuple[str, str]] = field(default_factory=set)
     roster: RosterEntry | None = None
     models: dict[int, str] = field(default_factory=dict)
     counted: dict[int, tuple[str, ...]] = field(default_factory=dict)

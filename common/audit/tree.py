@@ -24,6 +24,7 @@ from locum.common.audit.standing import Anchors, Standing
 from locum.common.canonical import canonical_json
 from locum.common.identity import IdentityError, certified_key, check_valid, fingerprint_of, public_key_sha256
 from locum.common.log.entries import (
+    AnswerEntry,
     ApprovalEntry,
     EndEntry,
     Entry,
@@ -31,6 +32,7 @@ from locum.common.log.entries import (
     FederationEntry,
     MetricsEntry,
     ProposalEntry,
+    QuestionEntry,
     ReadinessEntry,
     RosterEntry,
     RoundEntry,
@@ -45,8 +47,8 @@ from locum.common.log.note import Line, NoteError, check_cosignature, check_sign
 from locum.common.log.origins import federation_origin, site_origin
 
 _COORDINATORS = (
-    FederationEntry, SiteEntry, ProposalEntry, ApprovalEntry, RunEntry, ReadinessEntry, RosterEntry, RoundEntry,
-    VoidEntry, MetricsEntry, EndEntry,
+    FederationEntry, SiteEntry, ProposalEntry, ApprovalEntry, QuestionEntry, AnswerEntry, RunEntry, ReadinessEntry,
+    RosterEntry, RoundEntry, VoidEntry, MetricsEntry, EndEntry,
 )  # fmt: skip
 _UNSIGNED = "what the log key signed is not known"
 

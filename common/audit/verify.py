@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from locum.common.audit import course, papers, people, privacy, readiness
+from locum.common.audit import course, papers, people, privacy, questions, readiness
 from locum.common.audit.bundle import CHECKPOINTS, ENTRIES, Bundle, BundleError, Manifest, open_bundle
 from locum.common.audit.rules import AtEntry, Rule, Wrong, shown
 from locum.common.audit.standing import OF_RUN, Anchors, Standing
@@ -24,7 +24,14 @@ from locum.common.audit.words import named
 from locum.common.identity import fingerprint_of
 from locum.common.log.entries import Entry, moment
 
-RULES: tuple[Rule, ...] = (*people.RULES, *course.RULES, *privacy.RULES, *course.LAST, *readiness.RULES)
+RULES: tuple[Rule, ...] = (
+    *people.RULES,
+    *course.RULES,
+    *privacy.RULES,
+    *course.LAST,
+    *readiness.RULES,
+    *questions.RULES,
+)
 _TITLES = {
     1: "the bundle is whole",
     2: "its certificates are those of one federation",

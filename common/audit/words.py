@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from locum.common.errors import MEANING, Code
 from locum.common.log.entries import (
+    AnswerEntry,
     ApprovalEntry,
     DecisionEntry,
     EndEntry,
@@ -13,6 +14,7 @@ from locum.common.log.entries import (
     FederationEntry,
     MetricsEntry,
     ProposalEntry,
+    QuestionEntry,
     ReadinessEntry,
     RefusalEntry,
     ReleaseEntry,
@@ -63,6 +65,10 @@ def _of_federation(entry: Entry) -> str:
         return f"{entry.site} {entry.event}"
     if isinstance(entry, ProposalEntry):
         return f"proposal of plan {entry.plan[:12]}"
+    if isinstance(entry, QuestionEntry):
+        return f"cohort question {entry.question[:12]}"
+    if isinstance(entry, AnswerEntry):
+        return f"answer of {entry.site} to cohort question {entry.question[:12]}"
     return _of_site(entry)
 
 

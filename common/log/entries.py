@@ -85,6 +85,24 @@ class ApprovalEntry(_Entry):
     certificate: Digest
 
 
+class QuestionEntry(_Entry):
+    """A cohort question, as the log key signed it; in a site's own log, that it was answered."""
+
+    kind: Literal["question"] = "question"
+    question: Digest
+    statement: Envelope
+
+
+class AnswerEntry(_Entry):
+    """A site's answer to a question, as it signed it, under the certificate with this SHA-256 (DER)."""
+
+    kind: Literal["answer"] = "answer"
+    site: SiteName
+    question: Digest
+    statement: Envelope
+    certificate: Digest
+
+
 class RunEntry(_Entry):
     """What became of a run. `completed` is in :class:`EndEntry`."""
 
@@ -247,8 +265,8 @@ class ReleaseEntry(_Entry):
     """Something that left, written down before it did.
 
     Attributes:
-        purpose: the type of the message that it answers, or `decision`, `cosignature`, `enrolment`, `renewal`, or
-            `report.` and what the agent does.
+        purpose: the type of the message that it answers, or `decision`, `cohort` (an answer to a question),
+            `cosignature`, `enrolment`, `renewal`, or `report.` and what the agent does.
         run: the run that it is for, or null.
         bytes: of the message and of the tensors beside it.
         sha256: of the message as it travels; `tensors` of the file of the tensors beside it, or null.
@@ -294,6 +312,8 @@ Entry = Annotated[
     | SiteEntry
     | ProposalEntry
     | ApprovalEntry
+    | QuestionEntry
+    | AnswerEntry
     | RunEntry
     | ReadinessEntry
     | RosterEntry

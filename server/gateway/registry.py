@@ -1,10 +1,10 @@
-"""The gateway's service Registry: enrolment, renewal, reports, proposals, approvals, greetings, witnesses of the log.
+"""The gateway's service Registry: enrolment, reports, proposals and approvals, questions and answers, witnesses.
 
 Rules:
   * `Enrol` is for an invitation's certificate, everything else for an enrolled site's; nobody else is answered.
   * An invitation enrols the site that it names, with one key, once. Who asks again with that key gets the same answer.
   * A site reports and approves for itself only, and an approval counts by its signature, not by the connection.
-  * Who joins, whose certificate is renewed and what a site decides stands in the federation's log, or does not count.
+  * Who joins, whose certificate is renewed, what a site decides and answers stands in the log, or does not count.
   * Tokens, keys and whole requests are never written to the gateway's own log.
 """
 
@@ -16,12 +16,14 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Literal, TypeVar
 
 import grpc
 from cryptography import x509
 
+from locum.common.cohort import check_fits, open_answer, open_question
 from locum.common.envelope import MOST_BYTES, Approval, EnvelopeError, open_approval
 from locum.common.errors import RunError
 from locum.common.identity import (
@@ -38,7 +40,7 @@ from locum.common.identity import (
     subject_of,
     utc_now,
 )
-from locum.common.log.entries import ApprovalEntry, SiteEntry
+from locum.common.log.entries import AnswerEntry, ApprovalEntry, SiteEntry
 from locum.common.log.store import LogError
 from locum.common.proto import locum_pb2 as pb
 from locum.common.proto.locum_pb2_grpc import RegistryServicer
@@ -53,6 +55,8 @@ log = logging.getLogger("locum.gateway")
 _MOST_REQUEST = 16 << 10
 _MOST_WORD = 100
 _MOST_LINE = 4 << 10
+#: An answer stands whole in an entry of the log.
+_MOST_ANSWER = 64 << 10
 #: All proposals go in one message, the newest first; what is beyond stays behind. A client takes 32 MiB.
 _MOST_PROPOSALS = 24 << 20
 #: How far ahead of ours a site's clock may be when it dates an approval: one from the far future could not be ended.
@@ -74,7 +78,7 @@ class Federation:
 
 
 class RegistryService(RegistryServicer):
-    """Answers the seven calls; what decides is below, without a connection."""
+    """Answers the nine calls; what decides is below, without a connection."""
 
     def __init__(self, federation: Federation) -> None:
         self._federation = federation
@@ -115,6 +119,17 @@ class RegistryService(RegistryServicer):
         """To a site that watches the log: the newest checkpoint, and the proof that the log has only grown."""
         peer = site_peer(context, self._federation.registry)
         return _answer(context, lambda: witness(self._federation, peer, request))
+
+    def Questions(self, request: pb.QuestionsRequest, context: grpc.ServicerContext) -> pb.QuestionsReply:  # noqa: N802
+        """Every question that is open, the newest first."""
+        del request
+        site_of(context, self._federation.registry)
+        return _answer(context, lambda: questions(self._federation))
+
+    def State(self, request: pb.StateRequest, context: grpc.ServicerContext) -> pb.StateReply:  # noqa: N802
+        """What a site says of its own data."""
+        peer = site_peer(context, self._federation.registry)
+        return _answer(context, lambda: state(self._federation, peer, request))
 
 
 def enrol(federation: Federation, invitation: InvitationRow, request: pb.EnrolRequest) -> pb.Certificates:
@@ -224,6 +239,37 @@ def witness(federation: Federation, peer: Peer, request: pb.WitnessRequest) -> p
             log.info("%s has witnessed the log up to entry %d", peer.name, request.size)
     checkpoint, proof = federation.log.show(request.size)
     return pb.WitnessReply(checkpoint=checkpoint, proof=proof)
+
+
+def questions(federation: Federation) -> pb.QuestionsReply:
+    """The newest open questions that fit into one message."""
+    return pb.QuestionsReply(envelopes=_fitting(federation.registry.questions(open_at=time.time())))
+
+
+def state(federation: Federation, peer: Peer, request: pb.StateRequest) -> pb.StateReply:
+    """Notes a site's answer to an open question; the first one stays."""
+    _check_size(request.envelope, _MOST_ANSWER)
+    answer = open_answer(request.envelope, peer.public_key)
+    if answer.site != peer.name:
+        raise Refusal(grpc.StatusCode.PERMISSION_DENIED, "a site answers for itself only")
+    envelope = federation.registry.question(answer.question)
+    if envelope is None:
+        raise Refusal(grpc.StatusCode.NOT_FOUND, f"no question {answer.question[:12]} was asked")
+    question, query = open_question(envelope, certified_key(federation.log_certificate))
+    if question.until <= time.time():
+        raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, f"question {answer.question[:12]} is closed")
+    check_fits(answer, query)
+    entry = AnswerEntry(
+        at=now(),
+        site=peer.name,
+        question=answer.question,
+        statement=request.envelope.decode(),
+        certificate=fingerprint_of(peer.certificate),
+    )
+    noted = partial(federation.log.append_new, entry)
+    if federation.registry.record_answer(peer.name, answer.question, request.envelope, noted=noted):
+        log.info("%s has answered question %s", peer.name, answer.question[:12])
+    return pb.StateReply()
 
 
 def _check_approval(registry: Registry, peer: Peer, approval: Approval) -> None:

@@ -56,7 +56,7 @@ class Coordinator(rpc.RegistryServicer, rpc.FleetServicer):  # type: ignore[misc
         ahead: seconds by which its clock is ahead of this machine's.
         state: of its registry.
         log_size: entries of its log that it says it has signed.
-        envelopes: its proposals.
+        envelopes: its proposals; `questions` those that are open.
         refuses: decisions that it does not take, with a word.
         answers: what it answers to a call of the node, by the last part of the path; instead of a proper answer.
         heard: every report, decision and call of the node, in order.
@@ -67,6 +67,7 @@ class Coordinator(rpc.RegistryServicer, rpc.FleetServicer):  # type: ignore[misc
     state: int = 1
     log_size: int = 0
     envelopes: list[bytes] = field(default_factory=list)
+    questions: list[bytes] = field(default_factory=list)
     refuses: Callable[[bytes], str] = lambda _: ""
     answers: dict[str, Callable[[bytes], pb.FleetAnswer]] = field(default_factory=dict)
     heard: list[tuple[str, Any]] = field(default_factory=list)
@@ -114,6 +115,16 @@ class Coordinator(rpc.RegistryServicer, rpc.FleetServicer):  # type: ignore[misc
     def Witness(self, request: pb.WitnessRequest, context: grpc.ServicerContext) -> pb.WitnessReply:  # noqa: N802
         self.heard.append(("witness", request))
         return pb.WitnessReply()
+
+    def Questions(self, request: pb.QuestionsRequest, context: grpc.ServicerContext) -> pb.QuestionsReply:  # noqa: N802
+        self.heard.append(("questions", self.state))
+        return pb.QuestionsReply(envelopes=self.questions)
+
+    def State(self, request: pb.StateRequest, context: grpc.ServicerContext) -> pb.StateReply:  # noqa: N802
+        self.heard.append(("answer", request.envelope))
+        if word := self.refuses(request.envelope):
+            context.abort(grpc.StatusCode.NOT_FOUND, word)
+        return pb.StateReply()
 
     # --- the node
 

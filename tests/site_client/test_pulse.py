@@ -17,7 +17,7 @@ from locum.common.proto import locum_pb2 as pb
 from locum.site_client import pulse as module
 from locum.site_client.fleet import Fleet
 from locum.site_client.pulse import News, Pulse
-from locum.site_client.releases import begin_releases
+from locum.site_client.releases import Statement, begin_releases
 from locum.site_client.witness import ForkedError
 from tests.site_client.coordinator import Coordinator, open_coordinator, until
 
@@ -39,13 +39,32 @@ class _Site:
     def __init__(self) -> None:
         self.words: list[bytes] = []
         self.received: list[bytes] = []
+        self.questions: list[bytes] = []
+        self.answers: list[Statement] = []
         self.renewals: list[datetime] = []
         self.fails: dict[str, Exception] = {}
         self.looks = 0
         self.vouched = 0
 
     def news(self) -> News:
-        return News(receive=self._receive, decisions=self._decisions, renew=self._renew, witness=self._witness)
+        return News(
+            receive=self._receive,
+            decisions=self._decisions,
+            asked=self._asked,
+            answers=self._answers,
+            renew=self._renew,
+            witness=self._witness,
+        )
+
+    def _asked(self, envelope: bytes) -> None:
+        if envelope == b"bad":
+            raise RunError("a question does not count", "nothing")
+        self._may_fail("asked")
+        self.questions.append(envelope)
+
+    def _answers(self) -> Iterable[Statement]:
+        self._may_fail("answers")
+        return tuple(self.answers)
 
     def _receive(self, envelope: bytes) -> None:
         if envelope == b"bad":
@@ -106,6 +125,8 @@ def _beats_on(coordinator: Coordinator, site: _Site) -> None:
 _FAILURES: dict[str, Exception] = {
     "receive": OSError(errno.ENOSPC, "No space left on device"),
     "decisions": OSError(errno.EIO, "Input/output error"),
+    "asked": OSError(errno.ENOSPC, "No space left on device"),
+    "answers": RunError("the memory of cohort questions cannot be used", "restore it"),
     "renew": RuntimeError("nobody foresaw this"),
     "witness": RunError("what the site has seen of the log cannot be read", "restore it"),
 }
@@ -117,7 +138,7 @@ def test_a_step_that_fails_for_ever_costs_neither_the_heartbeat_nor_the_renewal(
 ) -> None:
     site = _Site()
     site.fails[step] = _FAILURES[step]
-    coordinator.envelopes = [b"proposal"]
+    coordinator.envelopes, coordinator.questions = [b"proposal"], [b"question"]
     start(site)
     until(lambda: str(_FAILURES[step]) in caplog.text)
     _beats_on(coordinator, site)
@@ -149,6 +170,32 @@ def test_a_proposal_that_cannot_be_used_costs_itself_and_is_told_once(
     until(lambda: site.received == [b"good"])
     _beats_on(coordinator, site)
     assert caplog.text.count("2 proposals cannot be used; the first of them: it is not signed") == 1
+
+
+def test_a_question_that_cannot_be_used_costs_itself_and_answers_are_told_anew_when_the_registry_has_changed(
+    coordinator: Coordinator, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    coordinator.questions = [b"bad", b"good"]
+    site = _Site()
+    site.answers = [Statement(b"answer", "ab" * 32, b"{}")]
+    start(site)
+    until(lambda: site.questions == [b"good"] and coordinator.named("answer") == [b"answer"])
+    _beats_on(coordinator, site)
+    assert coordinator.named("answer") == [b"answer"]
+    assert caplog.text.count("1 questions cannot be used; the first of them: a question does not count") == 1
+    coordinator.state = 2
+    until(lambda: coordinator.named("answer") == [b"answer", b"answer"])
+
+
+def test_an_answer_that_is_refused_is_told_and_holds_up_no_other(
+    coordinator: Coordinator, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    coordinator.refuses = lambda envelope: "it is closed" if envelope == b"one" else ""
+    site = _Site()
+    site.answers = [Statement(b"one", "ab" * 32, b"{}"), Statement(b"two", "cd" * 32, b"{}")]
+    start(site)
+    until(lambda: coordinator.named("answer") == [b"one", b"two"])
+    assert "the coordinator does not take an answer to a cohort question" in caplog.text
 
 
 def test_decisions_are_told_anew_over_each_connection_and_when_the_registry_has_changed(
