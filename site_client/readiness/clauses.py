@@ -147,12 +147,13 @@ def _of_images(site: _Site) -> dict[Clause, Result]:
 def _of_image(site: _Site, clause: Clause, patients: int, missing: int) -> Result:
     least, kept_out = site.contract.least_patients, site.all_training - patients
     passed = patients >= min(least, site.all_training)
-    told = site.enough or (patients >= site.least_cell and (patients >= least or kept_out < site.least_cell))
+    asked = _ASKED[clause](site.contract)
+    few = patients < site.least_cell or (patients < least and kept_out >= site.least_cell)
+    told = site.enough or not asked or not few
     measured = (
         f"{patients} of {site.all_training} training patients have such an image; "
         f"{missing} of {_number(len(site.seen), 'image')} {'is' if missing == 1 else 'are'} not used for this"
     )
-    asked = _ASKED[clause](site.contract)
     return Result(clause, asked, measured if asked else "", passed, told, "" if passed else _REMEDY[clause])
 
 
