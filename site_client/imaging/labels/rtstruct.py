@@ -34,7 +34,7 @@ from locum.site_client.imaging.labels.canvas import (
     one_mask,
 )
 from locum.site_client.imaging.labels.given import Annotation
-from locum.site_client.imaging.labels.objects import ObjectIndex, code_name
+from locum.site_client.imaging.labels.objects import Found, ObjectIndex, code_name
 from locum.site_client.imaging.reasons import Reason, RefusedError
 from locum.site_client.imaging.sources import ObjectMasks
 
@@ -76,10 +76,15 @@ class RtStructMasks:
         objects = self._index.of(unit)
         if not objects:
             raise RefusedError(Reason.MASK_MISSING)
-        return [
-            (found.reader, open_structures(found.load(Reason.MASK_UNREADABLE), self._masks.segments))
-            for found in objects
-        ]
+        return [(found.reader, self._open(found)) for found in objects]
+
+    def _open(self, found: Found) -> Structures:
+        structures = open_structures(found.load(Reason.MASK_UNREADABLE), self._masks.segments)
+        if found.cleaned and structures.nameless:
+            raise RefusedError(
+                Reason.MASK_MISSING, "de-identification emptied the names of its structures: option clean_descriptors"
+            )
+        return structures
 
 
 def _operator(dataset: Dataset) -> str:
@@ -98,7 +103,7 @@ def open_structures(dataset: Dataset, segments: Mapping[str, int]) -> Structures
             for item in dataset.get("ROIContourSequence") or ()
         }
         named = {number: names for number, names in _names(dataset).items() if contours.get(number)}
-        return Structures(chosen(named, segments), contours)
+        return Structures(chosen(named, segments), contours, named=any(any(names) for names in named.values()))
 
 
 def _names(dataset: Dataset) -> dict[int, frozenset[str]]:
@@ -116,9 +121,24 @@ def _names(dataset: Dataset) -> dict[int, frozenset[str]]:
 class Structures:
     """What one RT Structure Set states."""
 
-    def __init__(self, numbers: Mapping[str, Sequence[int]], contours: Mapping[int, Sequence[Dataset]]) -> None:
+    def __init__(
+        self, numbers: Mapping[str, Sequence[int]], contours: Mapping[int, Sequence[Dataset]], *, named: bool
+    ) -> None:
+        """Structures.
+
+        Args:
+            numbers: key of `segments` to the numbers of the ROIs that it names.
+            contours: of each ROI by number.
+            named: whether any ROI with contours has a name or a code.
+        """
         self._numbers = numbers
         self._contours = contours
+        self._named = named
+
+    @property
+    def nameless(self) -> bool:
+        """Whether no ROI with contours has a name or a code."""
+        return not self._named
 
     @property
     def names(self) -> frozenset[str]:

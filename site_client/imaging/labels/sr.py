@@ -62,6 +62,8 @@ _OBSERVER_NAME = "DCM:121008"
 #: Objects that a report may list as evidence besides images.
 _NO_IMAGES = ANNOTATIONS | {LabelMapSegmentationStorage, str(RealWorldValueMappingStorage)}
 
+_EMPTIED = "de-identification removed the content of its reports: option clean_structured_content"
+
 #: An image, of whatever kind, by series UID, SOP class and SOP Instance UID.
 _Image = tuple[str, str, str]
 
@@ -86,16 +88,18 @@ class SrBook:
         self._classes = {standard(code): name for code, name in labels.classes.items()} if labels.classes else None
         self._index = ObjectIndex(labels.path, CLASSES, annotations, keys, reader=_observer)
         self._silent: list[str] = []
+        self._emptied: set[str] = set()
         self._said: dict[str, list[_Said]] = {}
         for found in self._index:
             self._read(found, keys)
 
     def label(self, unit: Unit) -> Label:
         """As :meth:`LabelSource.label`; also raises RefusedError (uncertain_label)."""
-        self._index.of(unit)
+        objects = self._index.of(unit)
         said = self._said.get(unit.key, ())
         if not said:
-            raise RefusedError(Reason.NO_LABEL)
+            emptied = any(found.sop in self._emptied for found in objects)
+            raise RefusedError(Reason.NO_LABEL, _EMPTIED if emptied else "")
         labels = {each.code: labelled(each.code, self._classes, self._terms) for each in said}
         names = {label.name for label in labels.values()}
         name = self._agreed(self.readings(unit)) if self._labels.consensus else _only(names)
@@ -131,6 +135,8 @@ class SrBook:
         except RefusedError as refused:
             self._silent.append(f"{found.name} ({refused.reason})")
             return
+        if not units and found.cleaned and not dataset.get("ContentSequence"):
+            self._emptied.add(found.sop)
         if not units:
             self._silent.append(f"{found.name} ({Reason.NO_LABEL})")
         for unit, code in units:

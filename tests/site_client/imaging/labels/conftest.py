@@ -1,4 +1,4 @@
-"""Images, and annotation objects of them: segmentations by highdicom, structure sets as PS3.3 has them."""
+"""Images, and annotation objects of them: segmentations by highdicom, and what they refer to."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 import highdicom
 import numpy as np
 import pytest
+from highdicom import sr
 from highdicom.sr import CodedConcept
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_uid
 
 from locum.site_client.imaging import geometry
@@ -24,6 +26,7 @@ from locum.site_client.imaging.known import known_of
 
 KEYS = Keys.of(bytes(range(32)))
 TISSUE = CodedConcept("85756007", "SCT", "Tissue")
+MASS = CodedConcept("4147007", "SCT", "Mass")
 
 
 def complete(images: Sequence[Dataset]) -> list[Dataset]:
@@ -58,11 +61,11 @@ class Lab:
         self, images: Sequence[Dataset], mask: Any, kind: str = "BINARY", **over: Any
     ) -> highdicom.seg.Segmentation:
         """A Segmentation object; `codes` and `labels` of its segments, `reader` who made it, else of highdicom."""
-        codes = over.pop("codes", ["10200004"])
-        labels = over.pop("labels", [f"segment {number + 1}" for number in range(len(codes))])
+        types = over.pop("codes", ["10200004"])
+        labels = over.pop("labels", [f"segment {number + 1}" for number in range(len(types))])
         described = [
             highdicom.seg.SegmentDescription(number, label, TISSUE, CodedConcept(code, "SCT", "a thing"), "MANUAL")
-            for number, (code, label) in enumerate(zip(codes, labels, strict=True), start=1)
+            for number, (code, label) in enumerate(zip(types, labels, strict=True), start=1)
         ]
         return highdicom.seg.Segmentation(
             source_images=complete(images),
@@ -98,6 +101,49 @@ class Lab:
         found.file_meta = FileMetaDataset()
         found.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         return found
+
+    def report(self, images: Sequence[Dataset], groups: Sequence[Any] | None = None, reader: str = "Doe^Jane") -> Any:
+        """A Measurement Report on images, of measurement groups or of one group with the finding Mass."""
+        observer = sr.ObserverContext(codes.DCM.Person, sr.PersonObserverIdentifyingAttributes(name=reader))
+        content = sr.MeasurementReport(
+            observation_context=sr.ObservationContext(observer_person_context=observer),
+            procedure_reported=codes.LN.CTUnspecifiedBodyRegion,
+            imaging_measurements=[self.group(images)] if groups is None else groups,
+        )
+        return sr.Comprehensive3DSR(
+            evidence=complete(images),
+            content=content[0],
+            series_number=1,
+            series_instance_uid=generate_uid(),
+            sop_instance_uid=generate_uid(),
+            instance_number=1,
+            manufacturer="ACME",
+        )
+
+    def group(self, images: Sequence[Dataset], finding: CodedConcept | None = MASS, evaluations: Any = ()) -> Any:
+        """Measurements of whole images (TID 1501)."""
+        return sr.MeasurementsAndQualitativeEvaluations(
+            tracking_identifier=tracking(),
+            finding_type=finding,
+            qualitative_evaluations=[sr.QualitativeEvaluation(name, value) for name, value in evaluations],
+            source_images=[sr.SourceImageForMeasurementGroup.from_source_image(image) for image in images],
+        )
+
+    def region(self, image: Dataset, finding: CodedConcept = MASS) -> Any:
+        """Measurements of a region in one slice (TID 1410)."""
+        return sr.PlanarROIMeasurementsAndQualitativeEvaluations(
+            tracking_identifier=tracking(),
+            referenced_region=sr.ImageRegion(
+                graphic_type=sr.GraphicTypeValues.POLYLINE,
+                graphic_data=np.array([[1.0, 1.0], [3.0, 1.0], [3.0, 3.0], [1.0, 1.0]]),
+                source_image=sr.SourceImageForRegion.from_source_image(image),
+            ),
+            finding_type=finding,
+        )
+
+
+def tracking() -> sr.TrackingIdentifier:
+    return sr.TrackingIdentifier(uid=generate_uid(), identifier="one")
 
 
 @pytest.fixture(scope="session")

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 
-import numpy as np
 import pydicom
 import pytest
-from highdicom import sr
 from highdicom.sr import CodedConcept
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydicom.sr.codedict import codes
-from pydicom.uid import DigitalXRayImageStorageForPresentation, generate_uid
+from pydicom.uid import DigitalXRayImageStorageForPresentation
 
 from locum.common.errors import DataError
 from locum.site_client.imaging.labels.given import Label
@@ -21,7 +18,6 @@ from locum.site_client.imaging.reasons import Reason, RefusedError
 from locum.site_client.imaging.sources import SrLabels
 from locum.site_client.imaging.terminology import Terminology
 
-MASS = CodedConcept("4147007", "SCT", "Mass")
 NODULE = CodedConcept("27925004", "SCT", "Nodule")
 CLASSES = {"SCT:4147007": "lesion", "SCT:27925004": "lesion", "SCT:17621005": "normal"}
 
@@ -36,57 +32,9 @@ def reason_of(read):
     return caught.value.reason
 
 
-def tracking():
-    return sr.TrackingIdentifier(uid=generate_uid(), identifier="one")
-
-
-def group(images, finding=MASS, evaluations=()):
-    """Measurements of whole images (TID 1501)."""
-    return sr.MeasurementsAndQualitativeEvaluations(
-        tracking_identifier=tracking(),
-        finding_type=finding,
-        qualitative_evaluations=[sr.QualitativeEvaluation(name, value) for name, value in evaluations],
-        source_images=[sr.SourceImageForMeasurementGroup.from_source_image(image) for image in images],
-    )
-
-
-def region(image, finding=MASS):
-    """Measurements of a region in one slice (TID 1410)."""
-    return sr.PlanarROIMeasurementsAndQualitativeEvaluations(
-        tracking_identifier=tracking(),
-        referenced_region=sr.ImageRegion(
-            graphic_type=sr.GraphicTypeValues.POLYLINE,
-            graphic_data=np.array([[1.0, 1.0], [3.0, 1.0], [3.0, 3.0], [1.0, 1.0]]),
-            source_image=sr.SourceImageForRegion.from_source_image(image),
-        ),
-        finding_type=finding,
-    )
-
-
-def report(evidence, groups, reader="Doe^Jane"):
-    observer = sr.ObserverContext(codes.DCM.Person, sr.PersonObserverIdentifyingAttributes(name=reader))
-    for image in evidence:
-        image.StudyID, image.StudyDate, image.StudyTime = "1", "20200102", "030405"
-        image.PatientBirthDate, image.PatientSex, image.ReferringPhysicianName = "", "O", ""
-    content = sr.MeasurementReport(
-        observation_context=sr.ObservationContext(observer_person_context=observer),
-        procedure_reported=codes.LN.CTUnspecifiedBodyRegion,
-        imaging_measurements=groups,
-    )
-    return sr.Comprehensive3DSR(
-        evidence=evidence,
-        content=content[0],
-        series_number=1,
-        series_instance_uid=generate_uid(),
-        sop_instance_uid=generate_uid(),
-        instance_number=1,
-        manufacturer="ACME",
-    )
-
-
 def test_the_finding_of_a_report_is_the_label_of_the_series_it_names(lab, tmp_path):
     one, two = lab.series(number=1).images(), lab.series(number=2).images()
-    lab.save(report(one + two, [group(one[1:3]), region(two[0], NODULE)]), tmp_path / "deep" / "a")
+    lab.save(lab.report(one + two, [lab.group(one[1:3]), lab.region(two[0], NODULE)]), tmp_path / "deep" / "a")
     labels = book(tmp_path, lab)
     assert labels.label(lab.unit(one)) == Label("lesion", ("SCT:4147007",))
     assert labels.label(lab.unit(two)) == Label("lesion", ("SCT:27925004",))
@@ -98,7 +46,7 @@ def test_a_radiograph_has_the_label_of_its_own_group_not_of_the_next_image_of_it
     over = {"SOPClassUID": DigitalXRayImageStorageForPresentation, "Modality": "DX", "ImagePositionPatient": None}
     frontal, lateral = lab.series(slices=2, over=over).images()
     normal = CodedConcept("17621005", "SCT", "Normal")
-    lab.save(report([frontal, lateral], [group([frontal]), group([lateral], normal)]), tmp_path / "a")
+    lab.save(lab.report([frontal, lateral], [lab.group([frontal]), lab.group([lateral], normal)]), tmp_path / "a")
     labels = book(tmp_path, lab)
     assert labels.label(lab.unit([frontal])).name == "lesion"
     assert labels.label(lab.unit([lateral])).name == "normal"
@@ -106,7 +54,7 @@ def test_a_radiograph_has_the_label_of_its_own_group_not_of_the_next_image_of_it
 
 def test_a_group_that_names_no_image_speaks_of_all_evidence(lab, tmp_path):
     one, two = lab.series(number=1).images(), lab.series(number=2).images()
-    lab.save(report(one + two, [group([])]), tmp_path / "a")
+    lab.save(lab.report(one + two, [lab.group([])]), tmp_path / "a")
     labels = book(tmp_path, lab)
     assert {labels.label(lab.unit(images)).name for images in (one, two)} == {"lesion"}
 
@@ -115,7 +63,7 @@ def test_a_qualitative_evaluation_is_the_label_if_the_site_names_its_concept(lab
     images = lab.series().images()
     birads = CodedConcept("111405", "DCM", "An assessment")
     likely = CodedConcept("397144002", "SCT", "Category 4")
-    lab.save(report(images, [group(images, MASS, [(birads, likely)])]), tmp_path / "a")
+    lab.save(lab.report(images, [lab.group(images, evaluations=[(birads, likely)])]), tmp_path / "a")
     labels = book(tmp_path, lab, concept="DCM:111405", classes={"SCT:397144002": "suspicious"})
     assert labels.label(lab.unit(images)) == Label("suspicious", ("SCT:397144002",))
     assert book(tmp_path, lab, classes=None).label(lab.unit(images)).name == "SCT:4147007"
@@ -124,22 +72,22 @@ def test_a_qualitative_evaluation_is_the_label_if_the_site_names_its_concept(lab
 def test_reports_that_differ_conflict_and_a_majority_of_readers_decides_if_asked(lab, tmp_path):
     images = lab.series().images()
     normal = CodedConcept("17621005", "SCT", "Normal")
-    lab.save(report(images, [group(images)], "A^A"), tmp_path / "a")
-    lab.save(report(images, [group(images, NODULE)], "B^B"), tmp_path / "b")
+    lab.save(lab.report(images, [lab.group(images)], "A^A"), tmp_path / "a")
+    lab.save(lab.report(images, [lab.group(images, NODULE)], "B^B"), tmp_path / "b")
     assert book(tmp_path, lab).label(lab.unit(images)) == Label("lesion", ("SCT:27925004", "SCT:4147007"))
-    lab.save(report(images, [group(images, normal)], "C^C"), tmp_path / "c")
+    lab.save(lab.report(images, [lab.group(images, normal)], "C^C"), tmp_path / "c")
     assert reason_of(lambda: book(tmp_path, lab).label(lab.unit(images))) is Reason.CONFLICTING_LABELS
     agreed = book(tmp_path, lab, consensus="majority")
     assert agreed.label(lab.unit(images)).name == "lesion"
     assert sorted(agreed.readings(lab.unit(images)).values()) == ["lesion", "lesion", "normal"]
-    lab.save(report(images, [group(images, normal)], "D^D"), tmp_path / "d")
+    lab.save(lab.report(images, [lab.group(images, normal)], "D^D"), tmp_path / "d")
     tied = book(tmp_path, lab, consensus="majority")
     assert reason_of(lambda: tied.label(lab.unit(images))) is Reason.UNCERTAIN_LABEL
 
 
 def test_a_code_that_has_no_class_is_unmapped_and_a_terminology_map_gives_one(lab, tmp_path):
     images = lab.series().images()
-    lab.save(report(images, [group(images)]), tmp_path / "a")
+    lab.save(lab.report(images, [lab.group(images)]), tmp_path / "a")
     one = lab.unit(images)
     assert reason_of(lambda: book(tmp_path, lab, classes={"SCT:1": "x"}).label(one)) is Reason.UNMAPPED_CODE
     entry = {"local": "MASS", "class": "lesion", "code": ["SCT:4147007", "RADLEX:RID3874"], "meaning": "Mass"}
@@ -150,15 +98,15 @@ def test_a_code_that_has_no_class_is_unmapped_and_a_terminology_map_gives_one(la
 
 def test_what_is_no_such_report_is_listed_and_reports_of_another_archive_are_an_error(lab, tmp_path):
     images, others = lab.series().images(), lab.series(number=2).images()
-    lab.save(report(others, [group(others)]), tmp_path / "other")
+    lab.save(lab.report(others, [lab.group(others)]), tmp_path / "other")
     lab.save(images[0], tmp_path / "image")
     (tmp_path / "text").write_text("no report")
     labels = book(tmp_path, lab)
     assert reason_of(lambda: labels.label(lab.unit(images))) is Reason.NO_LABEL
     with pytest.raises(DataError, match="no structured report"):
         labels.unmatched()
-    lab.save(report(images, [group(images, None)]), tmp_path / "silent")
-    lab.save(report(images, [group(images)]), tmp_path / "own")
+    lab.save(lab.report(images, [lab.group(images, None)]), tmp_path / "silent")
+    lab.save(lab.report(images, [lab.group(images)]), tmp_path / "own")
     labels = book(tmp_path, lab)
     labels.label(lab.unit(images))
     assert labels.unmatched() == [
