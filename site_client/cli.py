@@ -27,11 +27,13 @@ from locum.site_client.doctor_cli import doctor
 from locum.site_client.enrol_cli import enrol
 from locum.site_client.identity import usable
 from locum.site_client.imaging.labels.agreement_cli import agreement
+from locum.site_client.imaging.labels.labels_cli import labels
 from locum.site_client.key_cli import key_app
 from locum.site_client.ledger_cli import ledger
 from locum.site_client.options import Home, Json
 from locum.site_client.quarantine_cli import app as quarantine_app
 from locum.site_client.readiness_cli import readiness
+from locum.site_client.questions_cli import questions
 from locum.site_client.released_cli import released
 from locum.site_client.start_cli import start
 
@@ -51,11 +53,13 @@ app.command()(start)
 app.command()(doctor)
 app.command()(ledger)
 app.command()(released)
+app.command()(questions)
 app.command()(readiness)
 app.command()(check_model)
 app.command()(desk)
 app.command()(deid)
 app.command()(agreement)
+app.command()(labels)
 app.add_typer(key_app, name="key")
 app.add_typer(quarantine_app, name="quarantine")
 
