@@ -466,6 +466,25 @@ LIES: dict[str, tuple[Lie, int, int | None]] = {
         lambda f, e: [*e[:TEST], *e[TEST + 1:]], 15, None),
     "a final test of another model": (
         lambda f, e: _with(e, TEST, f.metrics(1, 30, "test")), 15, None),
+    "a site that was selected although its data are not ready": (
+        lambda f, e: _with(e, READY, f.readiness("north", 6.5, ("spacing",))), 19, ROSTER),
+    "readiness signed with another key": (
+        lambda f, e: _with(e, READY, f.readiness("north", key=new_key())), 19, READY),
+    "readiness of another plan": (
+        lambda f, e: _with(e, READY, f.readiness("north", plan=sha("another"))), 19, READY),
+    "readiness for another run": (
+        lambda f, e: _with(e, READY, f.readiness("north", run="20260504-other-ab12")), 19, READY),
+    "readiness that was said before any run": (
+        lambda f, e: _with(e, READY, f.readiness("north", run=None)), 19, READY),
+    "readiness of another site passed off as this one's": (
+        lambda f, e: _with(e, READY, f.readiness("riverside", entry={"site": "north"})), 19, READY),
+    "a site that was selected and never said what its data are": (
+        lambda f, e: [*e[:READY], *e[READY + 1:]], 19, ROSTER - 1),
+    "readiness before the run began": (
+        lambda f, e: [*e[:STARTED], e[READY], e[STARTED], *e[READY + 1:]], 12, STARTED),
+    "a site that has ceased to be ready and is still in the roster": (
+        lambda f, e: _with(e, ROUND_2, f.said("resumed", 16), f.readiness("north", 16.5, ("consent",)),
+                           f.roster(17, round=1, model=sha256_hex(model_of(1))), e[ROUND_2]), 19, ROUND_2 + 2),
     "losses that are not told": (
         lambda f, e: _with(e, ROUND_2, f.round(2, 20, sites=("north", "riverside"))), 17, END),
     "a site that could not take part, not told": (
