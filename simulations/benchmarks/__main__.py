@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from locum.simulations.benchmarks import (
+    deid,
     engine_overhead,
     heart_disease,
     ingest,
@@ -30,6 +31,7 @@ _ALL = {
     "private_training": private_training.measure,
     "heart_disease": heart_disease.measure,
     "log": log.measure,
+    "deid": deid.measure,
     "ingest": ingest.measure,
     "reading": reading.measure,
 }

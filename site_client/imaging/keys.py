@@ -209,6 +209,8 @@ def create_ring(path: Path, ring: KeyRing) -> None:
 
 def replace_ring(path: Path, ring: KeyRing) -> None:
     """Replace a key file, atomically; raises OSError and then leaves the old one."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        left.unlink(missing_ok=True)  # of a run that was killed: it may hold a key
     replace_file(path, lambda beside: write_private(beside, ring.to_bytes()))
 
 

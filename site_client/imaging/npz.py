@@ -50,7 +50,7 @@ def _arrays(path: Path, mtime_ns: int) -> Arrays:  # noqa: ARG001 (a changed fil
             _check_size(path, sum(member.file_size for member in archive.infolist()))
         with np.load(path, allow_pickle=False) as file:
             loaded = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}", "download or copy the file again") from None
     return MappingProxyType({key: array for part in _PARTS for key, array in _part(path, loaded, part)})
 
