@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import selectors
+import struct
 import subprocess
 import sys
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,8 @@ import pytest
 from PIL import Image
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGLSLossless, RLELossless
 
+from locum.common.errors import DataError
+from locum.site_client.imaging import npz
 from locum.site_client.imaging.ingest import ingest
 from locum.site_client.imaging.keys import Keys
 from locum.site_client.imaging.sources import load_site
@@ -174,3 +178,12 @@ def test_an_ingest_of_mutated_files_adds_up(tmp_path):
     site = load_site({"name": "m", "root": str(tmp_path / "data"), "sources": [{"kind": "dicom", "path": "."}]})
     counts = ingest(site, tmp_path / "store", keys=Keys.of(bytes(32)))
     assert counts.found == 80 == counts.stored + counts.annotations + sum(counts.quarantined.values())
+
+
+def test_an_array_that_claims_more_than_there_is_memory_is_told(tmp_path):
+    path = tmp_path / "a.npz"
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (99999999999999,), }"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("train_images.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header)
+    with pytest.raises(DataError, match="cannot be read"):
+        npz.row_counts(path)
