@@ -41,6 +41,7 @@ from locum.site_client.imaging.items import Unit, find_items, tree_of
 from locum.site_client.imaging.keys import Keys
 from locum.site_client.imaging.labels.given import Label, LabelSource, MaskSource
 from locum.site_client.imaging.labels.opening import label_source, mask_source
+from locum.site_client.imaging.labels.reports import ReportBook, keep
 from locum.site_client.imaging.labels.tables import Roll
 from locum.site_client.imaging.protocol import Loaded, Protocol, facts_of, placed
 from locum.site_client.imaging.quarantine import rejected
@@ -164,6 +165,8 @@ def ingest(site: SiteData, store: Path, *, keys: Keys, progress: Callable[[Progr
         tables = _tables(desk)
         total = _decide(desk, tables)
         _store(desk, tables, total)
+        if isinstance(tables.labels, ReportBook):
+            keep(tables.labels, store)
         unmatched = _unmatched(tables) + consent.unmatched(site.consent, keys, inventory.connection)
         folds = sorted({*inventory.stated_folds(), *(tables.roll.folds if tables.roll else ())})
         note(inventory.connection, site)
@@ -265,8 +268,9 @@ def _decide(desk: _Desk, tables: _Tables) -> int:
 
 
 def _unmatched(tables: _Tables) -> list[str]:
-    """The lines of all tables that name no image."""
-    return [line for table in (tables.labels, tables.roll) if table is not None for line in table.unmatched()]
+    """The lines of all tables, and the files of all masks, that name no image."""
+    known = (tables.labels, tables.roll, tables.masks)
+    return [line for table in known if table is not None for line in table.unmatched()]
 
 
 def _decision(desk: _Desk, unit: Unit, tables: _Tables) -> _Decision:
@@ -409,8 +413,9 @@ def _load_dicom(desk: _Desk, decision: _Decision, *, cleaned: bool) -> Loaded:
     datasets = originals if cleaned else [desk.cleaner.clean(original) for original in originals]
     first = datasets[0]
     with damage_is(Reason.UNREADABLE, "header"):
-        facts = [text(first, name) for name in ("Modality", "Manufacturer", "ManufacturerModelName")]
-    return Loaded(geometry.volume_of(datasets, crop=decision.crop), *facts, protocol=facts_of(datasets))
+        modality, maker, model = (text(first, name) for name in ("Modality", "Manufacturer", "ManufacturerModelName"))
+    volume = geometry.volume_of(datasets, crop=decision.crop)
+    return Loaded(volume, modality, maker, model, facts_of(datasets))
 
 
 def _keep_dicom(desk: _Desk, unit: Unit, draft: Draft, folder: str) -> None:

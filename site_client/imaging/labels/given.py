@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from locum.site_client.imaging.geometry import Volume
+from locum.site_client.imaging.grids import Volume
 from locum.site_client.imaging.items import Unit
 from locum.site_client.imaging.known import Known
 
@@ -73,4 +73,8 @@ class MaskSource(Protocol):
 
     def read(self, unit: Unit, image: Volume) -> Volume:
         """The mask on the grid of the image, uint8; raises RefusedError (mask_missing, _unreadable, _mismatch)."""
+        ...
+
+    def unmatched(self) -> list[str]:
+        """The name of every file that is the mask of none of the units asked for so far."""
         ...

@@ -22,14 +22,14 @@ def label_source(site: SiteData, keys: Keys, annotations: Sequence[Annotation]) 
     if isinstance(labels, ReportLabels):
         from locum.site_client.imaging.labels.reports import ReportBook
 
-        return ReportBook(labels, keys)
+        return ReportBook(labels, keys, terms)
     if isinstance(labels, FhirLabels):
         from locum.site_client.imaging.labels.fhir import FhirBook
 
         return FhirBook(labels, keys, terms)
     from locum.site_client.imaging.labels.sr import SrBook
 
-    return SrBook(labels, keys, annotations)
+    return SrBook(labels, keys, annotations, terms)
 
 
 def mask_source(site: SiteData, keys: Keys, annotations: Sequence[Annotation]) -> MaskSource:
