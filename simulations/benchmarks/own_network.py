@@ -103,11 +103,12 @@ def main() -> None:
         _in_background(pass_on, socket.create_server(("127.0.0.1", port)), lambda path=path: _unix(path))
     server = subprocess.Popen(given["command"], stdin=subprocess.DEVNULL)  # noqa: S603 (what this module is for)
     _in_background(_end_with, server)
-    sys.exit(server.wait())
+    os._exit(server.wait() & 0xFF)  # the doors' threads wait for ever
 
 
 def _end_with(server: subprocess.Popen[bytes]) -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 1 << 10):
+        pass
     server.kill()  # what it stored was for its caller only
 
 

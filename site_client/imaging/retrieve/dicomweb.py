@@ -15,7 +15,7 @@ import io
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import date, datetime
+from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from locum.site_client.imaging.retrieve.peer import (
     Study,
     Take,
     Want,
+    day_of,
     proper_uid,
 )
 from locum.site_client.imaging.retrieve.query import study_keys
@@ -104,7 +105,7 @@ class DicomWeb:
                 offset=len(before),
                 search_filters=dict(keys),
             )
-            studies = [self._study(answer) for answer in page]
+            studies = [self._study(answer, keys.get("AccessionNumber", "")) for answer in page]
             new = [study for study in studies if study.uid not in before]
             yield from new
             # Some give fewer than asked for, some all at once whatever the offset: a page with nothing new ends it.
@@ -112,12 +113,12 @@ class DicomWeb:
                 return
             before.update(study.uid for study in new)
 
-    def _study(self, answer: _Answer) -> Study:
-        day = _text(answer, "StudyDate")
+    def _study(self, answer: _Answer, accession: str) -> Study:
         return Study(
             proper_uid(_text(answer, "StudyInstanceUID"), self.name),
             _whole(answer, "NumberOfStudyRelatedInstances"),
-            date.fromisoformat(day) if len(day) == 8 and day.isdigit() else None,
+            day_of(_text(answer, "StudyDate")),
+            accession,
         )
 
     def series(self, study: Study) -> Sequence[Series]:

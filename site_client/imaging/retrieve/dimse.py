@@ -14,7 +14,6 @@ import socket
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import date
 from typing import Any
 
 from pydicom.dataset import Dataset
@@ -66,6 +65,7 @@ from locum.site_client.imaging.retrieve.peer import (
     Study,
     Take,
     Want,
+    day_of,
     proper_uid,
 )
 from locum.site_client.imaging.retrieve.query import study_keys
@@ -161,12 +161,11 @@ class Dimse:
         for keys in study_keys(query):
             asked = {"StudyInstanceUID": "", "StudyDate": "", "NumberOfStudyRelatedInstances": "", **keys}
             for answer in self._find("STUDY", asked):
-                day = _text(answer, "StudyDate")
                 uid = proper_uid(_text(answer, "StudyInstanceUID"), self.name)
                 if uid not in seen:
                     seen.add(uid)
-                    when = date.fromisoformat(day) if len(day) == 8 and day.isdigit() else None
-                    yield Study(uid, _whole(answer, "NumberOfStudyRelatedInstances"), when)
+                    said = _whole(answer, "NumberOfStudyRelatedInstances")
+                    yield Study(uid, said, day_of(_text(answer, "StudyDate")), keys.get("AccessionNumber", ""))
 
     def series(self, study: Study) -> Sequence[Series]:
         """All series of a study."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, datetime
 from typing import Protocol
 
 from locum.common.errors import RunError
@@ -28,11 +28,17 @@ Take = Callable[[bytes], None]
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """A study that a query names; `said` is NumberOfStudyRelatedInstances, or None if it is not told."""
+    """A study that a query names.
+
+    Attributes:
+        said: NumberOfStudyRelatedInstances, or None if it is not told.
+        accession: the accession number that was asked for, if one was.
+    """
 
     uid: str
     said: int | None = None
     day: date | None = None
+    accession: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,3 +125,11 @@ def proper_uid(text: str, pacs: str) -> str:
     if not _UID.fullmatch(text):
         raise AwayError(f"{pacs} answers a query with something that is no UID", "ask its vendor")
     return text
+
+
+def day_of(written: str) -> date | None:
+    """A date (DA) as a PACS gives it, or None."""
+    try:
+        return datetime.strptime(written, "%Y%m%d").date()
+    except ValueError:
+        return None

@@ -1,4 +1,4 @@
-"""DICOMweb servers that lie, break off, stall or answer with anything: nothing lost, nothing twice, one clear message."""
+"""DICOMweb servers that lie, break off, stall or answer anything: nothing lost, nothing twice, one clear message."""
 
 from __future__ import annotations
 
@@ -286,17 +286,21 @@ def test_what_http_compresses_is_refused_unread(site: Site, level: str) -> None:
             return True
         return False
 
-    with web_pacs(STUDY, twists=[compresses]) as pacs:
-        with pytest.raises(DataError, match="compresses its answers although it is asked not to") as raised:
-            site.retrieve(pacs.source())
+    with (
+        web_pacs(STUDY, twists=[compresses]) as pacs,
+        pytest.raises(DataError, match="compresses its answers although it is asked not to") as raised,
+    ):
+        site.retrieve(pacs.source())
     assert raised.value.remedy == "switch HTTP compression off there, or in the proxy before it"
 
 
 def test_an_answer_to_a_query_is_bounded(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("locum.site_client.imaging.retrieve.dicomweb._MOST_ANSWER", 1000)
-    with web_pacs(*(Study(number) for number in range(210, 240))) as pacs:
-        with pytest.raises(DataError, match="answers a query with more than 1000 bytes in one answer"):
-            site.retrieve(pacs.source())
+    with (
+        web_pacs(*(Study(number) for number in range(210, 240))) as pacs,
+        pytest.raises(DataError, match="answers a query with more than 1000 bytes in one answer"),
+    ):
+        site.retrieve(pacs.source())
 
 
 def test_an_image_is_bounded(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,9 +330,11 @@ def test_a_server_that_gives_no_dicom_is_one_error(site: Site, kind: str, body: 
             return True
         return False
 
-    with web_pacs(STUDY, twists=[answers]) as pacs:
-        with pytest.raises(DataError, match="gives nothing of what it names") as raised:
-            site.retrieve(pacs.source())
+    with (
+        web_pacs(STUDY, twists=[answers]) as pacs,
+        pytest.raises(DataError, match="gives nothing of what it names") as raised,
+    ):
+        site.retrieve(pacs.source())
     assert words in raised.value.message
     assert not [word for word in PLANTED if word in raised.value.message + raised.value.remedy]
 
@@ -341,9 +347,11 @@ def test_an_answer_that_is_no_list_of_studies_is_one_error(site: Site, body: byt
         request.reply(body, "application/dicom+json")
         return True
 
-    with web_pacs(STUDY, twists=[answers]) as pacs:
-        with pytest.raises(AwayError, match="answers a query with something that is no"):
-            site.retrieve(pacs.source())
+    with (
+        web_pacs(STUDY, twists=[answers]) as pacs,
+        pytest.raises(AwayError, match="answers a query with something that is no"),
+    ):
+        site.retrieve(pacs.source())
 
 
 @pytest.mark.parametrize(
@@ -356,9 +364,11 @@ def test_an_answer_that_is_no_list_of_studies_is_one_error(site: Site, body: byt
     ],
 )
 def test_a_refusal_is_told_with_its_remedy(site: Site, status: int, kind: type[Exception], words: str) -> None:
-    with web_pacs(STUDY, twists=[lambda request: _error(request, status)]) as pacs:
-        with pytest.raises(kind, match=words):
-            site.retrieve(pacs.source())
+    with (
+        web_pacs(STUDY, twists=[lambda request: _error(request, status)]) as pacs,
+        pytest.raises(kind, match=words),
+    ):
+        site.retrieve(pacs.source())
 
 
 def test_a_study_whose_series_cannot_be_listed_holds_up_no_other(site: Site) -> None:

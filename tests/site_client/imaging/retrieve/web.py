@@ -1,4 +1,4 @@
-"""A small DICOMweb server that can be told to misbehave: it lies about counts, breaks off, stalls, and says anything."""
+"""A small DICOMweb server that can be told to misbehave: it lies about counts, breaks off, stalls, says anything."""
 
 from __future__ import annotations
 

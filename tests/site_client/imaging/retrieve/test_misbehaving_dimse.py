@@ -1,0 +1,361 @@
+"""DIMSE peers that lie, abort, stall or refuse: nothing lost, nothing twice, one clear message."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from io import BytesIO
+from typing import Any
+
+import pydicom
+import pytest
+from pydicom.dataset import Dataset
+from pydicom.uid import ExplicitVRLittleEndian
+from pynetdicom import AE, evt
+from pynetdicom.sop_class import (
+    CTImageStorage,
+    StudyRootQueryRetrieveInformationModelFind,
+    StudyRootQueryRetrieveInformationModelGet,
+    StudyRootQueryRetrieveInformationModelMove,
+    Verification,
+)
+
+from locum.common.errors import DataError
+from locum.site_client.imaging.reasons import Reason
+from locum.site_client.imaging.retrieve.dimse import Dimse
+from locum.site_client.imaging.retrieve.peer import AwayError
+from locum.site_client.imaging.sources import DimseSource
+from tests.orthanc import PLANTED, Study, free_port
+from tests.site_client.imaging.retrieve.conftest import Site, reasons
+
+STUDY = Study(300, slices=6)
+_MODELS = (
+    StudyRootQueryRetrieveInformationModelFind,
+    StudyRootQueryRetrieveInformationModelGet,
+    StudyRootQueryRetrieveInformationModelMove,
+)
+
+
+@dataclass
+class Peer:
+    """A PACS of pynetdicom, and its manners.
+
+    Attributes:
+        said: a study's number of images as it is told; None tells none.
+        listed: the images of a study at instance level, by their indices.
+        gives: what it does for a C-GET or C-MOVE, number by number: the images, or a status, or 'abort' after some.
+        fetches: how often it was asked to give.
+        most: associations that stood at the same time.
+    """
+
+    port: int
+    studies: list[Study]
+    said: Callable[[Study], int | None] = lambda study: study.slices
+    listed: Callable[[Study], Sequence[int]] = lambda study: range(study.slices)
+    gives: list[Callable[[list[Dataset]], Iterator[Any]]] = field(default_factory=list)
+    find_status: int | None = None
+    fetches: int = 0
+    standing: int = 0
+    most: int = 0
+
+    def source(self, **keys: Any) -> dict[str, Any]:
+        place = {"host": "127.0.0.1", "port": self.port, "title": "PEER"}
+        return {"kind": "dimse", **place, "rate": 100_000, "timeout": 5, **keys}
+
+    def find(self, event: evt.Event) -> Iterator[tuple[int, Dataset | None]]:
+        if self.find_status is not None:
+            yield self.find_status, None
+            return
+        asked = event.identifier
+        if asked.QueryRetrieveLevel == "STUDY":
+            for study in self.studies:
+                said = self.said(study)
+                yield (
+                    0xFF00,
+                    _answer(StudyInstanceUID=study.uid, StudyDate=study.day, NumberOfStudyRelatedInstances=said),
+                )
+        for study in self.studies if asked.get("StudyInstanceUID") else ():
+            if study.uid != asked.StudyInstanceUID:
+                continue
+            if asked.QueryRetrieveLevel == "SERIES":
+                yield 0xFF00, _answer(SeriesInstanceUID=study.series_uid, Modality=study.modality,
+                                      BodyPartExamined=study.body_part, NumberOfSeriesRelatedInstances=self.said(study))  # fmt: skip
+            if asked.QueryRetrieveLevel == "IMAGE":
+                for index in self.listed(study):
+                    yield 0xFF00, _answer(SOPInstanceUID=study.sop(index), SOPClassUID=CTImageStorage)
+
+    def get(self, event: evt.Event) -> Iterator[Any]:
+        asked = event.identifier
+        manner = self.gives[min(self.fetches, len(self.gives) - 1)] if self.gives else all_of
+        self.fetches += 1
+        named = asked.get("SOPInstanceUID") or ()
+        uids = [named] if isinstance(named, str) else list(named)
+        files = [file for study in self.studies if study.uid == asked.StudyInstanceUID for file in study.files()]
+        every = [pydicom.dcmread(BytesIO(file)) for file in files]
+        images = [image for image in every if not uids or image.SOPInstanceUID in uids]
+        for step in manner(images):
+            if step == "abort":
+                event.assoc.abort()
+                return
+            yield step
+
+
+def _answer(**keys: Any) -> Dataset:
+    answer = Dataset()
+    for keyword, value in keys.items():
+        if value is not None:
+            setattr(answer, keyword, value)
+    return answer
+
+
+def all_of(images: list[Dataset]) -> Iterator[Any]:
+    yield len(images)
+    for image in images:
+        yield 0xFF00, image
+
+
+def some_then(count: int, last: Any) -> Callable[[list[Dataset]], Iterator[Any]]:
+    """Give so many images and then end in some way."""
+
+    def give(images: list[Dataset]) -> Iterator[Any]:
+        yield len(images)
+        for image in images[:count]:
+            yield 0xFF00, image
+        if callable(last):
+            last()
+        else:
+            yield last
+
+    return give
+
+
+@contextmanager
+def peer(
+    *studies: Study,
+    title: str = "PEER",
+    knows: str = "LOCUM",
+    models: Sequence[str] = _MODELS,
+    room: int = 10,
+    **manners: Any,
+) -> Iterator[Peer]:
+    entity = AE(title)
+    entity.require_called_aet, entity.require_calling_aet = True, [knows]
+    for model in (Verification, *models):
+        entity.add_supported_context(model)
+    entity.add_supported_context(CTImageStorage, ExplicitVRLittleEndian, scu_role=True, scp_role=True)
+    entity.maximum_associations = room
+    found = Peer(0, list(studies), **manners)
+
+    def stands(_: evt.Event) -> None:
+        found.standing += 1
+        found.most = max(found.most, found.standing)
+
+    def left(_: evt.Event) -> None:
+        found.standing -= 1
+
+    handlers = [
+        (evt.EVT_C_ECHO, lambda event: 0), (evt.EVT_C_FIND, found.find), (evt.EVT_C_GET, found.get),
+        (evt.EVT_C_MOVE, lambda event: iter([(None, None)])),
+        (evt.EVT_ACCEPTED, stands), (evt.EVT_RELEASED, left), (evt.EVT_ABORTED, left),
+    ]  # fmt: skip
+    server = entity.start_server(("127.0.0.1", 0), block=False, evt_handlers=handlers)
+    found.port = server.server_address[1]
+    try:
+        yield found
+    finally:
+        server.shutdown()
+
+
+def test_a_peer_that_behaves_is_asked_once(site: Site) -> None:
+    with peer(STUDY) as pacs:
+        assert reasons(site.retrieve(pacs.source())) == [None] * 6
+        assert pacs.fetches == 1
+        assert pacs.most == 1
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_never_more_associations_than_told(site: Site, number: int) -> None:
+    studies = [Study(number, slices=2) for number in range(310, 322)]
+    with peer(*studies) as pacs:
+        assert reasons(site.retrieve(pacs.source(associations=number))) == [None] * 24
+        assert pacs.most == number
+
+
+def test_an_association_that_is_aborted_in_mid_series_is_a_failure_and_it_goes_on(site: Site) -> None:
+    with peer(STUDY, gives=[some_then(3, "abort"), all_of]) as pacs:
+        assert reasons(site.retrieve(pacs.source())) == [None] * 6
+        assert pacs.fetches == 2
+    assert site.waits == [0.5]
+
+
+def test_a_peer_that_always_aborts_leaves_the_study_incomplete(site: Site) -> None:
+    other = Study(301)
+
+    def aborts(images: list[Dataset]) -> Iterator[Any]:
+        if images and images[0].StudyInstanceUID == STUDY.uid:
+            return some_then(2 if len(images) == 6 else 0, "abort")(images)
+        return all_of(images)
+
+    with peer(STUDY, other, gives=[aborts]) as pacs:
+        items = site.retrieve(pacs.source())
+    by_study = {item.known.study: item.refused for item in items if item.known}
+    assert by_study[site.keys.uid(other.uid)] is None
+    refused = by_study[site.keys.uid(STUDY.uid)]
+    assert refused is not None
+    assert refused[0] is Reason.INCOMPLETE_STUDY
+    assert refused[1].startswith("images not given: 4 (the PACS PEER at 127.0.0.1")
+
+
+def test_one_that_stalls_in_mid_series_counts_as_away_and_is_asked_again(site: Site) -> None:
+    with peer(STUDY, gives=[some_then(2, lambda: time.sleep(1.5)), all_of]) as pacs:
+        assert reasons(site.retrieve(pacs.source(timeout=0.5))) == [None] * 6
+
+
+def test_fewer_images_than_said_make_the_study_incomplete(site: Site) -> None:
+    with peer(STUDY, said=lambda study: study.slices + 2) as pacs:
+        items = site.retrieve(pacs.source())
+        assert {item.refused for item in items} == {(Reason.INCOMPLETE_STUDY, "images not given: 2")}
+        pacs.studies[0] = replace(STUDY, slices=8)
+        pacs.said = lambda study: study.slices
+        assert reasons(site.retrieve(pacs.source())) == [None] * 8
+
+
+def test_success_without_all_images_is_not_believed(site: Site) -> None:
+    with peer(STUDY, gives=[some_then(4, (0x0000, None)), all_of]) as pacs:
+        assert reasons(site.retrieve(pacs.source())) == [None] * 6
+        assert pacs.fetches == 2
+
+
+def test_more_images_than_said_are_taken(site: Site) -> None:
+    with peer(STUDY, said=lambda study: 1) as pacs:
+        assert reasons(site.retrieve(pacs.source())) == [None] * 6
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_without_counts_images_are_counted_one_by_one(site: Site, lists: bool) -> None:
+    with peer(STUDY, said=lambda study: None) as pacs:
+        if not lists:
+            pacs.listed = lambda study: ()
+        assert reasons(site.retrieve(pacs.source())) == [None] * 6
+
+
+@pytest.mark.parametrize("status", [0xA702, 0xC000, 0xFE00])
+def test_a_series_that_is_not_given_holds_up_no_other(site: Site, status: int) -> None:
+    other = Study(302)
+
+    def refuses(images: list[Dataset]) -> Iterator[Any]:
+        if images and images[0].StudyInstanceUID == other.uid:
+            return some_then(0, (status, Dataset()))(images)
+        return all_of(images)
+
+    with peer(STUDY, other, gives=[refuses]) as pacs:
+        items = site.retrieve(pacs.source())
+    assert reasons(items) == [None] * 6
+
+
+def test_a_peer_that_gives_nothing_is_one_error(site: Site) -> None:
+    with (
+        peer(STUDY, gives=[some_then(0, (0xA702, Dataset()))]) as pacs,
+        pytest.raises(
+            DataError, match="gives nothing of what it names: the PACS ends C-GET with status A702"
+        ) as raised,
+    ):
+        site.retrieve(pacs.source())
+    assert not [word for word in PLANTED if word in raised.value.message + raised.value.remedy]
+
+
+def test_a_stranger_is_told_that_the_peer_does_not_know_it(site: Site) -> None:
+    with (
+        peer(STUDY, knows="OTHER") as pacs,
+        pytest.raises(DataError, match="does not know this site's AE title LOCUM") as raised,
+    ):
+        site.retrieve(pacs.source())
+    assert "add LOCUM" in raised.value.remedy
+    assert site.waits == []
+
+
+def test_a_wrong_title_is_told(site: Site) -> None:
+    with peer(STUDY, title="HER-NAME") as pacs, pytest.raises(DataError, match="is not called PEER"):
+        site.retrieve(pacs.source())
+
+
+@pytest.mark.parametrize(
+    ("models", "words"),
+    [
+        (_MODELS[1:], "does not offer C-FIND to LOCUM"),
+        (_MODELS[:1], "does not offer C-GET to LOCUM"),
+    ],
+)
+def test_a_service_that_is_not_offered_is_told(site: Site, models: Sequence[str], words: str) -> None:
+    with peer(STUDY, models=models) as pacs, pytest.raises(DataError, match=words):
+        site.retrieve(pacs.source())
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(0x0124, DataError), (0x0122, DataError), (0xA700, AwayError), (0xC001, AwayError)]
+)
+def test_a_question_that_fails_is_one_error(site: Site, status: int, kind: type[Exception]) -> None:
+    with peer(STUDY, find_status=status) as pacs, pytest.raises(kind, match="C-FIND"):
+        site.retrieve(pacs.source())
+
+
+def test_a_peer_that_is_down_is_one_error_that_names_it(site: Site) -> None:
+    port = free_port()
+    source = {"kind": "dimse", "host": "127.0.0.1", "port": port, "title": "PEER"}
+    with pytest.raises(AwayError, match=rf"the PACS PEER at 127.0.0.1:{port} cannot be reached \(Connection refused\)"):
+        site.retrieve(source)
+    assert site.waits == [0.5, 1.0, 2.0, 4.0]
+
+
+def test_a_server_that_speaks_no_dicom_is_told(site: Site) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        source = {
+            "kind": "dimse",
+            "host": "127.0.0.1",
+            "port": silent.getsockname()[1],
+            "title": "PEER",
+            "timeout": 0.2,
+        }
+        with pytest.raises(AwayError, match="takes the connection and then no association"):
+            site.retrieve(source)
+
+
+def test_an_unknown_destination_is_told(site: Site) -> None:
+    port = free_port()
+    with peer(STUDY) as pacs, pytest.raises(DataError, match="LOCUM is no destination there") as raised:
+        site.retrieve(pacs.source(fetch="move", listen=port))
+    assert str(port) in raised.value.remedy
+
+
+def test_a_peer_without_room_for_an_association_is_tried_again(site: Site) -> None:
+    with peer(STUDY, room=1) as pacs:
+        guest = AE("LOCUM")
+        guest.add_requested_context(Verification)
+        association = guest.associate("127.0.0.1", pacs.port, ae_title="PEER")
+        with pytest.raises(AwayError, match="is too busy for another association"):
+            site.retrieve(pacs.source())
+        association.release()
+        assert reasons(site.retrieve(pacs.source())) == [None] * 6
+
+
+def test_a_port_that_is_taken_is_told(site: Site) -> None:
+    with peer(STUDY) as pacs, socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(DataError, match=f"the port {port}, to which the PACS moves images, cannot be opened"):
+            site.retrieve(pacs.source(fetch="move", listen=port))
+
+
+def test_nobody_can_send_images_to_the_port_unasked(site: Site) -> None:
+    port = free_port()
+    source = DimseSource(kind="dimse", host="127.0.0.1", port=1, title="PEER", fetch="move", listen=port)
+    with closing(Dimse(source)) as pacs:
+        pacs._listen()
+        entity = AE("STRANGER")
+        entity.add_requested_context(CTImageStorage, ExplicitVRLittleEndian)
+        association = entity.associate("127.0.0.1", port, ae_title="LOCUM")
+        status = association.send_c_store(pydicom.dcmread(BytesIO(Study(303).files()[0]))).Status
+        association.release()
+    assert status == 0x0124
