@@ -32,8 +32,8 @@ from locum.site_client.key_cli import key_app
 from locum.site_client.ledger_cli import ledger
 from locum.site_client.options import Home, Json
 from locum.site_client.quarantine_cli import app as quarantine_app
-from locum.site_client.readiness_cli import readiness
 from locum.site_client.questions_cli import questions
+from locum.site_client.readiness_cli import readiness
 from locum.site_client.released_cli import released
 from locum.site_client.start_cli import start
 
