@@ -89,7 +89,7 @@ class _Codecs:
         # A fork of this process has the same pipes: it needs a child of its own.
         if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
             self._child = subprocess.Popen(  # noqa: S603 (our own module)
-                [sys.executable, "-m", __name__],
+                [sys.executable, "-P", "-m", __name__],  # -P: what lies in the working folder is not ours to import
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
