@@ -15,7 +15,6 @@ Rules:
 from __future__ import annotations
 
 import json
-import re
 import sqlite3
 import unicodedata
 from collections import Counter
@@ -28,25 +27,30 @@ from typing import Any
 from locum.common.errors import DataError
 from locum.site_client.imaging.items import Unit
 from locum.site_client.imaging.keys import Keys, keyed
+from locum.site_client.imaging.labels.fhir_fields import (
+    ALWAYS,
+    Days,
+    WrongField,
+    concepts,
+    course,
+    days_of,
+    local,
+    many,
+    one,
+    resources,
+    status_of,
+    studies_of,
+    text,
+)
 from locum.site_client.imaging.labels.given import Label
 from locum.site_client.imaging.reasons import Reason, RefusedError
 from locum.site_client.imaging.sources import FhirLabels
 from locum.site_client.imaging.terminology import Terminology, labelled, scheme_of
 
-#: The longest bundle, and the longest line, that is read as a whole: bytes.
-_LONGEST_BUNDLE, _LONGEST_LINE = 256 << 20, 32 << 20
-_FALSE = {"entered-in-error", "refuted", "cancelled", "unknown"}
+#: Statuses of what does not count.
+_FALSE = {"entered-in-error", "refuted", "cancelled"}
 #: Condition.verificationStatus, Observation.status and DiagnosticReport.status that are as good as sure.
 _SURE = {"confirmed", "final", "amended", "corrected", "appended"}
-#: Condition.clinicalStatus of what is over, though it may not be said since when.
-_OVER = {"inactive", "remission", "resolved"}
-
-#: A date or a dateTime (FHIR R4, section 2.24.0.1): to the year, the month, the day, or with a time.
-_DATE = re.compile(r"(\d{4}(?:-\d\d(?:-\d\d)?)?)(?:T.*)?")
-#: The first and the last day that a date can mean, YYYY-MM-DD.
-Days = tuple[str, str]
-_ALWAYS: Days = ("0000-01-01", "9999-12-31")
-
 _SCHEMA = """
 CREATE TABLE names (name BLOB NOT NULL, person INTEGER NOT NULL, PRIMARY KEY (name, person)) WITHOUT ROWID;
 CREATE TABLE persons (person INTEGER PRIMARY KEY, identifiers TEXT NOT NULL);
@@ -69,8 +73,6 @@ CREATE INDEX facts_by_subject ON facts (subject);
 CREATE INDEX names_by_person ON names (person);
 CREATE INDEX studies_by_subject ON studies (subject);
 """
-
-
 _STUDIES_BY_KEY = (
     "SELECT study, subject, encounter, first, last FROM studies JOIN study_keys USING (study) WHERE key = ?"
 )
@@ -93,10 +95,6 @@ class Summary:
     meanings: dict[str, str] = field(default_factory=dict)
 
 
-class _WrongField(ValueError):
-    """A field of a resource that is not as FHIR has it; the message names the field and not its value."""
-
-
 class FhirBook:
     """The labels of a folder of FHIR resources."""
 
@@ -117,7 +115,7 @@ class FhirBook:
         self._base.executescript(f"PRAGMA temp_store = FILE; PRAGMA journal_mode = OFF; {_SCHEMA}")
         self._base.execute("BEGIN")
         for file in _files(labels.path):
-            for line, names, resource in _resources(file):
+            for line, names, resource in resources(file):
                 self._take(file, line, names, resource)
         self._base.execute("COMMIT")
         self._base.executescript(_INDEXES)
@@ -270,11 +268,11 @@ class FhirBook:
         self.summary.resources[kind] += 1
         try:
             take(resource, [self._name(name) for name in names], f"{file.name}:{line}")
-        except _WrongField as error:
+        except WrongField as error:
             raise DataError(f"{file}:{line}, {kind}.{error} is not as in FHIR R4", "export it again") from None
 
     def _patient(self, patient: Mapping[str, Any], names: Sequence[bytes], place: str) -> None:
-        given = [(_text(each, "system"), _text(each, "value")) for each in _many(patient, "identifier")]
+        given = [(text(each, "system"), text(each, "value")) for each in many(patient, "identifier")]
         wanted = self._labels.identifier
         values = {value for system, value in given if value and wanted in {None, system}}
         aliases = sorted(self._keys.patient(unicodedata.normalize("NFC", value)) for value in values)
@@ -293,28 +291,28 @@ class FhirBook:
         self._base.executemany("INSERT OR IGNORE INTO aliases VALUES (?, ?)", [(alias, number) for alias in aliases])
 
     def _study(self, study: Mapping[str, Any], names: Sequence[bytes], place: str) -> None:
-        if _text(study, "status") in _FALSE:
+        if text(study, "status") in _FALSE:
             return
-        first, last = _days(_text(study, "started")) or (None, None)
+        first, last = days_of(text(study, "started")) or (None, None)
         row = (self._subject(study), self._reference(study, "encounter"), first, last, place)
         number = self._base.execute(
             "INSERT INTO studies (subject, encounter, first, last, place) VALUES (?, ?, ?, ?, ?)", row
         ).lastrowid
         self._base.executemany("INSERT OR IGNORE INTO study_names VALUES (?, ?)", [(name, number) for name in names])
-        named = [key for each in _many(study, "identifier") for key in self._study_keys(each)]
+        named = [key for each in many(study, "identifier") for key in self._study_keys(each)]
         self._base.executemany("INSERT OR IGNORE INTO study_keys VALUES (?, ?)", [(key, number) for key in named])
 
     def _study_keys(self, identifier: Mapping[str, Any]) -> Iterator[str]:
-        system, value = _text(identifier, "system"), _text(identifier, "value")
+        system, value = text(identifier, "system"), text(identifier, "value")
         if value.startswith("urn:oid:") or system == "urn:dicom:uid":
             yield str(self._keys.uid(value.removeprefix("urn:oid:")))
-        coded = [_text(coding, "code") for coding in _many(_one(identifier, "type"), "coding")]
+        coded = [text(coding, "code") for coding in many(one(identifier, "type"), "coding")]
         if value and (system == self._labels.accession if self._labels.accession else "ACSN" in coded):
             yield self._keys.accession(unicodedata.normalize("NFC", value.strip()))
 
     def _fact(self, resource: Mapping[str, Any], names: Sequence[bytes], place: str) -> None:  # noqa: ARG002 (as others)
         kind = str(resource["resourceType"])
-        status = _status(resource, "verificationStatus") if kind == "Condition" else _text(resource, "status")
+        status = status_of(resource, "verificationStatus") if kind == "Condition" else text(resource, "status")
         if status in _FALSE:
             return
         by_class: dict[str, set[str]] = {}
@@ -323,9 +321,9 @@ class FhirBook:
                 by_class.setdefault(label.name, set()).update({code, *label.codes})
         if not by_class:
             return
-        began, ended = _course(resource) if kind == "Condition" else (_ALWAYS, _ALWAYS)
+        began, ended = course(resource) if kind == "Condition" else (ALWAYS, ALWAYS)
         subject, encounter = self._subject(resource), self._reference(resource, "encounter")
-        about = [self._name(name) for name in _studies_of(resource)]
+        about = [self._name(name) for name in studies_of(resource)]
         sure = status in _SURE or (kind == "Condition" and not status)
         for name, codes in by_class.items():
             self.summary.classes[name] += 1
@@ -342,14 +340,14 @@ class FhirBook:
     def _codes(self, resource: Mapping[str, Any]) -> list[str]:
         """The codes of a resource that say something of the patient; each once."""
         found = {}
-        for concept in _concepts(resource):
-            for coding in _many(concept, "coding"):
-                system, code = _text(coding, "system"), _text(coding, "code")
+        for concept in concepts(resource):
+            for coding in many(concept, "coding"):
+                system, code = text(coding, "system"), text(coding, "code")
                 if code:
                     scheme = scheme_of(system)
                     found[f"{scheme}:{code}" if ":" not in scheme and scheme else f"{scheme}|{code}"] = coding
         for code, coding in found.items():
-            self.summary.meanings.setdefault(code, _text(coding, "display"))
+            self.summary.meanings.setdefault(code, text(coding, "display"))
         return list(found)
 
     def _classed(self, code: str) -> Iterator[Label]:
@@ -363,18 +361,18 @@ class FhirBook:
         reference = self._reference(resource, "subject")
         if reference is not None:
             return reference
-        identifier = _one(_one(resource, "subject"), "identifier")
-        if self._labels.identifier in {None, _text(identifier, "system")} and _text(identifier, "value"):
-            value = unicodedata.normalize("NFC", _text(identifier, "value"))
+        identifier = one(one(resource, "subject"), "identifier")
+        if self._labels.identifier in {None, text(identifier, "system")} and text(identifier, "value"):
+            value = unicodedata.normalize("NFC", text(identifier, "value"))
             return self._name(f"identifier:{self._keys.patient(value)}")
-        raise _WrongField("subject")
+        raise WrongField("subject")
 
     def _reference(self, resource: Mapping[str, Any], key: str) -> bytes | None:
-        reference = _text(_one(resource, key), "reference")
+        reference = text(one(resource, key), "reference")
         if reference.startswith("#"):
             # It stands within the resource, and is known to no other.
             return self._name(f"{reference} {next(self._contained)}")
-        return self._name(_local(reference)) if reference else None
+        return self._name(local(reference)) if reference else None
 
     def _name(self, name: str) -> bytes:
         return keyed(self._keys.names, "reference", name)[:12]
@@ -413,151 +411,3 @@ def _files(folder: Path) -> list[Path]:
     if not found:
         raise DataError(f"{folder} holds no .json and no .ndjson file", "check labels.path in the site file")
     return found
-
-
-def _resources(file: Path) -> Iterator[tuple[int, list[str], dict[str, Any]]]:
-    """Of each resource in a file: its line (in a bundle the number of the entry), the names it goes by, and itself."""
-    try:
-        for line, url, resource in _lines(file) if file.suffix.lower() == ".ndjson" else _entries(file):
-            if not isinstance(resource, dict) or not isinstance(resource.get("resourceType"), str):
-                raise DataError(f"{file}:{line} is no FHIR resource", "export it again as FHIR R4 in JSON")
-            names = [f"{resource['resourceType']}/{resource['id']}"] if isinstance(resource.get("id"), str) else []
-            yield line, [*names, *([_local(url)] if url else [])], resource
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}", "mend its access rights") from None
-
-
-def _lines(file: Path) -> Iterator[tuple[int, str, Any]]:
-    with file.open("rb") as stream:
-        number = 0
-        while content := stream.readline(_LONGEST_LINE + 1):
-            number += 1
-            if len(content) > _LONGEST_LINE:
-                raise DataError(f"{file}:{number} is longer than 32 MiB", "export one resource a line")
-            if content.strip():
-                yield number, "", _json(file, number, content)
-
-
-def _entries(file: Path) -> Iterator[tuple[int, str, Any]]:
-    if file.stat().st_size > _LONGEST_BUNDLE:
-        raise DataError(f"{file} is larger than 256 MiB", "export it as NDJSON, one resource a line")
-    whole = _json(file, 1, file.read_bytes())
-    if not isinstance(whole, dict) or whole.get("resourceType") != "Bundle":
-        yield 1, "", whole
-        return
-    try:
-        entries = _many(whole, "entry")
-        found = [(_text(entry, "fullUrl"), entry["resource"]) for entry in entries if "resource" in entry]
-    except _WrongField as error:
-        raise DataError(f"{file}: Bundle.{error} is not as in FHIR R4", "export it again") from None
-    del whole, entries
-    yield from ((number, url, resource) for number, (url, resource) in enumerate(found, start=1))
-
-
-def _json(file: Path, line: int, content: bytes) -> Any:
-    try:
-        return json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise DataError(f"{file}:{line} is not UTF-8", "export it again as JSON in UTF-8") from None
-    except (json.JSONDecodeError, RecursionError):
-        raise DataError(f"{file}:{line} is no JSON", "export it again; a line of NDJSON holds one resource") from None
-
-
-def _concepts(resource: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What a resource says of the patient: of a condition its code, of a report its conclusions.
-
-    Of an observation it is the value where that is coded; its own code where the value is `true`, or where it has none
-    and none is missing (the finding is there). A number, a `false` and a panel say nothing of the kind.
-    """
-    kind = resource["resourceType"]
-    if kind == "Condition":
-        return [_one(resource, "code")]
-    if kind == "DiagnosticReport":
-        return _many(resource, "conclusionCode")
-    if "valueCodeableConcept" in resource:
-        return [_one(resource, "valueCodeableConcept")]
-    valued = [
-        key for key in resource if key.startswith("value") or key in {"dataAbsentReason", "component", "hasMember"}
-    ]
-    present = not valued or (valued == ["valueBoolean"] and resource["valueBoolean"] is True)
-    return [_one(resource, "code")] if present else []
-
-
-def _studies_of(resource: Mapping[str, Any]) -> list[str]:
-    """The imaging studies that an observation or a report refers to."""
-    keys = {"DiagnosticReport": ["imagingStudy"], "Observation": ["derivedFrom", "partOf", "focus"]}
-    found = [each for key in keys.get(resource["resourceType"], []) for each in _many(resource, key)]
-    return [_local(name) for each in found if (name := _text(each, "reference")) and _may_be_study(each, name)]
-
-
-def _may_be_study(reference: Mapping[str, Any], name: str) -> bool:
-    kind = _text(reference, "type") or ("" if name.startswith("urn:") else _local(name).partition("/")[0])
-    return kind in {"", "ImagingStudy"}
-
-
-def _course(condition: Mapping[str, Any]) -> tuple[Days, Days]:
-    """The days between which a condition began, and those between which it ended; never is 9999-12-31."""
-    recorded = _days(_text(condition, "recordedDate"))
-    began = _when(condition, "onset") or (_ALWAYS[0], recorded[1] if recorded else _ALWAYS[1])
-    ended = _when(condition, "abatement")
-    if ended is None:
-        told = any(key.startswith("abatement") for key in condition) or _status(condition, "clinicalStatus") in _OVER
-        ended = (_ALWAYS[0] if told else _ALWAYS[1], _ALWAYS[1])
-    return began, ended
-
-
-def _when(condition: Mapping[str, Any], key: str) -> Days | None:
-    period = _one(condition, f"{key}Period")
-    first = _days(_text(condition, f"{key}DateTime") or _text(period, "start"))
-    last = _days(_text(period, "end")) or first
-    return None if first is None or last is None else (first[0], last[1])
-
-
-def _days(date: str) -> Days | None:
-    """The days that a FHIR date or dateTime can mean, as it is written: the time zone is not applied."""
-    if not date:
-        return None
-    written = _DATE.fullmatch(date)
-    if not written:
-        raise _WrongField("date")
-    day = written[1]
-    return day + "-01-01"[len(day) - 4 :], day + "-12-31"[len(day) - 4 :]
-
-
-def _status(resource: Mapping[str, Any], key: str) -> str:
-    """The code of a status that is a CodeableConcept; empty if it is not stated."""
-    codes = [_text(coding, "code") for coding in _many(_one(resource, key), "coding")]
-    return codes[0] if codes else ""
-
-
-def _local(reference: str) -> str:
-    """A reference without its server and version: such as Patient/1, or a URN."""
-    reference = reference.partition("/_history/")[0]
-    return reference.lower() if reference.startswith("urn:") else "/".join(reference.split("/")[-2:])
-
-
-def _text(of: Mapping[str, Any], key: str) -> str:
-    value = of.get(key)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise _WrongField(key)
-    return value.strip()
-
-
-def _one(of: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = of.get(key)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise _WrongField(key)
-    return value
-
-
-def _many(of: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    value = of.get(key)
-    if value is None:
-        return []
-    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-        raise _WrongField(key)
-    return value

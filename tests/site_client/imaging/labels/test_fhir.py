@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from locum.common.errors import DataError
 from locum.site_client.imaging.items import Unit
@@ -332,6 +334,40 @@ def test_data_of_another_form_is_told_with_its_line(book, tmp_path, content, say
     assert says in caught.value.message
     assert "MRN1" not in caught.value.message
     assert caught.value.remedy
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.sampled_from(["2011", "2011-99-99", "Patient/p1", "#", "urn:uuid:x"])
+    | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(
+        ["reference", "coding", "code", "system", "value", "start", "end", "type", "identifier"]), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+
+
+@given(st.data())
+def test_fields_of_any_form_are_read_or_told(tmp_path_factory, data):
+    made = [patient(), study(), condition(), observation(), report(imagingStudy=[{"reference": "ImagingStudy/s1"}])]
+    for resource in made:
+        for key in data.draw(st.lists(st.sampled_from(sorted(resource)), max_size=2)):
+            resource[key] = data.draw(_JSON)
+    folder = tmp_path_factory.mktemp("fhir")
+    (folder / "export.ndjson").write_text("".join(json.dumps(resource) + "\n" for resource in made))
+    labels = {"kind": "fhir", "path": folder, "link": data.draw(st.sampled_from(["accession", "study", "patient"])),
+              "classes": CLASSES, "resources": ["Condition", "Observation", "DiagnosticReport"]}  # fmt: skip
+    try:
+        found = FhirBook(FhirLabels.model_validate(labels), KEYS)
+    except DataError:
+        return
+    assert outcome(found, unit("MRN1", "A1", "1.2.3.1")) in {*CLASSES.values(), *map(str, Reason)}
+
+
+@pytest.mark.parametrize("text", ["\ud800", "p\udcff"])
+def test_half_a_character_is_told(book, text):
+    with pytest.raises(DataError, match="is not as in FHIR R4"):
+        book(patient(id=text))
+    with pytest.raises(DataError, match="is not as in FHIR R4"):
+        book(patient(value=text))
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path):
