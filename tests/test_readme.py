@@ -146,7 +146,7 @@ def _leaves(command: click.Command, *path: str) -> Iterator[tuple[str, ...]]:
 
 def test_every_command_is_shown_somewhere_as_a_person_types_it() -> None:
     typed = [shlex.split(line)[1:] for path in MAIN for line in _read(path).typed if line.startswith("locum ")]
-    shown = {tuple(words[:length]) for words in typed for length in (1, 2)}
+    shown = {tuple(words[:length]) for words in typed for length in (1, 2, 3)}
     assert [" ".join(words) for words in _leaves(locum) if words not in shown] == []
 
 

@@ -78,33 +78,45 @@ def standard_vr(tag: int) -> str:
 # --- from pydicom
 
 
-def elements_of(dataset: Dataset, encoding: Encoding, keep: Callable[[int], bool]) -> Level:
+def elements_of(dataset: Dataset, encoding: Encoding, texts: list[str], keep: Callable[[int], bool]) -> Level:
     """The elements of a data set; those for which `keep(tag)` holds stay as pydicom has them.
+
+    Args:
+        dataset: as it was read, or made in memory.
+        encoding: of what is no raw element any more.
+        texts: the encodings of its text, by their names in Python.
+        keep: which elements stay.
 
     Raises:
         DamagedError: a sequence of the standard is none.
     """
-    return list(_elements_of(dataset, encoding, keep, 0))
+    return list(_elements_of(dataset, _Given(encoding, texts, keep), 0))
 
 
-def _elements_of(dataset: Dataset, encoding: Encoding, keep: Callable[[int], bool], depth: int) -> Iterator[Element]:
+class _Given(NamedTuple):
+    encoding: Encoding
+    texts: list[str]
+    keep: Callable[[int], bool]
+
+
+def _elements_of(dataset: Dataset, given: _Given, depth: int) -> Iterator[Element]:
     if depth > _DEEPEST:
         raise DamagedError("sequences are nested too deeply")
     for element in dataset.values():
         tag = int(element.tag)
         if isinstance(element, RawDataElement):
-            if keep(tag):
+            if given.keep(tag):
                 yield Element(tag, element.VR or "", element)
             else:
                 within = Encoding(element.is_implicit_VR, element.is_little_endian)
                 yield _opened(tag, element.VR or "", value_of(dataset, element), within, depth)
         elif element.VR == "SQ":
             items = element.value or ()
-            yield Element(tag, "SQ", [list(_elements_of(item, encoding, keep, depth + 1)) for item in items])
-        elif keep(tag):
-            yield Element(tag, element.VR, _raw(element, encoding))
+            yield Element(tag, "SQ", [list(_elements_of(item, given, depth + 1)) for item in items])
+        elif given.keep(tag):
+            yield Element(tag, element.VR, _raw(element, given))
         else:
-            yield Element(tag, element.VR, _raw(element, encoding).value or b"")
+            yield Element(tag, element.VR, _raw(element, given).value or b"")
 
 
 def value_of(dataset: Dataset, element: RawDataElement) -> bytes:
@@ -120,11 +132,12 @@ def value_of(dataset: Dataset, element: RawDataElement) -> bytes:
     return read_deferred_data_element(kind, source, time, element).value or b""
 
 
-def _raw(element: DataElement, encoding: Encoding) -> RawDataElement:
+def _raw(element: DataElement, given: _Given) -> RawDataElement:
     """An element that pydicom has converted, in bytes again."""
+    encoding = given.encoding
     buffer = DicomBytesIO()
     buffer.is_little_endian, buffer.is_implicit_VR = encoding.little, True
-    write_data_element(buffer, element)
+    write_data_element(buffer, element, given.texts)
     whole = buffer.getvalue()
     length = struct.unpack_from(encoding.order + "I", whole, 4)[0]
     value = whole[8:-8] if length == UNDEFINED else whole[8:]

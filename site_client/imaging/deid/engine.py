@@ -67,6 +67,7 @@ METHOD_CODES = {
 IMPLEMENTATION_UID = "2.25.86183479463041932577013265486293148752"
 IMPLEMENTATION_NAME = "LOCUM"
 _SHOWN = 64
+_DIRECTORY = 0x00041220
 
 
 @dataclass(frozen=True)
@@ -268,9 +269,9 @@ class Deidentifier:
 
     def _cleaned(self, dataset: Dataset, job: _Job) -> _Cleaned:
         with damage_is(Reason.UNREADABLE, "elements"), _damage():
-            level = elements_of(dataset, job.encoding, PIXELS.__contains__)
+            level = elements_of(dataset, job.encoding, job.encodings, PIXELS.__contains__)
         sop_class, sop = _text_at(job, level, 0x00080016), _text_at(job, level, 0x00080018)
-        if sop_class == MediaStorageDirectoryStorage or any(element.tag >> 16 == 4 for element in level):
+        if sop_class == MediaStorageDirectoryStorage or any(element.tag == _DIRECTORY for element in level):
             raise RefusedError(Reason.NOT_AN_IMAGE, "a DICOM directory")
         with _damage():
             job.gather(level)
@@ -281,9 +282,7 @@ class Deidentifier:
             raise RefusedError(Reason.RESIDUE, f"{_shown_tag(left)} {self.rule(left).name}")
         kept = sorted([*kept, *self._method(job.encoding)], key=lambda element: element.tag)
         uids = self._keys.uid if "retain_uids" not in self._options else str
-        return _Cleaned(
-            kept, job.encoding, _syntax(dataset, job.encoding), self._keys.uid(sop_class), uids(sop), job.encodings
-        )
+        return _Cleaned(kept, job.encoding, _syntax(dataset, job.encoding), uids(sop_class), uids(sop), job.encodings)
 
     def _method(self, encoding: Encoding) -> Level:
         """(0012,0062) to (0012,0064) and (0028,0303): that and how the file was cleaned (PS3.15 E.1)."""

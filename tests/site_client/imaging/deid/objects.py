@@ -96,20 +96,24 @@ def outcome(call: Callable[[], bytes]) -> bytes | RefusedError:
 # --- bytes that pydicom would not write
 
 
-def element(tag: int, vr: bytes, value: bytes) -> bytes:
-    """One element, explicit, little-endian; odd values are padded."""
+def element(tag: int, vr: bytes, value: bytes, *, implicit: bool = False) -> bytes:
+    """One element, little-endian; odd values are padded."""
     value += b" " * (len(value) % 2)
-    head = struct.pack("<HH", tag >> 16, tag & 0xFFFF) + vr
+    head = struct.pack("<HH", tag >> 16, tag & 0xFFFF)
+    if implicit:
+        return head + struct.pack("<I", len(value)) + value
     if vr in LONG:
-        return head + struct.pack("<HI", 0, len(value)) + value
-    return head + struct.pack("<H", len(value)) + value
+        return head + vr + struct.pack("<HI", 0, len(value)) + value
+    return head + vr + struct.pack("<H", len(value)) + value
 
 
-def level(elements: dict[int, tuple[bytes, bytes]]) -> bytes:
-    return b"".join(element(tag, *elements[tag]) for tag in sorted(elements))
+def level(elements: dict[int, tuple[bytes, bytes]], *, implicit: bool = False) -> bytes:
+    """The elements of one level, in order."""
+    return b"".join(element(tag, *elements[tag], implicit=implicit) for tag in sorted(elements))
 
 
 def item(content: bytes) -> bytes:
+    """One item of a sequence."""
     return struct.pack("<HHI", 0xFFFE, 0xE000, len(content)) + content
 
 

@@ -37,6 +37,7 @@ _SURNAMES = [
     "Müller-Öztürk",
 ]
 _FIRST = ["Zofia", "Adaeze", "Jörg", "Ximena", "Bob"]
+_SYNTAXES = {True: b"1.2.840.10008.1.2\0", False: b"1.2.840.10008.1.2.1\0"}
 _DRAWINGS = [0x60003000, 0x60004000, 0x60020022, 0x50003000, 0x50000030]
 _ENGINES = [engine(), engine("modified_dates"), engine(*ALL_OPTIONS)]
 
@@ -81,7 +82,7 @@ people = st.builds(
 
 
 @st.composite
-def hiding_places(draw: st.DrawFn, person: Person, depth: int = 0) -> dict[int, tuple[bytes, bytes]]:
+def hiding_places(draw: st.DrawFn, person: Person, implicit: bool, depth: int = 0) -> dict[int, tuple[bytes, bytes]]:
     """Elements of one level, some of them with a secret, some of them sequences of more."""
     found: dict[int, tuple[bytes, bytes]] = {}
     secret = st.sampled_from(person.spellings)
@@ -108,11 +109,9 @@ def hiding_places(draw: st.DrawFn, person: Person, depth: int = 0) -> dict[int, 
             scheme = draw(st.sampled_from([b"DCM", b"99LOCAL"]))
             found |= {0x00080100: (b"SH", draw(secret)), 0x00080102: (b"SH", scheme), 0x00080104: (b"LO", draw(secret))}
         elif depth < 4:
-            items = b"".join(
-                item(level(draw(hiding_places(person, depth + 1)))) for _ in range(draw(st.integers(1, 2)))
-            )
+            levels = [draw(hiding_places(person, implicit, depth + 1)) for _ in range(draw(st.integers(1, 2)))]
             tag = draw(st.sampled_from([*_SEQUENCES, 0x00091001]))
-            found[tag] = (b"SQ", items)
+            found[tag] = (b"SQ", b"".join(item(level(one, implicit=implicit)) for one in levels))
     return found
 
 
@@ -120,7 +119,8 @@ def hiding_places(draw: st.DrawFn, person: Person, depth: int = 0) -> dict[int, 
 def files(draw: st.DrawFn) -> tuple[Person, bytes]:
     """A Part 10 file of a person, who stands in the usual places and in unusual ones."""
     person = draw(people)
-    hidden = draw(hiding_places(person))
+    implicit = draw(st.booleans())
+    hidden = draw(hiding_places(person, implicit))
     name = f"{person.surname}^{person.first}".encode()
     usual = {
         0x00080005: (b"CS", b"ISO_IR 192"),
@@ -130,12 +130,12 @@ def files(draw: st.DrawFn) -> tuple[Person, bytes]:
         0x00100020: (b"LO", person.number.encode()),
         0x00100030: (b"DA", person.born.encode()),
     }
-    meta = element(0x00020001, b"OB", b"\0\1") + element(0x00020010, b"UI", b"1.2.840.10008.1.2.1\0")
+    meta = element(0x00020001, b"OB", b"\0\1") + element(0x00020010, b"UI", _SYNTAXES[implicit])
     meta += element(0x00020016, b"AE", draw(st.sampled_from(person.spellings))[:16])
     preamble = (draw(st.sampled_from(person.spellings)) + b"\0" * 128)[:128]
     length = element(0x00020000, b"UL", struct.pack("<I", len(meta)))
-    pixels = element(0x7FE00010, b"OW", name)
-    return person, preamble + b"DICM" + length + meta + level({**hidden, **usual}) + pixels
+    pixels = element(0x7FE00010, b"OW", name, implicit=implicit)
+    return person, preamble + b"DICM" + length + meta + level({**hidden, **usual}, implicit=implicit) + pixels
 
 
 def parsed(content: bytes) -> Dataset | None:

@@ -60,6 +60,16 @@ def test_what_the_catalog_keeps_names_the_cleaned_file():
     assert (made.StudyInstanceUID, made.SeriesInstanceUID) == (known.study, known.series)
 
 
+@pytest.mark.parametrize("charset", ["ISO_IR 100", "ISO_IR 192", "GB18030", "ISO_IR 144"])
+@pytest.mark.parametrize("number", ["P-4711", "Ä-4711", "患者4711", "Пациент-1", " 12 ", "A\\B"])
+def test_an_id_in_any_script_has_one_pseudonym(charset, number):
+    content = spliced(image(SpecificCharacterSet=charset, PatientID=None), 0x00100020, b"LO", number.encode())
+    seen = loaded(content)
+    known = known_of(seen, KEYS)
+    for made in (seen, loaded(content)):
+        assert loaded(engine("modified_dates").file(made)).PatientID == known.patient
+
+
 def test_another_key_gives_other_names():
     other = Deidentifier(Deidentification(), Keys.of(b"x" * 32)).clean(image())
     assert other.PatientID != cleaned(image()).PatientID
