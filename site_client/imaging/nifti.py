@@ -20,6 +20,8 @@ from locum.site_client.imaging.grids import Array, Floats, Volume, narrow, squee
 from locum.site_client.imaging.reasons import Reason, RefusedError
 
 MAX_CHANNELS = 16
+#: What an image may take in memory, whatever its file is compressed to.
+MAX_BYTES = 2 << 30
 
 #: Largest distance, in voxels, between a mask's voxel and the image's: rounding of the affines.
 _OFF_GRID = 0.1
@@ -69,8 +71,9 @@ def _read(path: Path) -> Volume:
 
 def _check_header(image: nibabel.Nifti1Image) -> None:
     shape = tuple(image.shape)
-    if int(np.prod(shape, dtype=object)) > MAX_VOXELS:
-        raise RefusedError(Reason.TOO_LARGE, f"shape {shape}")
+    number = int(np.prod(shape, dtype=object))
+    if number > MAX_VOXELS or number * image.get_data_dtype().itemsize > MAX_BYTES:
+        raise RefusedError(Reason.TOO_LARGE, f"shape {shape}, type {image.get_data_dtype()}")
     if image.get_data_dtype().fields is not None or image.get_data_dtype().kind == "c":
         raise RefusedError(Reason.COLOUR, f"type {image.get_data_dtype()}")
     if not 2 <= len(shape) <= 5 or (len(shape) == 5 and shape[4] != 1):
