@@ -30,9 +30,10 @@ _HELP = {
     "resume": "Go on with a run that was paused or stopped.",
     "pull": "Fetch a run's model, metrics and report.",
     "cohort": "Ask the sites how many of their patients fit a description.",
+    "readiness": "Show which sites' data meet a plan's contract, and where they do not.",
     "audit": "A run's record: bundle it, verify it offline, read it, compare it.",
 }
-_SERVER = ("audit", "cohort", "server", "propose", "run", "watch", "stop", "resume", "pull")
+_SERVER = ("audit", "cohort", "readiness", "server", "propose", "run", "watch", "stop", "resume", "pull")
 _EXTRA = {"simulate": "site,server", "site": "site", **dict.fromkeys(_SERVER, "server")}
 
 

@@ -63,6 +63,12 @@ def unseal(content: bytes, kind: str, public_key: PublicKey) -> dict[str, Any]:
     return body
 
 
+def kind_of(content: bytes) -> str:
+    """The kind that an envelope says it is of, unverified; raises EnvelopeError for what is no envelope."""
+    kind = _parsed(content)["kind"]
+    return kind if isinstance(kind, str) else ""
+
+
 def _parsed(content: bytes) -> dict[str, Any]:
     if len(content) > MOST_BYTES:
         raise EnvelopeError(f"an envelope is at most {MOST_BYTES} bytes")

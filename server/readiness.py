@@ -7,6 +7,7 @@ Rules:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cryptography import x509
@@ -14,8 +15,15 @@ from cryptography import x509
 from locum.common.envelope import EnvelopeError, Readiness, open_readiness
 from locum.common.errors import Code
 from locum.common.identity import certified_key
+from locum.common.log.entries import ReadinessEntry, read_entry
 from locum.common.messages import Description
 from locum.server.admission import Refused
+from locum.server.home import Home
+from locum.server.log import open_log
+from locum.server.registry import Registry
+
+#: In the bytes of every entry that is a statement of readiness: a log has millions of others.
+_MARK = b'"kind":"readiness"'
 
 
 @dataclass(frozen=True)
@@ -47,3 +55,28 @@ def unable(found: Description, statement: Heard | None) -> Refused | None:
         reason = found.reason or f"the contract is not met: {', '.join(statement.said.failing)}"
         return Refused(reason, Code.NOT_READY)
     return None if found.able else Refused(found.reason, Code.NO_DATA)
+
+
+def newest(home: Home, registry: Registry, plan: str) -> dict[str, Readiness]:
+    """By site, what it said last of its data for a plan: in the log of runs, or before any.
+
+    Only of sites that are enrolled, under the keys that they have now. Raises LogError and RegistryError.
+    """
+    keys = {site.name: certified_key(site.certificate) for site in registry.sites() if site.revoked_at is None}
+    said = [(site, envelope.decode()) for site, envelope in registry.readiness(plan).items()]
+    said += [(entry.site, entry.statement) for entry in _logged(home) if entry.plan == plan]
+    found: dict[str, Readiness] = {}
+    for site, envelope in said:
+        try:
+            one = open_readiness(envelope.encode(), keys[site])
+        except (KeyError, EnvelopeError):
+            continue  # of a site that has left, or under a key that it has no more
+        if one.plan == plan and (site not in found or one.at > found[site].at):
+            found[site] = one
+    return found
+
+
+def _logged(home: Home) -> Iterator[ReadinessEntry]:
+    for content in open_log(home).store.entries():
+        if _MARK in content and isinstance(entry := read_entry(content), ReadinessEntry):
+            yield entry

@@ -66,6 +66,10 @@ CREATE TABLE answers (
     site TEXT NOT NULL, key TEXT NOT NULL, question TEXT NOT NULL, envelope BLOB NOT NULL,
     PRIMARY KEY (site, key, question)
 ) STRICT;
+CREATE TABLE readiness (
+    site TEXT NOT NULL, key TEXT NOT NULL, plan TEXT NOT NULL, at REAL NOT NULL, envelope BLOB NOT NULL,
+    PRIMARY KEY (site, key, plan)
+) STRICT;
 """
 _VERSION = 2
 #: Tables whose rows have a name and can be revoked.
@@ -432,6 +436,34 @@ class Registry:
                 "SELECT site, envelope FROM answers JOIN sites ON sites.name = answers.site AND sites.key = answers.key"
                 " WHERE sites.revoked_at IS NULL AND question = ? ORDER BY site",
                 (question,),
+            )
+            return {row["site"]: bytes(row["envelope"]) for row in rows}
+
+    # --- readiness ---
+
+    def record_readiness(self, site: str, plan: str, *, at: float, envelope: bytes) -> bool:
+        """Notes what a site says of its data for a plan, signed with its present key; returns whether it is newer.
+
+        Raises RefusedError for a site that is not enrolled.
+        """
+        with self._change() as connection:
+            row = _one(connection, "SELECT key FROM sites WHERE name = ? AND revoked_at IS NULL", site)
+            if row is None:
+                raise RefusedError(f"{site} is not enrolled", "enrol it first")
+            query = (
+                "INSERT INTO readiness (site, key, plan, at, envelope) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
+                " at = excluded.at, envelope = excluded.envelope WHERE excluded.at > readiness.at"
+            )
+            return connection.execute(query, (site, row["key"], plan, at, envelope)).rowcount > 0
+
+    def readiness(self, plan: str) -> dict[str, bytes]:
+        """What sites said of their data for a plan before any run, of those that are not revoked, by site."""
+        with self._use() as connection:
+            rows = connection.execute(
+                "SELECT site, envelope FROM readiness JOIN sites"
+                " ON sites.name = readiness.site AND sites.key = readiness.key"
+                " WHERE sites.revoked_at IS NULL AND plan = ? ORDER BY site",
+                (plan,),
             )
             return {row["site"]: bytes(row["envelope"]) for row in rows}
 

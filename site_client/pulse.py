@@ -65,6 +65,7 @@ class News:
         decisions: the stewards' signed decisions that count, one a plan.
         asked: takes a signed cohort question in, and answers it later. Raises LocumError or OSError.
         answers: the site's signed answers to questions that are open.
+        readiness: signed statements of readiness that a steward has let go.
         renew: renews the certificate over a channel if it is due at a time; returns whether it did. Raises LocumError.
         witness: looks at the federation's log over a channel; returns up to which entry the site vouches for it. Raises
             ForkedError, which it has told, and LocumError.
@@ -74,6 +75,7 @@ class News:
     decisions: Callable[[], Iterable[bytes]]
     asked: Callable[[bytes], object]
     answers: Callable[[], Iterable[Statement]]
+    readiness: Callable[[], Iterable[bytes]]
     renew: Callable[[grpc.Channel, datetime], bool]
     witness: Callable[[grpc.Channel], int]
 
@@ -187,6 +189,7 @@ class Pulse:
             (self._fetch, 0.0),
             (self._hear, 0.0),
             (self._answer, _DECISION_SECONDS),
+            (self._ready, _DECISION_SECONDS),
             (self._witness, 0.0),
         )
         while True:
@@ -280,6 +283,20 @@ class Pulse:
             self.releases.statement(said, lambda: guarded(lambda: stub.State(request, timeout=_CALL_SECONDS)))
         except RefusedError as error:
             self.log.warning("the coordinator does not take an answer to a cohort question: %s", error)
+
+    def _ready(self, way: _Way) -> None:
+        for envelope in self.news.readiness():
+            if envelope not in way.told:
+                self._let_go(way.registry, envelope)
+                way.told.add(envelope)
+
+    def _let_go(self, stub: rpc.RegistryStub, envelope: bytes) -> None:
+        """Hands a statement of readiness over; raises AwayError. One that is refused is told here."""
+        try:
+            request = pb.StateRequest(envelope=envelope)
+            self.releases.readiness(envelope, lambda: guarded(lambda: stub.State(request, timeout=_CALL_SECONDS)))
+        except RefusedError as error:
+            self.log.warning("the coordinator does not take a statement of readiness: %s", error)
 
     def _witness(self, way: _Way) -> None:
         """Looks at the log when it has grown, and once a minute: a coordinator that says nothing of it is asked too."""

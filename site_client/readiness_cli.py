@@ -68,12 +68,12 @@ def _plan(given: str, home: Path) -> Plan:
     try:
         approvals = open_approvals(home, Policy())
         return approvals.held(approvals.find(given)).plan
-    except RunError as error:
+    except RunError as error:  # exit code 1 is for a site that is not ready
         if any(mark in given for mark in "./"):
             raise DataError(
                 f"there is no plan at {given}", "give a plan.yaml, or the digest of a proposed plan"
             ) from error
-        raise
+        raise DataError(error.message, error.remedy) from error
 
 
 def _written(
@@ -117,7 +117,7 @@ def _let_go(home: Path, said: Ready) -> None:
     from locum.site_client.readiness.outbox import let_go
 
     if said.envelope is None:
-        raise RunError(
+        raise DataError(
             "a statement that is not signed cannot be released", "enrol this site: locum site enrol INVITATION"
         )
     let_go(home, said.said.plan, said.envelope.encode())

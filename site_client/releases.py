@@ -163,7 +163,7 @@ class Releases:
 
     @property
     def stated(self) -> frozenset[str]:
-        """The SHA-256 of each answer to a cohort question that was about to leave."""
+        """The SHA-256 of each answer to a cohort question, and statement of readiness, that was about to leave."""
         return self._known.stated
 
     # --- what leaves
@@ -213,7 +213,12 @@ class Releases:
 
     def readiness(self, envelope: bytes, send: Callable[[], T]) -> T:
         """A signed statement of readiness that a steward lets go before any run."""
-        return self._request(_plain(READINESS, envelope, statements=(sha256_hex(envelope),)), send)
+        digest = sha256_hex(envelope)
+        with self._writing():
+            if digest not in self._known.stated:
+                self._write(_plain(READINESS, envelope, statements=(digest,)))
+                self._know(stated=self._known.stated | {digest})
+        return send()
 
     def renewal(self, request: bytes, send: Callable[[], T]) -> T:
         """A request to certify the site's key anew."""
@@ -349,11 +354,11 @@ def _after(known: _Known, entry: Mapping[str, Any]) -> _Known:
     purpose, sha256 = entry["purpose"], entry["sha256"]
     if purpose == DECISION:
         return known._replace(decisions=known.decisions | {sha256})
-    if purpose == COHORT:
+    if purpose in {COHORT, READINESS}:
         return known._replace(stated=known.stated | {sha256})
     if purpose.startswith(f"{REPORT}."):
         return known._replace(report=(purpose, entry["run"], entry["round"]))
-    return known if purpose in {COSIGNATURE, READINESS, RENEWAL, ENROLMENT} else known._replace(answer=(sha256, ""))
+    return known if purpose in {COSIGNATURE, RENEWAL, ENROLMENT} else known._replace(answer=(sha256, ""))
 
 
 # --- entries

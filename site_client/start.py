@@ -39,6 +39,7 @@ from locum.site_client.identity import SiteIdentity, load_identity
 from locum.site_client.privacy.budget import Budget, Signer, state_of
 from locum.site_client.privacy.ledger import Ledger, LedgerError, State
 from locum.site_client.pulse import News, Pulse
+from locum.site_client.readiness.outbox import statements
 from locum.site_client.readiness.statement import Steward
 from locum.site_client.releases import open_releases
 from locum.site_client.secure import Credentials, SecureSite, drawn, seeded
@@ -137,6 +138,7 @@ def open_service(home: Path, configuration: SiteConfiguration, log: logging.Logg
         decisions=lambda: approvals().decisions(),
         asked=cohort.receive,
         answers=cohort.statements,
+        readiness=lambda: statements(home),
         renew=renewed,
         witness=lambda channel: witness.look(over(RegistryStub(channel), releases)),
     )

@@ -24,7 +24,15 @@ import grpc
 from cryptography import x509
 
 from locum.common.cohort import check_fits, open_answer, open_question
-from locum.common.envelope import MOST_BYTES, Approval, EnvelopeError, open_approval
+from locum.common.envelope import (
+    MOST_BYTES,
+    READINESS,
+    Approval,
+    EnvelopeError,
+    kind_of,
+    open_approval,
+    open_readiness,
+)
 from locum.common.errors import RunError
 from locum.common.identity import (
     IdentityError,
@@ -247,8 +255,30 @@ def questions(federation: Federation) -> pb.QuestionsReply:
 
 
 def state(federation: Federation, peer: Peer, request: pb.StateRequest) -> pb.StateReply:
-    """Notes a site's answer to an open question; the first one stays."""
+    """Notes what a site says of its own data: an answer to a question, or whether they meet a plan's contract."""
     _check_size(request.envelope, _MOST_ANSWER)
+    if kind_of(request.envelope) == READINESS:
+        return _ready(federation, peer, request)
+    return _answered(federation, peer, request)
+
+
+def _ready(federation: Federation, peer: Peer, request: pb.StateRequest) -> pb.StateReply:
+    """Notes a statement of readiness that a site makes before any run; the newest one counts."""
+    said = open_readiness(request.envelope, peer.public_key)
+    if said.site != peer.name:
+        raise Refusal(grpc.StatusCode.PERMISSION_DENIED, "a site speaks of its own data only")
+    if said.run is not None:
+        raise Refusal(_WRONG, "what is said for a run is said in it")
+    if said.at - time.time() > _MOST_AHEAD_SECONDS:
+        raise Refusal(_WRONG, "it is dated more than a day ahead: check the site's clock")
+    _check_proposed(federation.registry, said.plan)
+    if federation.registry.record_readiness(peer.name, said.plan, at=said.at, envelope=request.envelope):
+        log.info("%s says of plan %s: %s", peer.name, said.plan[:12], "ready" if said.ready else "not ready")
+    return pb.StateReply()
+
+
+def _answered(federation: Federation, peer: Peer, request: pb.StateRequest) -> pb.StateReply:
+    """Notes a site's answer to an open question; the first one stays."""
     answer = open_answer(request.envelope, peer.public_key)
     if answer.site != peer.name:
         raise Refusal(grpc.StatusCode.PERMISSION_DENIED, "a site answers for itself only")
@@ -278,8 +308,12 @@ def _check_approval(registry: Registry, peer: Peer, approval: Approval) -> None:
     ahead = approval.at - time.time()
     if ahead > _MOST_AHEAD_SECONDS:
         raise Refusal(_WRONG, f"the approval is dated {ahead / 3600:.0f} h ahead of the coordinator's clock")
+    _check_proposed(registry, approval.digest)
+
+
+def _check_proposed(registry: Registry, plan: str) -> None:
     try:
-        registry.proposal(approval.digest)
+        registry.proposal(plan)
     except RunError as error:
         raise Refusal(grpc.StatusCode.NOT_FOUND, error.message) from error
 

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from locum.site_client.desk.pictures import grey
 from locum.site_client.desk.png import png
+from locum.site_client.imaging.damage import damage_is
 from locum.site_client.imaging.fitting import Seen
+from locum.site_client.imaging.reasons import Reason, RefusedError
 
 #: The longest side of a picture, in pixels.
 SIDE = 240
@@ -56,8 +58,9 @@ def picture(one: Seen) -> Picture:
     if one.misses:
         words.append(f"not used: {', '.join(one.misses)}")
     try:
-        source = _drawn(one)
-    except (OSError, ValueError):  # a file that was removed or damaged since the ingest is a gap, and no failure
+        with damage_is(Reason.UNREADABLE):
+            source = _drawn(one)
+    except RefusedError:  # a file that was removed or damaged since the ingest is a gap, and no failure
         source = ""
     return Picture(one.case.id, ", ".join(filter(None, words)), source)
 
@@ -65,8 +68,9 @@ def picture(one: Seen) -> Picture:
 def values(one: Seen) -> NDArray[np.float32]:
     """Some values of the middle slice of a case; none if its file cannot be read."""
     try:
-        plane = _plane(one.case.image, None)
-    except (OSError, ValueError):
+        with damage_is(Reason.UNREADABLE):
+            plane = _plane(one.case.image, None)
+    except RefusedError:
         return np.zeros(0, np.float32)
     return np.asarray(plane[::4, ::4], np.float32).ravel()
 

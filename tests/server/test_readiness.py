@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
+from locum.common.cli import main
 from locum.common.envelope import open_readiness
 from locum.common.errors import Code, RunError
-from locum.common.identity import certified_key, new_key
+from locum.common.identity import certified_key, new_key, utc_now
 from locum.common.log.entries import ReadinessEntry, RosterEntry
 from locum.common.messages import LOCAL, Description
 from locum.common.plan import Plan
+from locum.common.proto import locum_pb2 as pb
+from locum.common.proto.locum_pb2_grpc import RegistryStub
 from locum.server.home import Home
 from locum.server.link import Direct
+from locum.server.proposals import propose
+from locum.server.readiness import newest
 from locum.server.rounds import Finished
 from locum.simulations.institutions import credentials_of, found_federation
+from locum.site_client.identity import SiteIdentity
 from tests.peers import Peer, run_peers
 from tests.plans import plan
 from tests.readiness import ready
+from tests.server.door import Door, open_door
 from tests.server.test_log import of_kind
 
 
@@ -129,3 +139,76 @@ def test_a_site_whose_data_have_ceased_to_meet_the_contract_is_not_in_the_run_th
         (("a", "b", "c"), {}),
         (("a", "b"), {"c": "NOT_READY"}),
     ]
+
+
+# --- what was said before any run
+
+
+@pytest.fixture(scope="module")
+def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+    with open_door(tmp_path_factory.mktemp("door") / "coordinator") as opened:
+        yield opened
+
+
+def _state(door: Door, caller: SiteIdentity, envelope: bytes) -> object:
+    with door.channel(caller) as channel:
+        try:
+            return RegistryStub(channel).State(pb.StateRequest(envelope=envelope), timeout=20)
+        except grpc.RpcError as error:
+            return error.code()
+
+
+def test_a_statement_that_was_let_go_before_any_run_is_kept_and_the_newest_counts(
+    door: Door, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of, north, silent = plan(name="kept"), door.enrol("north"), door.enrol("silent")
+    propose(door.home, of, "team")
+    now = utc_now().timestamp()
+    told = [ready(of, "north", north.key, None, ("spacing",), at=now), ready(of, "north", north.key, None, at=now + 1),
+            ready(of, "north", north.key, None, ("consent",), at=now - 1)]  # fmt: skip
+    for one in told:
+        assert _state(door, north, str(one.envelope).encode()) == pb.StateReply()
+    assert newest(door.home, door.registry, of.digest)["north"] == told[1].said
+    assert main(["readiness", of.digest[:12], "--home", str(door.home.path)]) in {None, 0}
+    out = capsys.readouterr().out
+    assert "north  ready" in out
+    assert "training patients: 40 or more" in out
+    assert "nothing was said by: silent" in out
+    assert main(["readiness", of.digest, "--home", str(door.home.path), "--json"]) in {None, 0}
+    assert json.loads(capsys.readouterr().out)["silent"] == [silent.site]
+
+
+def test_who_is_not_ready_is_shown_with_the_clauses_that_fail(door: Door, capsys: pytest.CaptureFixture[str]) -> None:
+    of, identity = plan(name="failing"), door.enrol("riverside")
+    propose(door.home, of, "team")
+    said = ready(of, "riverside", identity.key, None, ("modality", "least_patients"))
+    assert _state(door, identity, str(said.envelope).encode()) == pb.StateReply()
+    assert main(["readiness", of.digest, "--home", str(door.home.path)]) in {None, 0}
+    assert "riverside  NOT ready: modality, least_patients" in capsys.readouterr().out
+
+
+def test_what_is_not_the_sites_own_word_on_a_proposed_plan_before_a_run_is_refused(door: Door) -> None:
+    of, identity = plan(name="refused"), door.enrol("st-anne")
+    wrong, missing = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
+    assert _state(door, identity, str(ready(of, "st-anne", identity.key, None).envelope).encode()) == missing
+    propose(door.home, of, "team")
+    late = utc_now().timestamp() + 90_000
+    for said, code in (
+        (ready(of, "st-anne", new_key(), None), wrong),
+        (ready(of, "another", identity.key, None), grpc.StatusCode.PERMISSION_DENIED),
+        (ready(of, "st-anne", identity.key, "run-1"), wrong),
+        (ready(of, "st-anne", identity.key, None, at=late), wrong),
+    ):
+        assert _state(door, identity, str(said.envelope).encode()) == code
+    assert _state(door, identity, b"{}") == wrong
+    assert door.registry.readiness(of.digest) == {}
+
+
+def test_a_statement_under_a_key_that_the_site_has_no_more_is_not_shown(door: Door) -> None:
+    of, identity = plan(name="gone"), door.enrol("lakeview")
+    propose(door.home, of, "team")
+    said = ready(of, "lakeview", identity.key, None)
+    assert _state(door, identity, str(said.envelope).encode()) == pb.StateReply()
+    assert "lakeview" in newest(door.home, door.registry, of.digest)
+    door.registry.revoke("lakeview")
+    assert "lakeview" not in newest(door.home, door.registry, of.digest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
@@ -11,6 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from locum.common.canonical import sha256_hex
 from locum.common.errors import RunError
 from locum.common.identity import new_key
 from locum.common.proto import locum_pb2 as pb
@@ -41,6 +43,7 @@ class _Site:
         self.received: list[bytes] = []
         self.questions: list[bytes] = []
         self.answers: list[Statement] = []
+        self.readiness: list[bytes] = []
         self.renewals: list[datetime] = []
         self.fails: dict[str, Exception] = {}
         self.looks = 0
@@ -52,6 +55,7 @@ class _Site:
             decisions=self._decisions,
             asked=self._asked,
             answers=self._answers,
+            readiness=lambda: tuple(self.readiness),
             renew=self._renew,
             witness=self._witness,
         )
@@ -196,6 +200,21 @@ def test_an_answer_that_is_refused_is_told_and_holds_up_no_other(
     start(site)
     until(lambda: coordinator.named("answer") == [b"one", b"two"])
     assert "the coordinator does not take an answer to a cohort question" in caplog.text
+
+
+def test_readiness_that_a_steward_let_go_is_told_once_and_written_down_first(
+    coordinator: Coordinator, start: Start
+) -> None:
+    site = _Site()
+    site.readiness = [b"ready"]
+    pulse = start(site)
+    until(lambda: coordinator.named("answer") == [b"ready"])
+    _beats_on(coordinator, site)
+    assert coordinator.named("answer") == [b"ready"]
+    left = [json.loads(entry) for entry in pulse.releases.log.entries()]
+    assert [(entry["purpose"], entry["sha256"]) for entry in left if entry.get("purpose") == "readiness"] == [
+        ("readiness", sha256_hex(b"ready"))
+    ]
 
 
 def test_decisions_are_told_anew_over_each_connection_and_when_the_registry_has_changed(
