@@ -210,6 +210,7 @@ def configuration(plan: Plan, shared: Mapping[str, NDArray[Any]]) -> dict[str, s
         "tensors": digest(shapes),
         "transforms": digest(plan.transforms.model_dump(mode="json")),
         "classes": ", ".join(plan.contract.classes),
+        "codes": digest({name: sorted(codes) for name, codes in plan.contract.codes.items()}),
         "metrics": ", ".join(plan.evaluation.metrics),
         "locum": version("locum"),
         "monai": version("monai"),
