@@ -40,6 +40,9 @@ from locum.site_client.imaging.sources import ObjectMasks
 
 CLASSES = frozenset({str(RTStructureSetStorage)})
 
+#: Columns and rows.
+Box = tuple[slice, slice]
+
 _CONTOUR_DATA = Tag("ContourData")
 _CLOSED = frozenset({"CLOSED_PLANAR", "CLOSEDPLANAR_XOR"})
 
@@ -151,7 +154,8 @@ class Structures:
             with damage_is(Reason.MASK_UNREADABLE, "contours"):
                 outlines = _on_slices([_points(contour) for contour in self._contours[number]], canvas)
             for place, polygons in outlines.items():
-                canvas.put(canvas.slice(place), filled(polygons, canvas.shape[:2]), value)
+                box = _box(polygons, canvas.shape[:2])
+                canvas.put(canvas.slice(place)[box], filled(polygons, box), value)
 
 
 def _points(contour: Dataset) -> Floats:
@@ -196,17 +200,26 @@ def _check_dense(places: Sequence[int]) -> None:
         raise RefusedError(Reason.MASK_MISMATCH, f"contours lie on every {steps.min()}th slice at most")
 
 
-def filled(polygons: Sequence[Floats], shape: tuple[int, int]) -> Region:
-    """(column, row): the pixels whose centres lie inside an odd number of polygons.
+def _box(polygons: Sequence[Floats], shape: tuple[int, int]) -> Box:
+    """The pixels, in columns and rows, among which those inside polygons are."""
+    low = np.min([polygon.min(axis=0) for polygon in polygons], axis=0)
+    high = np.max([polygon.max(axis=0) for polygon in polygons], axis=0)
+    first = np.clip(np.floor(low), 0, shape).astype(int)
+    behind = np.clip(np.ceil(high) + 1, 0, shape).astype(int)
+    return slice(int(first[0]), int(behind[0])), slice(int(first[1]), int(behind[1]))
+
+
+def filled(polygons: Sequence[Floats], box: Box) -> Region:
+    """(column, row): the pixels of a box whose centres lie inside an odd number of polygons.
 
     Args:
         polygons: each (n, 2): column and row, in pixels; closed from the last point to the first.
-        shape: columns and rows.
+        box: columns and rows.
 
     Raises:
         RefusedError: mask_unreadable, if two polygons cross.
     """
-    regions = [_inside(polygon, shape) for polygon in polygons]
+    regions = [_inside(polygon, box) for polygon in polygons]
     for one, other in combinations(regions, 2):
         _check_nested(one, other)
     return np.asarray(np.logical_xor.reduce(regions))
@@ -221,23 +234,24 @@ def _check_nested(one: Region, other: Region) -> None:
         raise RefusedError(Reason.MASK_UNREADABLE, "two contours of one structure cross, or are the same")
 
 
-def _inside(polygon: Floats, shape: tuple[int, int]) -> Region:
-    """(column, row): the pixels whose centres lie inside one polygon, by the even-odd rule along each row."""
-    toggles = np.zeros((shape[0] + 1, shape[1]), dtype=np.int32)
-    np.add.at(toggles, _crossings(polygon, shape), 1)
+def _inside(polygon: Floats, box: Box) -> Region:
+    """(column, row): the pixels of a box whose centres lie inside one polygon, by the even-odd rule along each row."""
+    toggles = np.zeros((box[0].stop - box[0].start + 1, box[1].stop - box[1].start), dtype=np.int32)
+    np.add.at(toggles, _crossings(polygon, box), 1)
     return np.asarray(np.cumsum(toggles, axis=0)[:-1] % 2 == 1)
 
 
-def _crossings(polygon: Floats, shape: tuple[int, int]) -> tuple[Array, Array]:
-    """Where edges cross the centre lines of rows: the first pixel centre at or behind each crossing, and its row."""
+def _crossings(polygon: Floats, box: Box) -> tuple[Array, Array]:
+    """Where edges cross the centre lines of rows: the first pixel at or behind each crossing, and its row, in a box."""
     x0, y0 = polygon.T
     x1, y1 = np.roll(polygon, -1, axis=0).T
+    columns, rows = box
     # Half-open, so that a corner on a row's centre line counts once.
-    first = np.clip(np.ceil(np.minimum(y0, y1)), 0, shape[1]).astype(np.intp)
-    behind = np.clip(np.ceil(np.maximum(y0, y1)), 0, shape[1]).astype(np.intp)
-    rows_of_edge = behind - first
-    edge = np.repeat(np.arange(len(polygon)), rows_of_edge)
-    nth = np.arange(len(edge)) - np.repeat(np.cumsum(rows_of_edge) - rows_of_edge, rows_of_edge)
-    rows = first[edge] + nth
-    across = x0[edge] + (rows - y0[edge]) * (x1[edge] - x0[edge]) / (y1[edge] - y0[edge])
-    return np.clip(np.ceil(across), 0, shape[0]).astype(np.intp), rows
+    first = np.clip(np.ceil(np.minimum(y0, y1)), rows.start, rows.stop).astype(np.intp)
+    behind = np.clip(np.ceil(np.maximum(y0, y1)), rows.start, rows.stop).astype(np.intp)
+    length = behind - first
+    edge = np.repeat(np.arange(len(polygon)), length)
+    row = first[edge] + np.arange(len(edge)) - np.repeat(np.cumsum(length) - length, length)
+    across = x0[edge] + (row - y0[edge]) * (x1[edge] - x0[edge]) / (y1[edge] - y0[edge])
+    column = np.clip(np.ceil(across), columns.start, columns.stop).astype(np.intp)
+    return column - columns.start, row - rows.start
