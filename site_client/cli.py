@@ -28,6 +28,7 @@ from locum.site_client.enrol_cli import enrol
 from locum.site_client.identity import usable
 from locum.site_client.imaging.labels.agreement_cli import agreement
 from locum.site_client.imaging.labels.labels_cli import labels
+from locum.site_client.imaging.retrieve.pacs_cli import pacs
 from locum.site_client.key_cli import key_app
 from locum.site_client.ledger_cli import ledger
 from locum.site_client.options import Home, Json
@@ -60,6 +61,7 @@ app.command()(desk)
 app.command()(deid)
 app.command()(agreement)
 app.command()(labels)
+app.command()(pacs)
 app.add_typer(key_app, name="key")
 app.add_typer(quarantine_app, name="quarantine")
 

@@ -81,8 +81,10 @@ class Peer:
             if study.uid != asked.StudyInstanceUID:
                 continue
             if asked.QueryRetrieveLevel == "SERIES":
-                yield 0xFF00, _answer(SeriesInstanceUID=study.series_uid, Modality=study.modality,
-                                      BodyPartExamined=study.body_part, NumberOfSeriesRelatedInstances=self.said(study))  # fmt: skip
+                answer = _answer(SeriesInstanceUID=study.series_uid, Modality=study.modality)
+                answer.BodyPartExamined = study.body_part
+                answer.update(_answer(NumberOfSeriesRelatedInstances=self.said(study)))
+                yield 0xFF00, answer
             if asked.QueryRetrieveLevel == "IMAGE":
                 for index in self.listed(study):
                     yield 0xFF00, _answer(SOPInstanceUID=study.sop(index), SOPClassUID=CTImageStorage)
