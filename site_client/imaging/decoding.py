@@ -4,7 +4,8 @@ Rules:
   * The codecs are C and C++: a damaged stream was seen to end the whole process (CharLS, an image of 60000 × 60000).
     So whatever is encapsulated (PS3.5 A.4) is decoded in a child, which may die; the next one is started then.
   * The child gets the pixel data and the numbers that describe them, nothing else of the header; no pickle.
-  * It has a time limit and a memory limit. It ends when its parent ends, for then its input ends.
+  * It has a time limit and a memory limit. It ends when its parent ends, for then its input ends; if it hangs then, the
+    system's alarm ends it.
 
 One request: a line of JSON with the numbers and the length, then so many bytes. One answer: a line of JSON with shape
 and type, or the error's name, then the array's bytes.
@@ -18,6 +19,7 @@ import json
 import os
 import resource
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -36,6 +38,8 @@ from locum.site_client.imaging.reasons import Reason, RefusedError
 #: Seconds for one object, and for each million of its voxels: slow codecs need 0.1.
 _PATIENCE = 20.0
 _PER_MILLION = 2.0
+#: Seconds after that in which the parent, if it lives, ends the child itself and says why.
+_GRACE = 10.0
 #: What the child may address: three times the largest image that is accepted, and the libraries.
 _MEMORY = 6 << 30
 _COUNTS = ("Rows", "Columns", "SamplesPerPixel", "PlanarConfiguration", "BitsAllocated", "BitsStored", "HighBit",
@@ -68,13 +72,14 @@ class _Codecs:
     def decode(self, dataset: Dataset) -> Array:
         """One object's pixels; raises RefusedError, or what a damaged header raises."""
         content = bytes(dataset["PixelData"].value)
-        request = {name: count(dataset, name) for name in _COUNTS} | {
+        request: dict[str, Any] = {name: count(dataset, name) for name in _COUNTS} | {
             "syntax": str(dataset.file_meta.TransferSyntaxUID),
             "frames": frames(dataset),
             "photometric": text(dataset, "PhotometricInterpretation"),
             "length": len(content),
         }
         limit = _PATIENCE + _PER_MILLION * voxels(dataset) / 1e6
+        request["alarm"] = limit + _GRACE
         with self._lock:
             try:
                 return _conversation(self._running(), request, content, limit)
@@ -173,6 +178,8 @@ def _serve() -> None:
     while line := sys.stdin.buffer.readline():
         request = json.loads(line)
         content = sys.stdin.buffer.read(request["length"])
+        # Nobody handles this signal, so it ends the process even within a codec, and when nobody waits any more.
+        signal.setitimer(signal.ITIMER_REAL, request["alarm"])
         try:
             with damage_is(Reason.DECODE_FAILED):
                 pixels = np.ascontiguousarray(_image(request, content).pixel_array)
@@ -181,6 +188,7 @@ def _serve() -> None:
         else:
             answers.write(json.dumps({"shape": pixels.shape, "dtype": pixels.dtype.str}).encode() + b"\n")
             answers.write(pixels.data)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         answers.flush()
 
 

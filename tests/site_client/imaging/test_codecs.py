@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import struct
@@ -220,6 +221,22 @@ def test_the_codecs_end_with_the_process_that_needed_them(shared, tmp_path):
             return
         time.sleep(0.05)
     raise AssertionError("the codecs outlived their parent")
+
+
+def test_a_codec_that_hangs_when_nobody_waits_any_more_ends_too(shared):
+    child = subprocess.Popen(
+        [sys.executable, "-m", "locum.site_client.imaging.decoding"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    good = opened(of("JLSL_16_15_1_1F.dcm"))
+    numbers = {name: int(good.get(name, 0)) for name in decoding._COUNTS}
+    syntax, content = str(good.file_meta.TransferSyntaxUID), good.PixelData
+    about = {"syntax": syntax, "frames": 1, "photometric": "MONOCHROME2", "length": len(content), "alarm": 1e-6}
+    # Within a microsecond no codec is ready: as if it hung.
+    child.stdin.write(json.dumps(numbers | about).encode() + b"\n" + content)
+    child.stdin.flush()
+    assert child.wait(timeout=60) == -signal.SIGALRM
+    child.stdin.close()
+    child.stdout.close()
 
 
 def test_what_a_codec_prints_is_no_pixel(shared):
