@@ -133,8 +133,7 @@ def test_a_frozen_tensor_wins_over_a_local_one() -> None:
 
 def test_the_codes_of_the_classes_are_a_topic_on_which_sites_agree() -> None:
     def topic(codes: dict[str, list[str]]) -> str:
-        contract = {"task": "segmentation", "classes": ["background", "lesion"], "codes": codes}
-        return build.configuration(plan(contract=contract), {})["codes"]
+        return build.configuration(plan(contract__codes=codes), {})["codes"]
 
     mass, more = {"lesion": ["SCT:4147007"]}, {"lesion": ["SCT:4147007", "RADLEX:RID3874"]}
     assert topic(more) == topic({"lesion": ["RADLEX:RID3874", "SCT:4147007"]})
