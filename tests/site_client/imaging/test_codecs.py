@@ -199,6 +199,19 @@ def test_a_codec_that_hangs_is_ended(shared, monkeypatch):
     assert decoding._CODECS._child.pid != child
 
 
+def test_a_box_without_a_length_hangs_nobody(shared, monkeypatch):
+    # pydicom 3.0 goes from box to box of a JP2 header by their lengths, and never leaves one of length 0.
+    dataset = opened(of("ELSCINT1_JP2vsJ2K.dcm"))
+    frame = bytearray(next(generate_frames(dataset["PixelData"].value, number_of_frames=1)))
+    assert frame[4:8] == b"jP  "
+    frame[12:16] = bytes(4)
+    dataset.PixelData = encapsulate([bytes(frame)])
+    decoded(opened(of("JLSL_16_15_1_1F.dcm")))
+    monkeypatch.setattr(decoding, "_PATIENCE", 1.0)
+    with pytest.raises(RefusedError, match="not decoded after"):
+        decoded(dataset)
+
+
 def test_the_codecs_end_with_the_process_that_needed_them(shared, tmp_path):
     path = of("JLSL_16_15_1_1F.dcm")
     code = f"""
