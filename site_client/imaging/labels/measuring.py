@@ -28,9 +28,12 @@ from locum.site_client.imaging.known import Known
 from locum.site_client.imaging.labels.agreement import LabelAgreement, MaskAgreement
 from locum.site_client.imaging.labels.given import Annotation
 from locum.site_client.imaging.labels.opening import label_source, mask_source
+from locum.site_client.imaging.labels.readers import by_reader
+from locum.site_client.imaging.labels.tables import Named
 from locum.site_client.imaging.reasons import RefusedError
-from locum.site_client.imaging.sources import ObjectMasks, PacsSource, SiteData
+from locum.site_client.imaging.sources import Labels, ObjectMasks, PacsSource, SiteData, label_rows
 from locum.site_client.imaging.store import Draft, exclusive
+from locum.site_client.imaging.terminology import Terminology, labelled
 
 FILE_NAME = "agreement.json"
 
@@ -83,14 +86,38 @@ def measure(site: SiteData, store: Path, keys: Keys) -> dict[str, Any]:
 
 
 def _labels(site: SiteData, keys: Keys, catalog: Catalog) -> dict[str, Any] | None:
-    source = label_source(site, keys, _annotations(site, catalog))
-    if not hasattr(source, "readings"):
+    readers = _label_readers(site, keys, catalog)
+    if readers is None:
         return None
-    readers, agreement, refused = cast("LabelReaders", source), LabelAgreement(), Counter[str]()
+    agreement, refused = LabelAgreement(), Counter[str]()
     for key, number, known, file in catalog.connection.execute(_UNITS):
         with _counted(refused):
             agreement.add(readers.readings(Unit(key, number, (), Known.from_json(known), file)))
     return {**agreement.summary(), "refused": dict(refused)}
+
+
+def _label_readers(site: SiteData, keys: Keys, catalog: Catalog) -> LabelReaders | None:
+    if isinstance(site.labels, Labels):
+        return TableReaders(site.labels, keys, Terminology.load(site.terminology) if site.terminology else None)
+    source = label_source(site, keys, _annotations(site, catalog))
+    return cast("LabelReaders", source) if hasattr(source, "readings") else None
+
+
+class TableReaders:
+    """The readers of a table of labels."""
+
+    def __init__(self, labels: Labels, keys: Keys, terms: Terminology | None) -> None:
+        self._labels = labels
+        self._terms = terms
+        self._named = Named(labels, label_rows(labels), keys)
+
+    def readings(self, unit: Unit) -> dict[str, str]:
+        """The class that each reader gave a unit; raises RefusedError (unmapped_code, conflicting_labels)."""
+        column, labels = self._labels.reader_column or "", self._labels
+        return by_reader(
+            (row.cells[column], labelled(row.cells[labels.label_column], labels.classes, self._terms).name)
+            for row in self._named.of(unit)
+        )
 
 
 def _masks(site: SiteData, keys: Keys, catalog: Catalog, store: Path) -> dict[str, Any] | None:

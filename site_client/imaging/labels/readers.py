@@ -10,7 +10,7 @@ Rules:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from locum.site_client.imaging.grids import Array, Volume
+from locum.site_client.imaging.reasons import Reason, RefusedError
 from locum.site_client.imaging.sources import Consensus
 
 #: Iterations after which STAPLE's expectation-maximisation stops if it has not converged.
@@ -30,6 +31,19 @@ def majority(labels: Sequence[str]) -> str | None:
         return None
     label, votes = Counter(labels).most_common(1)[0]
     return label if 2 * votes > len(labels) else None
+
+
+def by_reader(given: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The label of each reader, out of (reader, label): one who says the same twice has said it once.
+
+    Raises:
+        RefusedError: conflicting_labels, if a reader gave two labels.
+    """
+    said: dict[str, str] = {}
+    for reader, label in given:
+        if said.setdefault(reader, label) != label:
+            raise RefusedError(Reason.CONFLICTING_LABELS, f"one reader says {said[reader]} and {label}")
+    return said
 
 
 def consensus_mask(volumes: Sequence[Volume], how: Consensus) -> Volume:

@@ -42,7 +42,7 @@ from locum.site_client.imaging.labels.objects import (
     references,
     standard,
 )
-from locum.site_client.imaging.labels.readers import majority
+from locum.site_client.imaging.labels.readers import by_reader, majority
 from locum.site_client.imaging.reasons import Reason, RefusedError
 from locum.site_client.imaging.sources import SrLabels
 from locum.site_client.imaging.terminology import Terminology, labelled
@@ -108,10 +108,8 @@ class SrBook:
 
     def readings(self, unit: Unit) -> dict[str, str]:
         """The class that each reader gave a unit; raises as :meth:`label`."""
-        own: dict[str, set[str]] = {}
-        for said in self._said.get(unit.key, ()):
-            own.setdefault(said.reader, set()).add(labelled(said.code, self._classes, self._terms).name)
-        return {reader: _only(names) for reader, names in own.items()}
+        said = self._said.get(unit.key, ())
+        return by_reader((each.reader, labelled(each.code, self._classes, self._terms).name) for each in said)
 
     def unmatched(self) -> list[str]:
         """The name of every report that speaks of none of the units asked for, or says nothing of the concept.

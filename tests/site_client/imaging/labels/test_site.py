@@ -169,6 +169,53 @@ def test_the_command_shows_how_far_readers_agree_and_leaves_it_for_the_report(ho
     assert f"{np.mean(expected):.3f}" in shown
 
 
+def test_kappa_of_a_table_counts_images_that_its_readers_keep_out(hospital, lab):
+    for number in range(1, 5):
+        hospital.write(lab.series(number, patient=f"P{number}", accession=f"A{number}"))
+    said = {"A1": "MASS MASS", "A2": "MASS NORM", "A3": "NORM NORM"}
+    lines = [
+        f"{name};{who};{what}" for name, both in said.items() for who, what in zip("xy", both.split(), strict=True)
+    ]
+    lines = ["acc;who;what", *lines, "A4;x;MASS", "A4;x;NORM", "A4;y;MASS"]
+    hospital.table("labels.csv", "\n".join(lines))
+    labels = {
+        "file": "labels.csv",
+        "key": "accession",
+        "key_column": "acc",
+        "label_column": "what",
+        "classes": {"MASS": "lesion", "NORM": "none"},
+        "reader_column": "who",
+        "consensus": "majority",
+    }
+    site = hospital.folder / "site.yaml"
+    site.write_text(yaml.safe_dump(hospital.site(labels=labels)))
+    counts = json.loads(run("ingest", site, "--store", hospital.store, "--json"))
+    assert counts["quarantined"]["uncertain_label"] >= 5
+    found = json.loads(run("agreement", site, "--store", hospital.store, "--json"))["labels"]
+    assert (found["images"], found["statistic"]) == (3, "cohen")
+    # Two of three agree; by chance 2/3 · 1/3 + 1/3 · 2/3 = 4/9.
+    assert found["kappa"] == pytest.approx((2 / 3 - 4 / 9) / (1 - 4 / 9))
+    assert found["refused"] == {"conflicting_labels": 1}
+    assert "kappa (Cohen)" in run("agreement", site, "--store", hospital.store)
+
+
+def test_reports_and_structure_sets_among_the_images_label_and_mask_them(hospital, lab):
+    for number in (1, 2):
+        images = lab.series(number, patient=f"P{number}").images()
+        hospital.write(images)
+        square = np.array([(-9.9, 19.9, 35.0), (-8.3, 19.9, 35.0), (-8.3, 21.4, 35.0), (-9.9, 21.4, 35.0)])
+        lab.save(lab.structures(images, {"GTV": [square]}), hospital.dicom / "objects" / f"rt{number}")
+        if number == 1:
+            lab.save(lab.report(images), hospital.dicom / "objects" / "sr")
+    counts = hospital.ingest(
+        masks={"kind": "rtstruct", "segments": {"GTV": 1}}, labels={"kind": "sr", "classes": {"SCT:4147007": "lesion"}}
+    )
+    assert (counts.cases, counts.annotations, counts.quarantined) == (1, 3, {"no_label": 5})
+    assert [case.label for case in hospital.catalog().cases(SPLIT)] == ["lesion"]
+    assert [int(mask.sum()) for mask in stored_masks(hospital).values()] == [6]
+    assert next(hospital.catalog().facts()).codes == ("SCT:4147007",)
+
+
 def test_a_site_with_one_reader_is_told_what_to_set(hospital, lab):
     hospital.write(lab.series())
     site = hospital.folder / "site.yaml"
