@@ -182,6 +182,7 @@ class Deidentifier:
 
     Attributes:
         profile: what was applied, in words: edition of the standard and options.
+        digest: of all tables that it was applied with, 16 hexadecimal characters.
     """
 
     def __init__(self, setting: Deidentification, keys: Keys) -> None:
@@ -190,6 +191,7 @@ class Deidentifier:
         self._keys = keys
         self._rules: dict[int, Rule] = {}
         self._kinds: dict[tuple[int, str], str] = {}
+        self.digest = self._tables.digest[:16]
         self.profile = ", ".join([f"PS3.15 {self._tables.edition} Basic", *sorted(self._options)])
 
     def clean(self, dataset: Dataset) -> Dataset:
@@ -286,7 +288,7 @@ class Deidentifier:
 
     def _method(self, encoding: Encoding) -> Level:
         """(0012,0062) to (0012,0064) and (0028,0303): that and how the file was cleaned (PS3.15 E.1)."""
-        method = [self.profile.split(", ")[0], *sorted(self._options), f"tables {self._tables.digest[:16]}"]
+        method = [self.profile.split(", ")[0], *sorted(self._options), f"tables {self.digest}"]
         dates = b"MODIFIED" if "modified_dates" in self._options else b"REMOVED "
         codes = [METHOD_CODES[name] for name in ("", *sorted(self._options))]
         return [

@@ -10,6 +10,8 @@ import stat
 import subprocess
 import sys
 import time
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +20,9 @@ from typer.testing import CliRunner
 
 from locum.common.errors import DataError
 from locum.site_client.cli import app
+from locum.site_client.imaging.catalog import Catalog
 from locum.site_client.imaging.escrow import KeyShare, read_share, restored, shares_of, write_shares
+from locum.site_client.imaging.ingest import ingest
 from locum.site_client.imaging.keys import (
     KEY_BYTES,
     KeyRing,
@@ -28,6 +32,7 @@ from locum.site_client.imaging.keys import (
     load_ring,
     replace_ring,
 )
+from locum.site_client.imaging.sources import load_site
 
 RING = KeyRing(b"f" * 32, (b"a" * 32, b"b" * 32), ("2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z"))
 
@@ -216,3 +221,30 @@ def test_a_key_that_is_not_there_is_not_drawn_by_showing_it(tmp_path):
     with pytest.raises(DataError, match="no key file"):
         run("show", "--key-file", tmp_path / "k")
     assert not (tmp_path / "k").exists()
+
+
+# --- what follows a renewal
+
+
+def test_after_a_renewal_a_new_store_has_other_names_and_the_same_folds(hospital, series, tmp_path):
+    for number in range(1, 13):
+        hospital.write(series(number, patient=f"P{number}", slices=3, shape=(4 + number, 7)))
+    site = load_site(hospital.site())
+    before = load_or_create_keys(tmp_path / "site.key")
+    ingest(site, tmp_path / "old", keys=before)
+    run("rotate", "--key-file", tmp_path / "site.key", "--yes")
+    after = load_or_create_keys(tmp_path / "site.key")
+    with pytest.raises(DataError, match="made with another key"):
+        ingest(site, tmp_path / "old", keys=after)
+    ingest(site, tmp_path / "new", keys=after)
+    old, new = (_folds(tmp_path / name) for name in ("old", "new"))
+    assert {shape: fold for shape, (_, fold) in old.items()} == {shape: fold for shape, (_, fold) in new.items()}
+    assert {patient for patient, _ in old.values()}.isdisjoint(patient for patient, _ in new.values())
+    assert len({fold for _, fold in new.values()}) > 1
+
+
+def _folds(store: Path) -> dict[tuple[int, ...], tuple[str, str]]:
+    """By the shape of an image, its patient's pseudonym and fold."""
+    with closing(Catalog.open(store)) as catalog:
+        facts = {fact.id: fact.shape for fact in catalog.facts()}
+        return {facts[case.id]: (case.patient, case.fold) for case in catalog.cases((0.5, 0.25, 0.25))}
