@@ -200,7 +200,9 @@ class Deidentifier:
         Raises:
             RefusedError: unreadable, or residue.
         """
-        return _as_dataset(self._cleaned(dataset, self._job(dataset)), dataset)
+        made = self._cleaned(dataset, self._job(dataset))
+        with _damage():
+            return _as_dataset(made, dataset)
 
     def file(self, dataset: Dataset) -> bytes:
         """A whole Part 10 file (PS3.10 7.1) of the cleaned data set.

@@ -49,7 +49,7 @@ def image(**over: Any) -> Dataset:
     made.PixelData = bytes(range(12))
     for name, value in over.items():
         if value is None:
-            delattr(made, name)
+            made.pop(name, None)
         else:
             setattr(made, name, value)
     made.file_meta = FileMetaDataset()

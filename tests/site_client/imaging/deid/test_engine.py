@@ -7,6 +7,7 @@ import datetime as dt
 import io
 import random
 import struct
+import warnings
 from itertools import pairwise
 
 import pydicom
@@ -32,7 +33,18 @@ from locum.site_client.imaging.known import known_of
 from locum.site_client.imaging.reasons import Reason, RefusedError
 from locum.site_client.imaging.sources import Deidentification
 from tests.site_client.imaging.deid.checker import leaks, secrets_of
-from tests.site_client.imaging.deid.objects import KEYS, cleaned, engine, image, loaded, outcome, saved, spliced
+from tests.site_client.imaging.deid.objects import (
+    KEYS,
+    cleaned,
+    element,
+    engine,
+    image,
+    item,
+    loaded,
+    outcome,
+    saved,
+    spliced,
+)
 
 
 def a_code(value: str, scheme: str, meaning: str) -> Dataset:
@@ -173,6 +185,19 @@ def test_safe_private_attributes_stay_with_their_creator_and_nothing_else_privat
     private = {(element.tag, str(element.value)) for element in kept if element.tag.is_private}
     assert private == {(0x00190010, "SIEMENS MR HEADER"), (0x0019100C, "1000"), (0x0019100E, "[0.0, 1.0, 0.0]")}
     assert not [element for element in cleaned(made) if element.tag.is_private]
+
+
+def test_drawings_stay_under_clean_graphics_without_the_names_in_them():
+    made = image()
+    text, line, layer = Dataset(), Dataset(), Dataset()
+    text.UnformattedTextValue, text.AnchorPoint = "Kowalska lesion", [1.0, 2.0]
+    line.GraphicData, line.GraphicType, line.NumberOfGraphicPoints = [1.0, 2.0, 3.0, 4.0], "POLYLINE", 2
+    layer.TextObjectSequence, layer.GraphicObjectSequence = Sequence([text]), Sequence([line])
+    made.GraphicAnnotationSequence = Sequence([layer])
+    assert len(cleaned(made).GraphicAnnotationSequence) == 0
+    (kept,) = cleaned(made, "clean_graphics").GraphicAnnotationSequence
+    assert kept.GraphicObjectSequence[0].GraphicData == [1.0, 2.0, 3.0, 4.0]
+    assert kept.TextObjectSequence[0].UnformattedTextValue == "lesion"
 
 
 # --- codes
@@ -405,6 +430,28 @@ def test_a_sequence_that_is_cut_off_is_unreadable():
     content = spliced(image(), 0x00081140, b"UN", bytes.fromhex("feff00e0") + b"\xff\0\0\0half")
     with pytest.raises(RefusedError, match="unreadable"):
         engine().file(loaded(content))
+
+
+def test_a_value_too_long_for_its_vr_is_unreadable():
+    long = element(0x00081160, b"UN", b"1\\" * 40000)  # Referenced Frame Number, IS
+    content = spliced(image(), 0x00081140, b"SQ", item(long))
+    for call in (lambda: engine().file(loaded(content)), lambda: saved(engine().clean(loaded(content)))):
+        with pytest.raises(RefusedError, match="too long"):
+            call()
+
+
+@given(
+    st.binary(max_size=40),
+    st.binary(max_size=60),
+    st.sampled_from([b"ISO_IR 192", b"GB18030", b"", b"\\ISO 2022 IR 87"]),
+)
+def test_no_character_set_and_no_name_crashes_the_engine(odd, name, charset):
+    for stated in (odd, charset):
+        content = spliced(image(SpecificCharacterSet=None), 0x00080005, b"CS", stated)
+        content = content.replace(b"Kowalska^Zofia", (name + b" " * 14)[:14])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            outcome(lambda one=content: engine("modified_dates", "clean_descriptors").file(loaded(one)))
 
 
 def test_endless_nesting_is_unreadable():
