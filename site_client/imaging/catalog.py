@@ -280,8 +280,11 @@ class Catalog:
 
     def facts(self) -> Iterator[Facts]:
         """What is known of each case and its image, by id."""
-        codes = "(SELECT json_group_array(code) FROM codes WHERE case_id = cases.id)"
-        rows = self.connection.execute(f"SELECT {', '.join(_FACTS)}, {codes} FROM cases ORDER BY id")  # noqa: S608
+        codes = "(SELECT case_id, json_group_array(code) AS known FROM codes GROUP BY case_id)"
+        rows = self.connection.execute(
+            f"SELECT {', '.join(_FACTS)}, coalesce(known, '[]') FROM cases"  # noqa: S608
+            f" LEFT JOIN {codes} ON case_id = id ORDER BY id"
+        )
         return (_facts(row) for row in rows)
 
     def counts(self) -> Counts:
@@ -388,9 +391,11 @@ _FACTS = (
     "parameters",
 )
 
+_NAMES = (*(column.split()[0] for column in _FACTS), "codes")
+
 
 def _facts(row: Sequence[Any]) -> Facts:
-    found = dict(zip((*(column.split()[0] for column in _FACTS), "codes"), row, strict=True))
+    found = dict(zip(_NAMES, row, strict=True))
     shape, spacing, codes = (tuple(json.loads(found.pop(name))) for name in ("shape", "spacing", "codes"))
     masked, defaced = bool(found.pop("mask")), bool(found.pop("defaced"))
     parameters = json.loads(found.pop("parameters"))

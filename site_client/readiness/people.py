@@ -36,6 +36,8 @@ MAKERS: Mapping[str, tuple[str, ...]] = {
     "United Imaging": ("uih", "united imaging"),
 }
 
+_STARTS = tuple(int(band.split("-")[0].rstrip("+")) for band in AGE_BANDS)
+
 
 @dataclass(frozen=True)
 class Person:
@@ -63,8 +65,7 @@ def band_of(age: int | None) -> str:
     """The age band of a number of years."""
     if age is None or age < 0:
         return UNKNOWN
-    starts = [int(band.split("-")[0].rstrip("+")) for band in AGE_BANDS]
-    return AGE_BANDS[sum(start <= age for start in starts) - 1]
+    return AGE_BANDS[sum(start <= age for start in _STARTS) - 1]
 
 
 def maker_of(manufacturer: str) -> str:
