@@ -12,15 +12,15 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from locum.site_client.imaging import nifti
 from locum.site_client.imaging.damage import damage_is
-from locum.site_client.imaging.items import Item, stem
+from locum.site_client.imaging.items import Item, item_at, stem, unreadable_folder
 from locum.site_client.imaging.keys import Keys
 from locum.site_client.imaging.known import OLDEST, Known
 from locum.site_client.imaging.protocol import UNITS, Loaded, Protocol, placed
@@ -87,25 +87,15 @@ def label(source: BidsSource, item: Item) -> None:
 
 def _images(site: SiteData, source: BidsSource, number: int, participant: Path, known: Known) -> Iterator[Item]:
     endings = tuple(f"_{suffix}{ending}" for suffix in source.suffixes for ending in _SUFFIXES)
-    for parent, folders, files in os.walk(participant):
+    for parent, folders, files in os.walk(participant, onerror=unreadable_folder):
         folders.sort()
         for file in sorted(files):
             if file.endswith(endings):
                 path = Path(parent, file)
-                month = _month(source.path, path)
-                yield _item(site.root, path, number, Known(known.patient, known.place, sex=known.sex, age=known.age,
-                                                           month=month))  # fmt: skip
-
-
-def _item(root: Path, path: Path, number: int, known: Known) -> Item:
-    name = os.path.relpath(path, root).encode("utf-8", "backslashreplace").decode()
-    try:
-        status = path.stat()
-    except OSError:
-        # As of a tree of git-annex whose content was not fetched.
-        return Item(name, path, number, -1, 0, known=known)
-    size = status.st_size if stat.S_ISREG(status.st_mode) else -1
-    return Item(name, path, number, size, status.st_mtime_ns, known=known)
+                # Without its content, as in a tree of git-annex, it is an item that cannot be read.
+                item = item_at(site.root, str(path), number)
+                newest = max(item.mtime_ns, *(file.stat().st_mtime_ns for file in _sidecars_of(source.path, path)), 0)
+                yield replace(item, mtime_ns=newest, known=replace(known, month=_month(source.path, path)))
 
 
 def _table(path: Path, column: str) -> Mapping[str, dict[str, str]]:
@@ -135,22 +125,27 @@ def _month(root: Path, path: Path) -> str:
 
 
 def _sidecar(root: Path, path: Path) -> dict[str, Any]:
-    """All that sidecars say of an image, those of outer folders first."""
-    *entities, suffix = stem(path.name).split("_")
-    folders = [root, *(folder for folder in reversed(path.parents) if root in folder.parents)]
+    """All that sidecars say of an image; what a nearer one says stands."""
     said: dict[str, Any] = {}
-    for folder in folders:
+    for file in _sidecars_of(root, path):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        said |= content if isinstance(content, dict) else {}
+    return said
+
+
+def _sidecars_of(root: Path, path: Path) -> Iterator[Path]:
+    """The sidecars of an image: those of outer folders first, in a folder those that say more of the image last."""
+    *entities, suffix = stem(path.name).split("_")
+    for folder in (root, *(folder for folder in reversed(path.parents) if root in folder.parents)):
         for name in _sidecars(folder, folder.stat().st_mtime_ns):
             *given, kind = name.removesuffix(".json").split("_")
             if kind == suffix and set(given) <= set(entities):
-                content = json.loads((folder / name).read_text(encoding="utf-8"))
-                said |= content if isinstance(content, dict) else {}
-    return said
+                yield folder / name
 
 
 @lru_cache(maxsize=256)
 def _sidecars(folder: Path, mtime_ns: int) -> tuple[str, ...]:  # noqa: ARG001 (a changed folder is another key)
-    """Names of the sidecars in a folder, those that say more of an image last."""
+    """Names of the sidecars in a folder, those with fewer entities first."""
     return tuple(sorted((path.name for path in folder.glob("*.json")), key=lambda name: (name.count("_"), name)))
 
 

@@ -149,18 +149,20 @@ def _is_ours(source: NpzSource, fold: Fold, index: int, ours: set[str] | None) -
 
 
 def _walk(root: Path, folder: Path, number: int) -> Iterator[Item]:
-    for parent, folders, files in os.walk(folder, onerror=_unreadable_folder):
+    for parent, folders, files in os.walk(folder, onerror=unreadable_folder):
         folders.sort()
         for file in files:
-            yield _item(root, f"{parent}/{file}", number)
+            yield item_at(root, f"{parent}/{file}", number)
 
 
-def _unreadable_folder(error: OSError) -> NoReturn:
+def unreadable_folder(error: OSError) -> NoReturn:
+    """For a walk; raises DataError."""
     # A folder that is passed over in silence is a hospital's missing patients.
     raise DataError(f"the folder {error.filename} cannot be read: {error.strerror}", "mend its access rights")
 
 
-def _item(root: Path, path: str, number: int) -> Item:
+def item_at(root: Path, path: str, number: int) -> Item:
+    """The file at a path, as an item of a source."""
     name = _name(root, path)
     try:
         status = os.stat(path)  # noqa: PTH116 (thousands of files: a third of the time of Path.stat)

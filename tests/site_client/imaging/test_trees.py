@@ -91,6 +91,14 @@ def test_a_second_ingest_of_a_tree_changes_nothing(tree):
     assert {path: path.stat().st_mtime_ns for path in (tree / "store/volumes").iterdir()} == before
 
 
+def test_a_sidecar_that_changes_is_read_again(tree):
+    source = {"kind": "bids", "path": ".", "suffixes": ["T1w"]}
+    taken(tree, **source)
+    (tree / "data/T1w.json").write_text('{"Manufacturer": "GE MEDICAL SYSTEMS"}')
+    _, facts, _ = taken(tree, **source)
+    assert {fact.manufacturer for fact in facts} == {"GE MEDICAL SYSTEMS"}
+
+
 def test_masks_come_from_a_tree_of_the_same_shape(tree):
     folder = tree / "data/derivatives/labels"
     for name in ("sub-01/ses-a/anat/sub-01_ses-a_T1w", "sub-02/anat/sub-02_T1w"):
