@@ -47,12 +47,13 @@ from locum.site_client.imaging.sources import DicomWebSource, Query
 _PAGE, _MOST_ANSWER = 200, 64 << 20
 _CHUNK = 256 << 10
 _ACCEPT = {"Accept": 'multipart/related; type="application/dicom"; transfer-syntax=*'}
-_STUDY_FIELDS = ("StudyInstanceUID", "StudyDate", "NumberOfStudyRelatedInstances")
+_STUDY_FIELDS = ("StudyInstanceUID", "StudyDate", "AccessionNumber", "NumberOfStudyRelatedInstances")
 _SERIES_FIELDS = ("SeriesInstanceUID", "Modality", "BodyPartExamined", "NumberOfSeriesRelatedInstances")
 _INSTANCE_FIELDS = ("SOPInstanceUID", "SOPClassUID")
 _TAGS = {
     "StudyInstanceUID": "0020000D",
     "StudyDate": "00080020",
+    "AccessionNumber": "00080050",
     "NumberOfStudyRelatedInstances": "00201208",
     "SeriesInstanceUID": "0020000E",
     "Modality": "00080060",
@@ -113,12 +114,13 @@ class DicomWeb:
                 return
             before.update(study.uid for study in new)
 
-    def _study(self, answer: _Answer, accession: str) -> Study:
+    def _study(self, answer: _Answer, asked: str) -> Study:
         return Study(
             proper_uid(_text(answer, "StudyInstanceUID"), self.name),
             _whole(answer, "NumberOfStudyRelatedInstances"),
             day_of(_text(answer, "StudyDate")),
-            accession,
+            _text(answer, "AccessionNumber"),
+            asked,
         )
 
     def series(self, study: Study) -> Sequence[Series]:

@@ -100,6 +100,7 @@ _OF_MODALITY = {
     **dict.fromkeys(("CR", "DX", "MG"), (*sorted(dicom.RADIOGRAPHS), SecondaryCaptureImageStorage)),
     **dict.fromkeys(("SEG", "SR", "RTSTRUCT"), tuple(sorted(dicom.ANNOTATIONS))),
 }
+_STUDY_KEYS = ("StudyInstanceUID", "StudyDate", "AccessionNumber", "NumberOfStudyRelatedInstances")
 #: SOP Instance UIDs in one request.
 _AT_A_TIME = 100
 _PDU = 128 << 10
@@ -159,13 +160,18 @@ class Dimse:
         """The studies of each question."""
         seen: set[str] = set()
         for keys in study_keys(query):
-            asked = {"StudyInstanceUID": "", "StudyDate": "", "NumberOfStudyRelatedInstances": "", **keys}
+            asked = {**dict.fromkeys(_STUDY_KEYS, ""), **keys}
             for answer in self._find("STUDY", asked):
                 uid = proper_uid(_text(answer, "StudyInstanceUID"), self.name)
                 if uid not in seen:
                     seen.add(uid)
-                    said = _whole(answer, "NumberOfStudyRelatedInstances")
-                    yield Study(uid, said, day_of(_text(answer, "StudyDate")), keys.get("AccessionNumber", ""))
+                    yield Study(
+                        uid,
+                        _whole(answer, "NumberOfStudyRelatedInstances"),
+                        day_of(_text(answer, "StudyDate")),
+                        _text(answer, "AccessionNumber"),
+                        keys.get("AccessionNumber", ""),
+                    )
 
     def series(self, study: Study) -> Sequence[Series]:
         """All series of a study."""

@@ -32,7 +32,7 @@ from locum.site_client.imaging.retrieve.dicomweb import DicomWeb
 from locum.site_client.imaging.retrieve.dimse import Dimse
 from locum.site_client.imaging.retrieve.pace import Pace, wait_after
 from locum.site_client.imaging.retrieve.peer import AwayError, Instance, Pacs, Series, SeriesError, Study, Take, Want
-from locum.site_client.imaging.retrieve.query import has_day, has_kind
+from locum.site_client.imaging.retrieve.query import has_kind, is_named
 from locum.site_client.imaging.retrieve.spool import Spool, Tally
 from locum.site_client.imaging.sources import DicomWebSource, PacsSource, Query, SiteData
 
@@ -130,7 +130,7 @@ def opened(source: PacsSource) -> Pacs:
 
 def _retrieve(run: Retrieval) -> None:
     studies = patiently(
-        lambda: [study for study in run.pacs.studies(run.query) if has_day(run.query, study)], run.sleep
+        lambda: [study for study in run.pacs.studies(run.query) if is_named(run.query, study)], run.sleep
     )
     run.total = sum(study.said or 0 for study in studies)
     kept: list[str] = []

@@ -32,13 +32,14 @@ class Study:
 
     Attributes:
         said: NumberOfStudyRelatedInstances, or None if it is not told.
-        accession: the accession number that was asked for, if one was.
+        accession: its accession number, if it is told; `asked` is the one that was asked for, if one was.
     """
 
     uid: str
     said: int | None = None
     day: date | None = None
     accession: str = ""
+    asked: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,9 +61,13 @@ def _number(path: Path, place: int, text: str) -> str:
     return text
 
 
-def has_day(query: Query, study: Study) -> bool:
-    """Whether a study is of the days asked for, as far as its answer says."""
-    return query.dates is None or study.day is None or query.dates[0] <= study.day <= query.dates[1]
+def is_named(query: Query, study: Study) -> bool:
+    """Whether a study is of the days and of the number asked for, as far as its answer says.
+
+    Orthanc for one takes A1 and a1 for the same number.
+    """
+    other = bool(study.asked and study.accession and study.asked != study.accession)
+    return not other and (query.dates is None or study.day is None or query.dates[0] <= study.day <= query.dates[1])
 
 
 def has_kind(query: Query, series: Series) -> bool:

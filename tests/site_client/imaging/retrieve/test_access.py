@@ -81,13 +81,12 @@ def test_a_password_decides(
 
 
 @pytest.mark.parametrize("way", ["get", "move"])
-def test_an_unknown_title_is_refused_at_once(orthanc: Pacs, site: Site, way: str) -> None:
+def test_an_unknown_title_is_refused(orthanc: Pacs, site: Site, way: str) -> None:
     with pytest.raises(DataError, match="does not know this site's AE title STRANGER"):
         site.retrieve(orthanc.source(way) | {"calling": "STRANGER"})
-    assert site.waits == []
 
 
-def test_a_wrong_title_of_the_pacs_is_refused_at_once(orthanc: Pacs, site: Site) -> None:
+def test_a_wrong_title_of_the_pacs_is_refused(orthanc: Pacs, site: Site) -> None:
     with pytest.raises(DataError, match="is not called SOMEONE"):
         site.retrieve(orthanc.source("get") | {"title": "SOMEONE"})
 
@@ -109,8 +108,10 @@ def test_a_wrong_path_is_told(orthanc: Pacs, site: Site) -> None:
 @pytest.mark.parametrize(
     ("way", "number"),
     [
-        *((way, "A&1 #=+/401") for way in WAYS),
-        # Orthanc 1.10.1 finds no letter with an accent by QIDO-RS, in whatever encoding.
+        *((way, "A-4_0.1") for way in WAYS),
+        # By QIDO-RS Orthanc 1.10.1 finds no number with a character that has to be escaped in an address.
+        ("get", "A&1 #=+/401"),
+        ("move", "A&1 #=+/401"),
         ("get", "ÄÖ-401"),
         ("move", "ÄÖ-401"),
     ],
@@ -122,6 +123,16 @@ def test_accession_numbers_of_any_letters_are_found(orthanc: Pacs, site: Site, w
     path = site.store.parent / "list.txt"
     path.write_text(f"\ufeff{number}\r\n\r\nACC-none\r\n", encoding="utf-8")
     assert reasons(site.retrieve(orthanc.source(way, query={"accessions": str(path)}))) == [None] * 4
+
+
+def test_a_number_in_other_letters_is_another_number(orthanc: Pacs, site: Site, way: str) -> None:
+    upper, lower = Study(402, over={"AccessionNumber": "AX402"}), Study(403, over={"AccessionNumber": "ax402"})
+    orthanc.load(upper, lower)
+    orthanc.loaded.append("AX402")
+    path = site.store.parent / "list.txt"
+    path.write_text("ax402\n", encoding="utf-8")
+    items = site.retrieve(orthanc.source(way, query={"accessions": str(path)}))
+    assert {item.known.study for item in items if item.known} == {site.keys.uid(lower.uid)}
 
 
 def test_the_default_authorities_are_those_of_the_system() -> None:

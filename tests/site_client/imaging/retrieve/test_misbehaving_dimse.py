@@ -276,7 +276,6 @@ def test_a_stranger_is_told_that_the_peer_does_not_know_it(site: Site) -> None:
     ):
         site.retrieve(pacs.source())
     assert "add LOCUM" in raised.value.remedy
-    assert site.waits == []
 
 
 def test_a_wrong_title_is_told(site: Site) -> None:

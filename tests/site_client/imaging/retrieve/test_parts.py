@@ -19,7 +19,7 @@ from locum.site_client.imaging.retrieve.ahead import fetched
 from locum.site_client.imaging.retrieve.multipart import BrokenOffError, MultipartError, media_type, parts
 from locum.site_client.imaging.retrieve.pace import Pace, wait_after
 from locum.site_client.imaging.retrieve.peer import Series, SeriesError, Study, Take, Want
-from locum.site_client.imaging.retrieve.query import accession_numbers, has_day, has_kind, is_outside, study_keys
+from locum.site_client.imaging.retrieve.query import accession_numbers, has_kind, is_named, is_outside, study_keys
 from locum.site_client.imaging.sources import Query
 
 _BOUNDARY = "b0"
@@ -157,9 +157,12 @@ def test_a_list_that_is_none_is_refused(tmp_path: Path, content: bytes, words: s
 
 def test_what_a_pacs_answers_beyond_the_query_is_left_out() -> None:
     query = Query(modalities=("CT",), body_parts=("CHEST",), dates=(date(2024, 1, 1), date(2024, 1, 31)))
-    assert has_day(query, Study("1", day=date(2024, 1, 31)))
-    assert has_day(query, Study("1"))
-    assert not has_day(query, Study("1", day=date(2024, 2, 1)))
+    assert is_named(query, Study("1", day=date(2024, 1, 31)))
+    assert is_named(query, Study("1"))
+    assert not is_named(query, Study("1", day=date(2024, 2, 1)))
+    assert is_named(query, Study("1", accession="A1", asked="A1"))
+    assert is_named(query, Study("1", asked="A1"))
+    assert not is_named(query, Study("1", accession="a1", asked="A1"))
     series = Series("1", "2", "CT", "Chest")
     assert has_kind(query, series)
     assert has_kind(query, replace(series, body_part=""))
