@@ -39,7 +39,7 @@ _Phrase = Annotated[str, StringConstraints(min_length=1)]
 _WORD = re.compile(r"-ve\b|\w+(?:['/-]\w+)*|[^\w\s]")
 #: What ends a sentence: a full stop and the like before a new beginning, or an empty line.
 _STOP = re.compile(
-    r"""(?<![.!?])[.!?]++["')\]]*+(?=\s++["'(\[*]*+[A-Z0-9*]|\s*+$)|\n\s*\n|\n(?=[ \t]*+(?:[-*•]|\d{1,3}[.)])\s)"""
+    r"""(?<![.!?])[.!?]++["')\]]*+(?=\s++["'(\[*]*+[\w*]|\s*+$)|\n\s*\n|\n(?=[ \t]*+(?:[-*•]|\d{1,3}[.)])\s)"""
 )
 #: The word before a full stop.
 _BEFORE = re.compile(r"[^\s(\[\"']{1,16}$")
@@ -149,7 +149,7 @@ class Rules:
 
     def status(self, sentence: str, concept: str) -> Status | None:
         """What a sentence says of the first mention of a finding; None if it does not mention it."""
-        found = re.search(_pattern(concept.lower()), _lower(sentence))
+        found = re.search(_pattern(plain(concept)), _lower(sentence))
         return self.at(sentence, found.span()) if found else None
 
     def at(self, text: str, span: Span) -> Status:
@@ -168,7 +168,7 @@ class Rules:
             for start, end in self._sentences(section):
                 sentence = section[start:end]
                 for found in phrases.finditer(_lower(sentence)):
-                    yield " ".join(found[0].split()), self._within(sentence, found.span())
+                    yield plain(found[0]), self._within(sentence, found.span())
 
     def _sections(self, report: str) -> Iterator[str]:
         """The parts of a report between headings, the heading included, without those to be skipped."""
@@ -184,15 +184,15 @@ class Rules:
         start = 0
         for stop in _STOP.finditer(text):
             word = _BEFORE.search(text, max(start, stop.start() - 17), stop.start())
-            if word is None or not self._is_short(word[0].lower()):
+            if word is None or not self._is_short(word[0].lower(), first=not text[start : word.start()].strip()):
                 yield start, stop.end()
                 start = stop.end()
         if start < len(text):
             yield start, len(text)
 
-    def _is_short(self, word: str) -> bool:
-        """Whether the full stop after a word ends no sentence: an abbreviation, an initial, the number of a list."""
-        return word in self.words.abbreviations or len(word) == 1 or word.isdecimal()
+    def _is_short(self, word: str, *, first: bool) -> bool:
+        """Whether the full stop after a word ends no sentence: an abbreviation, or the number or letter of a list."""
+        return word in self.words.abbreviations or (first and (len(word) == 1 or word.isdecimal()))
 
     def _within(self, sentence: str, span: Span) -> Status:
         first = max(0, span[0] - _SIDE)
@@ -287,9 +287,14 @@ class _Reach:
         return end - start
 
 
+def plain(phrase: str) -> str:
+    """A phrase as it is compared: lower case, one blank between words, straight apostrophes."""
+    return " ".join(_lower(phrase).split())
+
+
 def looked_for(phrases: Iterable[str]) -> re.Pattern[str]:
     """A pattern that finds whole words only, the longest phrase first, with any white space between its words."""
-    listed = sorted({" ".join(phrase.lower().split()) for phrase in phrases}, key=len, reverse=True)
+    listed = sorted(map(plain, phrases), key=len, reverse=True)
     return re.compile("|".join(_pattern(phrase) for phrase in listed))
 
 

@@ -29,7 +29,7 @@ from locum.common.names import suggestion
 from locum.site_client.imaging.items import Unit
 from locum.site_client.imaging.keys import Keys, keyed
 from locum.site_client.imaging.labels.given import Label
-from locum.site_client.imaging.labels.negation import Status, looked_for, rules
+from locum.site_client.imaging.labels.negation import Status, looked_for, plain, rules
 from locum.site_client.imaging.labels.tables import Named, keyed_name
 from locum.site_client.imaging.reasons import Reason, RefusedError
 from locum.site_client.imaging.sheets import Row, Sheet, read_sheet
@@ -125,9 +125,7 @@ class ReportBook:
         self._terms = terms
         self._rules = rules(labels.words)
         self._phrases = looked_for(phrase for phrases in labels.findings.values() for phrase in phrases)
-        self._class = {
-            " ".join(phrase.lower().split()): name for name, phrases in labels.findings.items() for phrase in phrases
-        }
+        self._class = {plain(phrase): name for name, phrases in labels.findings.items() for phrase in phrases}
         self._rows = report_rows(labels)
         as_table = Labels(
             file=labels.file, key=labels.key, key_column=labels.key_column, label_column=labels.text_column
