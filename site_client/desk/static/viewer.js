@@ -18,11 +18,26 @@ const labelColours = () => {
   return { R: of(0), G: of(1), B: of(2), A: values.map((value) => (value === 0 ? 0 : 255)), I: values, labels: values.map(String) };
 };
 
+// The middle of what the mask marks, as a voxel (x, y, z in RAS); null if it marks nothing.
+const middle = (mask) => {
+  const [columns, rows] = mask.dimsRAS.slice(1, 3);
+  const sums = [0, 0, 0];
+  let marked = 0;
+  mask.img2RAS().forEach((value, place) => {
+    if (value === 0) return;
+    marked += 1;
+    sums[0] += place % columns;
+    sums[1] += Math.floor(place / columns) % rows;
+    sums[2] += Math.floor(place / columns / rows);
+  });
+  return marked === 0 ? null : sums.map((sum) => Math.round(sum / marked));
+};
+
 const start = async () => {
   const viewer = new niivue.Niivue({
     backColor: [0, 0, 0, 1],
     crosshairColor: [1, 0.85, 0, 0.6],
-    crosshairWidth: 0.15,
+    crosshairWidth: 0.3,
     crosshairWidthUnit: "percent",
     dragAndDropEnabled: false,
     isRadiologicalConvention: true,
@@ -38,6 +53,8 @@ const start = async () => {
     viewer.volumes[1].hdr.intent_code = LABELS;
     viewer.volumes[1].setColormapLabel(labelColours());
     viewer.updateGLVolume();
+    const voxel = middle(viewer.volumes[1]);
+    if (voxel !== null) viewer.scene.crosshairPos = viewer.vox2frac(voxel);
   }
   connect(viewer, image);
   window.viewer = viewer;
