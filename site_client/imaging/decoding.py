@@ -18,13 +18,11 @@ import contextlib
 import json
 import os
 import resource
-import selectors
 import signal
 import subprocess
 import sys
 import threading
-import time
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -44,7 +42,6 @@ _GRACE = 10.0
 _MEMORY = 6 << 30
 _COUNTS = ("Rows", "Columns", "SamplesPerPixel", "PlanarConfiguration", "BitsAllocated", "BitsStored", "HighBit",
            "PixelRepresentation")  # fmt: skip
-_CHUNK = 1 << 20
 
 
 def decoded(dataset: Dataset) -> Array:
@@ -120,50 +117,45 @@ atexit.register(_CODECS.end)
 
 def _conversation(child: subprocess.Popen[bytes], request: dict[str, Any], content: bytes, limit: float) -> Array:
     """Ask and read the answer; raises EOFError, BrokenPipeError, TimeoutError or RefusedError."""
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        child.kill()
+
+    # Of a child that hangs, writing does not come back either: only its end ends that.
+    watch = threading.Timer(limit, end)
+    watch.daemon = True
+    watch.start()
+    try:
+        return _asked(child, request, content)
+    except (BrokenPipeError, EOFError):
+        if late.is_set():
+            raise TimeoutError from None
+        raise
+    finally:
+        watch.cancel()
+
+
+def _asked(child: subprocess.Popen[bytes], request: dict[str, Any], content: bytes) -> Array:
     given, got = child.stdin, child.stdout
     if given is None or got is None:
         raise EOFError
     given.write(json.dumps(request).encode() + b"\n")
     given.write(content)
     given.flush()
-    answer = _Answer(got, time.monotonic() + limit)
-    head = json.loads(answer.line())
+    line = got.readline()
+    if not line.endswith(b"\n"):
+        raise EOFError
+    head = json.loads(line)
     if "error" in head:
         raise RefusedError(Reason.DECODE_FAILED, head["error"])
-    kind = np.dtype(head["dtype"])
-    shape = tuple(head["shape"])
-    return np.frombuffer(answer.take(kind.itemsize * int(np.prod(shape, dtype=object))), kind).reshape(shape)
-
-
-class _Answer:
-    """Reads what the child writes, up to a moment."""
-
-    def __init__(self, stream: BinaryIO | Any, deadline: float) -> None:
-        self._file = stream.fileno()
-        self._deadline = deadline
-        self._rest = bytearray()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._file, selectors.EVENT_READ)
-
-    def line(self) -> bytes:
-        while b"\n" not in self._rest:
-            self._more()
-        line, _, rest = self._rest.partition(b"\n")
-        self._rest = rest
-        return bytes(line)
-
-    def take(self, length: int) -> bytearray:
-        while len(self._rest) < length:
-            self._more()
-        return self._rest
-
-    def _more(self) -> None:
-        if not self._selector.select(max(0.0, self._deadline - time.monotonic())):
-            raise TimeoutError
-        read = os.read(self._file, _CHUNK)
-        if not read:
-            raise EOFError
-        self._rest += read
+    kind, shape = np.dtype(head["dtype"]), tuple(head["shape"])
+    length = kind.itemsize * int(np.prod(shape, dtype=object))
+    pixels = got.read(length)
+    if len(pixels) < length:
+        raise EOFError
+    return np.frombuffer(pixels, kind).reshape(shape)
 
 
 # The child.
