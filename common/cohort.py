@@ -40,7 +40,6 @@ Keyword = Annotated[str, StringConstraints(pattern=r"^[A-Z][A-Za-z]{1,39}$")]
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{1,64}$")]
 Sex = Literal["F", "M", "O"]
 AgeBand = Literal["0-17", "18-39", "40-64", "65-89", "90+"]
-Edges = Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], Field(min_length=2, max_length=_MOST_EDGES)]
 _SEXES = get_args(Sex)
 if get_args(AgeBand) != AGE_BANDS:
     raise AssertionError("the bands of age are those of a plan")
@@ -50,6 +49,25 @@ def vendor_of(manufacturer: str) -> str:
     """The maker of a scanner in one word, the same at all sites: the first of what DICOM says, in capitals."""
     words = manufacturer.upper().replace("_", " ").replace(",", " ").split()
     return "GE" if words[:2] == ["GENERAL", "ELECTRIC"] else "".join(words[:1])
+
+
+def _growing(edges: tuple[float, ...]) -> tuple[float, ...]:
+    if list(edges) != sorted(set(edges)):
+        raise ValueError("the edges of bins grow")
+    return edges
+
+
+def _different(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("one thing stands there twice")
+    return names
+
+
+Edges = Annotated[
+    tuple[Annotated[float, Field(allow_inf_nan=False)], ...],
+    Field(min_length=2, max_length=_MOST_EDGES),
+    AfterValidator(_growing),
+]
 
 
 class _Strict(BaseModel):
@@ -151,19 +169,14 @@ class Query(_Strict):
     study: Slug
     purpose: Annotated[str, StringConstraints(min_length=1, max_length=400)]
     where: Where = Where()
-    group_by: tuple[By, ...] = Field((), max_length=2)
+    group_by: Annotated[tuple[By, ...], AfterValidator(_different)] = Field((), max_length=2)
     describe: dict[Keyword, Edges] = Field(default_factory=dict, max_length=3)
     edition: int = Field(1, ge=1, le=1_000_000)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if len(set(self.group_by)) < len(self.group_by):
-            raise ValueError("group_by names one thing twice")
         if "code" in self.group_by and not self.where.code:
             raise ValueError("group_by has code: name the codes in where")
-        for keyword, edges in self.describe.items():
-            if list(edges) != sorted(set(edges)):
-                raise ValueError(f"the edges of {keyword} do not grow")
         cells = sum(len(table.keys or ()) for table in self.tables)
         if cells > MOST_CELLS:
             raise ValueError(f"this has {cells} cells, and an answer has at most {MOST_CELLS}")
