@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from locum.common.envelope import Approval, Proposal
-from locum.common.plan import DifferentialPrivacy, Part, Plan
+from locum.common.plan import Contract, DifferentialPrivacy, Part, Plan
 from locum.common.secagg import LEAST_SITES
 from locum.common.secagg.roster import threshold_of
 from locum.common.sums import cells_of
@@ -167,11 +167,41 @@ def _data(plan: Plan) -> Words:
         f"{contract.dimensions}D, {_number(contract.channels, 'channel')}.",
         f"Classes: {_listed(contract.classes)}.",
         f"Voxel spacing from {spacing.least:g} to {spacing.most:g} mm." if narrowed else "",
+        *_of_images(contract),
         f"At least {_number(contract.least_patients, 'patient')} for training.",
+        *_of_patients_asked(contract),
         "A site whose cases are all of one class is left out." if contract.single_class == "exclude" else "",
         f"Patients: {split.train:.0%} to train, {split.validation:.0%} to choose the model, {split.test:.0%} to test.",
         f"Prepared by: {_parts(plan.transforms.prepare) or 'nothing'}.",
         f"Varied at random by: {_parts(plan.transforms.augment) or 'nothing'}.",
+    )
+
+
+def _of_images(contract: Contract) -> Words:
+    """Which images are used, beyond modality and spacing."""
+    first, last = contract.months.first, contract.months.last
+    months = f"{f' from {first}' if first else ''}{f' to {last}' if last else ''}"
+    return _kept(
+        f"SOP classes: {_listed(contract.sop_classes)}." if contract.sop_classes else "",
+        f"Body parts: {_listed(contract.body_parts)}." if contract.body_parts else "",
+        f"Orientation: {_listed(contract.orientation)}." if contract.orientation else "",
+        f"At least {contract.least_slices} slices." if contract.least_slices > 1 else "",
+        f"Studies{months}." if months else "",
+    )
+
+
+def _of_patients_asked(contract: Contract) -> Words:
+    """What the site must have or declare as a whole."""
+    strata = [f"{one.by} {one.value}, {_number(one.least_patients, 'patient')}" for one in contract.strata]
+    shares = [f"{name} {share.least:.0%} to {share.most:.0%}" for name, share in contract.prevalence.items()]
+    codes = [f"{name} {', '.join(known)}" for name, known in contract.codes.items()]
+    return _kept(
+        f"At least of each group: {_listed(strata)}." if strata else "",
+        f"Shares of patients: {_listed(shares)}." if shares else "",
+        f"Codes that classes must have in this site's terminology map: {_listed(codes)}." if codes else "",
+        "DICOM must have been cleaned with the Basic Profile of PS3.15." if contract.deidentified else "",
+        "Faces must have been removed." if contract.deface == "required" else "",
+        "This site must keep a list of withdrawn consent." if contract.consent == "required" else "",
     )
 
 
@@ -199,14 +229,25 @@ def _leaves(plan: Plan, policy: Policy) -> Words:
     counts = plan.tells("case_counts") and policy.release_case_counts
     shared, bare = plan.tensors.shared, plan.private is None
     return _kept(
-        "Before round 1: versions of the installed packages, names and shapes of the network's tensors, and whether "
-        "this site fits the contract.",
+        "Before round 1: versions of the installed packages, names and shapes of the network's tensors, and which "
+        "clauses of the contract this site's data meet, signed.",
+        _told_of_patients(plan, policy),
         "Before round 1: the number of cases in each fold, and classes without a case." if counts and bare else "",
         *(_given_to_sums(plan) + _told_beside(plan, policy) if plan.secured else _given_plain(plan, policy)),
         *_subgroups(plan, policy),
         "" if bare else "With update and metrics: this site's signed statement of the epsilon that the run has spent.",
         f"Shared by name, running statistics too where a name covers them: {_listed(shared)}." if shared else "",
         "When something fails: a code, no text.",
+    )
+
+
+def _told_of_patients(plan: Plan, policy: Policy) -> str:
+    """What the statement of readiness tells in numbers."""
+    if plan.private is not None or not plan.release.case_counts or not policy.release_case_counts:
+        return f"It counts no patients but those whose consent was withdrawn, in steps of {policy.least_cell}."
+    return (
+        "With it, if they meet all: how many training patients there are, also by sex, age band and maker of the "
+        f"scanner, in steps of {policy.least_cell}: of fewer than that nothing is said."
     )
 
 
