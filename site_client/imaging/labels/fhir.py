@@ -163,10 +163,8 @@ class FhirBook:
         """What counts for one imaging study."""
         number, subject, encounter, first, last = study
         days = None if first is None else (first, last)
-        persons = self._rows("SELECT person FROM names WHERE name = ?", subject)
-        if len(persons) > 1:
-            raise RefusedError(Reason.CONFLICTING_LABELS, f"{len(persons)} patients of FHIR have this identifier")
-        for fact in self._facts(self._names_of(persons[0][0]) if persons else [subject]):
+        person = self._person(subject)
+        for fact in self._facts([subject] if person is None else self._names_of(person)):
             if fact.kind == "Condition":
                 yield from fact.at(days, same_encounter=encounter is not None and fact.encounter == encounter)
             elif fact.refers:
@@ -202,6 +200,13 @@ class FhirBook:
         facts = (fact for fact in self._facts(names) if fact.kind == "Condition")
         return (seen for fact in facts for seen in fact.at(days, same_encounter=False))
 
+    def _person(self, subject: bytes) -> int | None:
+        """The patient that a resource is about; None if FHIR has no such patient."""
+        persons = self._rows("SELECT person FROM names WHERE name = ?", subject)
+        if len(persons) > 1:
+            raise RefusedError(Reason.CONFLICTING_LABELS, f"{len(persons)} patients of FHIR have this identifier")
+        return int(persons[0][0]) if persons else None
+
     def _names_of(self, person: int) -> list[bytes]:
         """The names of a patient that no other patient has."""
         names = self._rows(
@@ -229,13 +234,14 @@ class FhirBook:
         ]
 
     def _check_patient(self, unit: Unit, studies: Iterable[Sequence[Any]]) -> None:
-        """Refuse a study of another patient than the image's, where the site file says how to tell."""
+        """Refuse studies of several patients, and of another than the image's where the site file says how to tell."""
+        subjects = {study[1] for study in studies}
+        if len({self._person(subject) or subject for subject in subjects}) > 1:
+            raise RefusedError(Reason.CONFLICTING_LABELS, "studies of several patients in FHIR have this name")
         if self._labels.identifier is None or not unit.known.patient:
             return
-        for study in studies:
-            aliases = self._rows(
-                "SELECT alias FROM aliases JOIN names USING (person) WHERE name = ?", study[1]
-            )  # fmt: skip
+        for subject in subjects:
+            aliases = self._rows("SELECT alias FROM aliases JOIN names USING (person) WHERE name = ?", subject)
             if aliases and (unit.known.patient,) not in aliases:
                 raise RefusedError(Reason.CONFLICTING_LABELS, "the study in FHIR is of another patient than the image")
 

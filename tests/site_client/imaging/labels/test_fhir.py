@@ -116,6 +116,14 @@ def test_a_study_of_another_patient_than_the_image_is_refused(book):
     assert outcome(found, unit("MRN2", accession="A1")) == "conflicting_labels"
 
 
+def test_one_accession_number_of_two_patients_is_refused(book):
+    same = study(1, id="s9", subject={"reference": "Patient/p2"})
+    found = book(patient(1), patient(2, "MRN2"), study(1), same, condition())
+    assert outcome(found, unit(accession="A1")) == "conflicting_labels"
+    again = study(1, id="s9", subject={"identifier": {"value": "MRN1"}})
+    assert outcome(book(patient(1), study(1), again, condition()), unit(accession="A1")) == "obese"
+
+
 def test_only_the_identifier_of_the_images_counts(book):
     both = patient(identifier=[{"system": "urn:mrn", "value": "MRN1"}, {"system": "urn:ssn", "value": "999"}])
     found = book(both, study(), condition(), link="patient", identifier="urn:mrn")
