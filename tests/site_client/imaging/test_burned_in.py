@@ -11,7 +11,9 @@ import numpy as np
 import pydicom
 import pytest
 
+from locum.site_client.imaging import dicom
 from locum.site_client.imaging.catalog import FILE_NAME, Catalog
+from locum.site_client.imaging.geometry import volume_of
 from locum.site_client.imaging.ingest import ingest
 from locum.site_client.imaging.keys import Keys
 from locum.site_client.imaging.quarantine import Wish, decide, held
@@ -102,6 +104,24 @@ def test_a_released_capture_comes_in_as_far_as_the_person_let_it(shared, tmp_pat
     stored = np.asarray(nibabel.load(case.image).dataobj)
     assert stored.shape == (300, 200, 1, 3)
     assert np.array_equal(stored[:, :, 0].transpose(1, 0, 2), image.pixel_array[150:350, 100:400])
+
+
+@pytest.mark.parametrize("name", ["OBXXXX1A.dcm", "gdcm-US-ALOKA-16_big.dcm", "JPEGExtended_3s_1f_u_08_08.dcm"])
+def test_released_colour_ultrasound_has_after_cleaning_the_colours_it_had_before(shared, tmp_path, name):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    source = next((shared / "dicom_codecs_objects").rglob(name))
+    (folder / "us.dcm").write_bytes(source.read_bytes())
+    _, refused, _ = taken(folder, tmp_path / "store")
+    assert set(refused.values()) == {Reason.BURNED_IN}
+    release(tmp_path / "store")
+    _, _, (case,) = taken(folder, tmp_path / "store")
+    expected = volume_of([dicom.read(source, source.stat().st_size)])
+    stored = nibabel.load(case.image)
+    assert stored.shape[2:] == (1, 3)
+    assert np.array_equal(np.asarray(stored.dataobj), expected.array)
+    assert stored.header.get_zooms()[:2] == pytest.approx(expected.spacing[:2])
+    assert min(expected.spacing[:2]) < 1
 
 
 def release(store, crop=None):
