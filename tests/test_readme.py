@@ -80,6 +80,8 @@ def _command(words: Iterable[str]) -> tuple[click.Command, list[str]]:
     while isinstance(command, click.Group) and left:
         word = left.pop(0)
         if word in _options(command):
+            if _takes_a_value(command, word):
+                left.pop(0)
             continue
         found = command.get_command(click.Context(command), word)
         assert found is not None, f"`locum` has no command '{word}'"
@@ -90,6 +92,10 @@ def _command(words: Iterable[str]) -> tuple[click.Command, list[str]]:
 def _options(command: click.Command) -> set[str]:
     known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     return known | {"--help", "-h", "--version"}
+
+
+def _takes_a_value(command: click.Command, option: str) -> bool:
+    return any(option in known.opts and not getattr(known, "is_flag", False) for known in command.params)
 
 
 @each_document
