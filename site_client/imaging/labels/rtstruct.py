@@ -13,6 +13,8 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 
 import numpy as np
@@ -21,6 +23,7 @@ from pydicom.tag import Tag
 from pydicom.uid import RTStructureSetStorage
 
 from locum.site_client.imaging.damage import damage_is
+from locum.site_client.imaging.dicom import MAX_VOXELS
 from locum.site_client.imaging.grids import Array, Floats, Volume
 from locum.site_client.imaging.items import Unit
 from locum.site_client.imaging.keys import Keys
@@ -48,6 +51,8 @@ _CLOSED = frozenset({"CLOSED_PLANAR", "CLOSEDPLANAR_XOR"})
 
 #: By how many voxels a contour may reach beyond the centres of the outermost voxels.
 _BEYOND = 1.0
+#: Contours of one structure on one slice, at most: each is compared with each.
+_MOST = 1000
 #: The part of the smaller of two contours that may lie across the other's edge: a hole drawn up to the outline.
 _ACROSS = 0.01
 
@@ -219,18 +224,53 @@ def filled(polygons: Sequence[Floats], box: Box) -> Region:
     Raises:
         RefusedError: mask_unreadable, if two polygons cross.
     """
-    regions = [_inside(polygon, box) for polygon in polygons]
-    for one, other in combinations(regions, 2):
+    boxes = [_box([polygon], (box[0].stop, box[1].stop)) for polygon in polygons]
+    if len(boxes) > _MOST or sum(map(_area, boxes)) > MAX_VOXELS:
+        raise RefusedError(Reason.MASK_UNREADABLE, f"{len(boxes)} contours of one structure on one slice")
+    pieces = [_Piece(own, _inside(polygon, own)) for own, polygon in zip(boxes, polygons, strict=True)]
+    for one, other in combinations(pieces, 2):
         _check_nested(one, other)
-    return np.asarray(np.logical_xor.reduce(regions))
+    whole = np.zeros((box[0].stop - box[0].start, box[1].stop - box[1].start), dtype=bool)
+    for piece in pieces:
+        whole[_within(piece.box, box)] ^= piece.region
+    return whole
 
 
-def _check_nested(one: Region, other: Region) -> None:
-    """Refuse two regions that overlap in part, or are the same: the odd rule would say what nobody drew."""
-    common = int(np.count_nonzero(one & other))
-    sizes = (int(np.count_nonzero(one)), int(np.count_nonzero(other)))
-    smaller = min(sizes)
-    if common > _ACROSS * smaller and (smaller - common > _ACROSS * smaller or sizes[0] == sizes[1]):
+@dataclass(frozen=True)
+class _Piece:
+    """The pixels inside one polygon, in its own box."""
+
+    box: Box
+    region: Region
+
+    @cached_property
+    def size(self) -> int:
+        return int(np.count_nonzero(self.region))
+
+
+def _area(box: Box) -> int:
+    return int((box[0].stop - box[0].start) * (box[1].stop - box[1].start))
+
+
+def _within(box: Box, other: Box) -> Box:
+    """Where a box lies in the array of another, which holds it."""
+    columns, rows = (
+        slice(own.start - outer.start, own.stop - outer.start) for own, outer in zip(box, other, strict=True)
+    )
+    return columns, rows
+
+
+def _check_nested(one: _Piece, other: _Piece) -> None:
+    """Refuse two contours that overlap in part, or are the same: the odd rule would say what nobody drew."""
+    columns, rows = (
+        slice(max(first.start, second.start), min(first.stop, second.stop))
+        for first, second in zip(one.box, other.box, strict=True)
+    )
+    if columns.start >= columns.stop or rows.start >= rows.stop:
+        return
+    common, smaller = (columns, rows), min(one.size, other.size)
+    shared = int(np.count_nonzero(one.region[_within(common, one.box)] & other.region[_within(common, other.box)]))
+    if shared > _ACROSS * smaller and (smaller - shared > _ACROSS * smaller or one.size == other.size):
         raise RefusedError(Reason.MASK_UNREADABLE, "two contours of one structure cross, or are the same")
 
 

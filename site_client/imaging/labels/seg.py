@@ -19,6 +19,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import SegmentationStorage
 
 from locum.site_client.imaging.damage import damage_is
+from locum.site_client.imaging.decoding import decoded
 from locum.site_client.imaging.dicom import MAX_VOXELS
 from locum.site_client.imaging.grids import Array, Volume
 from locum.site_client.imaging.headers import count, voxels
@@ -155,15 +156,21 @@ class SegDrawing:
         return frames
 
     def _region(self, frame: int, number: int) -> Region:
+        stored = self._stored(frame)
         if self._kind == "LABELMAP":
-            if self._stack is None:
-                # Each segment is drawn out of all frames: they are decoded once.
-                self._stack = self._object.get_stored_frames()
-            return np.asarray(self._stack[frame] == number)
-        stored: Array = self._object.get_stored_frame(frame, as_index=True)
+            return np.asarray(stored == number)
         if self._kind == "FRACTIONAL":
             return np.asarray(stored >= FRACTION * int(self._object.MaximumFractionalValue))
         return np.asarray(stored != 0)
+
+    def _stored(self, frame: int) -> Array:
+        """The stored values of a frame, (row, column)."""
+        if self._stack is None and (self._kind == "LABELMAP" or self._object.transfer_syntax_uid.is_encapsulated):
+            # Each segment of a label map is drawn out of all frames; and codecs run in a process of their own.
+            self._stack = _all_frames(self._object)
+        if self._stack is not None:
+            return np.asarray(self._stack[frame])
+        return np.asarray(self._object.get_stored_frame(frame, as_index=True))
 
     def _place(self, frame: int, canvas: Canvas) -> Array:
         if self._placeless:
@@ -180,6 +187,17 @@ class SegDrawing:
         """A functional group (PS3.3 C.7.6.16) of a frame, or the one that all frames share."""
         own = self._object.PerFrameFunctionalGroupsSequence[frame].get(name)
         return (own or self._object.SharedFunctionalGroupsSequence[0][name].value)[0]
+
+
+def _all_frames(segmentation: highdicom.seg.Segmentation) -> Array:
+    """(frame, row, column)."""
+    if not segmentation.transfer_syntax_uid.is_encapsulated:
+        return np.asarray(segmentation.get_stored_frames())
+    try:
+        pixels = decoded(segmentation)
+    except RefusedError as refused:
+        raise RefusedError(Reason.MASK_UNREADABLE, str(refused)) from None
+    return pixels.reshape(-1, *pixels.shape[-2:])
 
 
 def _names(segment: Dataset) -> frozenset[str]:

@@ -162,6 +162,16 @@ def test_a_structure_is_found_by_the_code_of_its_observation(lab, images, tmp_pa
     assert set(np.unique(mask)) == {0, 6}
 
 
+def test_many_contours_on_a_slice_are_drawn_and_more_than_anybody_draws_are_refused(lab, images, tmp_path):
+    image, one = lab.volume(images), lab.unit(images)
+    spots = [square((-9.2 + 1.6 * column, 20.5 + row), 0.3, 50.0) for column in range(49) for row in range(25)]
+    for name, count in {"many": 900, "too many": 1001}.items():
+        lab.save(lab.structures(images, {"GTV": spots[:count]}), tmp_path / name / "a")
+    assert int(masks_in(tmp_path / "many", lab.keys).read(one, image).array.sum()) == 900
+    source = masks_in(tmp_path / "too many", lab.keys)
+    assert reason_of(lambda: source.read(one, image)) is Reason.MASK_UNREADABLE
+
+
 @settings(max_examples=100, deadline=None)
 @given(corners=st.lists(st.tuples(*[st.floats(-0.9, 11.9)] * 2), min_size=3, max_size=12))
 def test_filling_agrees_with_an_even_odd_test_of_every_pixel(corners):

@@ -343,6 +343,49 @@ def test_real_segments_that_overlap_are_refused_and_each_alone_is_right(objects,
     assert reason_of(lambda: every.read(one, image)) is Reason.CONFLICTING_LABELS
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "QIICR+dcmqi/data/segmentations/liver.dcm",
+        "pydicom+pydicom-data/data_store/data/liver_j2k.dcm",
+    ],
+)
+def test_a_real_liver_lies_on_its_real_images_plain_and_compressed(objects, lab, tmp_path, name):
+    path = objects / name
+    images = [pydicom.dcmread(objects / f"QIICR+dcmqi/data/segmentations/ct-3slice/0{n}.dcm") for n in (1, 2, 3)]
+    (tmp_path / "seg").symlink_to(path)
+    mask = masks_in(tmp_path, lab.keys).read(lab.unit(images), lab.volume(images))
+    assert int(mask.array.sum()) == 107098
+    liver = places_in(mask, highdicom.seg.segread(objects / "QIICR+dcmqi/data/segmentations/liver.dcm"))
+    assert liver == 107098
+
+
+@pytest.mark.parametrize("name", ["liver_rle", "liver_deflate", "liver_nonbyte_aligned_rle"])
+def test_real_objects_that_no_codec_reads_are_refused(objects, lab, tmp_path, name):
+    images = [pydicom.dcmread(objects / f"QIICR+dcmqi/data/segmentations/ct-3slice/0{n}.dcm") for n in (1, 2, 3)]
+    (tmp_path / "seg").symlink_to(objects / f"malformed/pydicom+pydicom-data/data_store/data/{name}.dcm")
+    source = masks_in(tmp_path, lab.keys)
+    assert reason_of(lambda: source.read(lab.unit(images), lab.volume(images))) is Reason.MASK_UNREADABLE
+
+
+def places_in(mask, found):
+    """How many voxels of a mask lie where a pixel of some frame of an object lies and is set."""
+    to_index = np.linalg.inv(mask.affine)
+    orientation = np.reshape(
+        found.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence[0][0x20, 0x37].value, (2, 3)
+    )
+    spacing = found.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing
+    seen = 0
+    for index, groups in enumerate(found.PerFrameFunctionalGroupsSequence):
+        rows, columns = np.nonzero(found.get_stored_frame(index, as_index=True))
+        origin = np.array(groups.PlanePositionSequence[0].ImagePositionPatient, dtype=float)
+        places = origin + np.outer(columns * spacing[1], orientation[0]) + np.outer(rows * spacing[0], orientation[1])
+        indices = (places * (-1, -1, 1)) @ to_index[:3, :3].T + to_index[:3, 3]
+        assert np.abs(indices - indices.round()).max() < 0.05
+        seen += int(mask.array[tuple(indices.round().astype(int).T)].sum())
+    return seen
+
+
 def test_whole_slides_are_refused(objects, lab, tmp_path):
     path = objects / "ImagingDataCommons+highdicom/data/test_files/seg_image_sm_dots.dcm"
     _, one = real_unit(path, lab)
