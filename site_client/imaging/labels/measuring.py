@@ -13,6 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -61,7 +62,7 @@ class MaskReaders(Protocol):
 
 
 def measure(site: SiteData, store: Path, keys: Keys) -> dict[str, Any]:
-    """The agreement of labels and of masks of a store, each None if the site has one reader of them.
+    """The agreement of labels and of masks of a store, each None if the site has one reader of them; `at` is now.
 
     It is written to `agreement.json` beside the catalog as well; names of readers stand in it.
 
@@ -75,6 +76,7 @@ def measure(site: SiteData, store: Path, keys: Keys) -> dict[str, Any]:
         )
     with closing(Catalog.open(store)) as catalog:
         found = {
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
             "labels": _labels(site, keys, catalog) if labels else None,
             "masks": _masks(site, keys, catalog, store) if masks else None,
         }
