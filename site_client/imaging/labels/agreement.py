@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from locum.site_client.imaging.grids import Volume
-from locum.site_client.imaging.labels.readers import box_of, staple, values_of
+from locum.site_client.imaging.labels.readers import box_of, framed, staple, values_of
 
 
 def dice(one: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> float | None:
@@ -127,8 +127,7 @@ class MaskAgreement:
         union = np.logical_or.reduce([array != 0 for array in arrays])
         if not union.any():
             return
-        box = box_of(union)
-        inside = [array[box] for array in arrays]
+        inside = framed(arrays, box_of(union))
         for value in values_of(inside):
             self._add_structure(value, dict(zip(masks, [array == value for array in inside], strict=True)))
 

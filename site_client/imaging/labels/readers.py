@@ -3,7 +3,8 @@
 Rules:
   * A majority is more than half of the readers. Without one a label is refused, and a voxel is background.
   * STAPLE (Warfield, Zou, Wells, IEEE TMI 23(7), 2004) is SimpleITK's, on the smallest box that holds every reader's
-    mask: there its prior is not swamped by background on which all agree, and outside it nothing is in question.
+    mask, and one voxel of background around it: there its prior is not swamped by background on which all agree,
+    outside nothing is in question, and without any background its equations have no answer.
   * SimpleITK takes a fifth of a second to load: it is loaded when STAPLE is asked for.
 """
 
@@ -58,9 +59,10 @@ def consensus_mask(volumes: Sequence[Volume], how: Consensus) -> Volume:
     if len(arrays) == 1 or not union.any():
         return volumes[0]
     box = box_of(union)
-    inside = [np.ascontiguousarray(array[box]) for array in arrays]
+    inside = framed(arrays, box)
+    found = _majority_mask(inside) if how == "majority" else _staple_mask(inside)
     whole = np.zeros_like(arrays[0])
-    whole[box] = _majority_mask(inside) if how == "majority" else _staple_mask(inside)
+    whole[box] = found[(slice(1, -1),) * found.ndim]
     return Volume(whole, volumes[0].affine)
 
 
@@ -69,6 +71,11 @@ def box_of(region: npt.NDArray[np.bool_]) -> tuple[slice, ...]:
     axes = range(region.ndim)
     spans = (np.flatnonzero(region.any(axis=tuple(other for other in axes if other != axis))) for axis in axes)
     return tuple(slice(int(span[0]), int(span[-1]) + 1) for span in spans)
+
+
+def framed(arrays: Sequence[Array], box: tuple[slice, ...]) -> list[Array]:
+    """What lies in a box, with one voxel of background around it."""
+    return [np.pad(array[box], 1) for array in arrays]
 
 
 def _majority_mask(arrays: Sequence[Array]) -> Array:
@@ -119,7 +126,10 @@ class Staple:
 
 
 def staple(masks: Sequence[npt.NDArray[np.bool_]]) -> Staple:
-    """STAPLE of one structure over all voxels given, with ITK's prior: the readers' mean part of the structure."""
+    """STAPLE of one structure over all voxels given, of which some are marked by nobody.
+
+    The prior is ITK's: the mean part of the voxels that readers mark.
+    """
     import SimpleITK
 
     single = SimpleITK.STAPLEImageFilter()

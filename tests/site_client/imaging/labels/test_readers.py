@@ -62,6 +62,32 @@ def test_readers_who_agree_are_their_own_consensus_and_an_empty_mask_stays_empty
     assert np.array_equal(consensus_mask([on_grid(mask)], how).array, mask)
 
 
+@settings(deadline=None, max_examples=200)
+@given(
+    shape=st.tuples(*[st.integers(1, 4)] * 3),
+    readers=st.integers(2, 4),
+    seed=st.integers(0, 10_000),
+    part=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
+)
+def test_staple_has_an_answer_for_every_mask_between_what_all_and_what_any_mark(shape, readers, seed, part):
+    rng = np.random.default_rng(seed)
+    masks = rng.random((readers, *shape)) < part
+    found = consensus_mask([on_grid(mask) for mask in masks], "staple").array
+    assert (found[masks.all(axis=0)] == 1).all()
+    assert (found[~masks.any(axis=0)] == 0).all()
+    agreement = MaskAgreement()
+    agreement.add({str(number): on_grid(mask) for number, mask in enumerate(masks)})
+    rates = [rate for one in agreement.summary()["structures"].values() for rate in one["readers"].values()]
+    assert np.isfinite([(rate["sensitivity"], rate["specificity"]) for rate in rates]).all()
+
+
+@pytest.mark.parametrize("how", ["majority", "staple"])
+@pytest.mark.parametrize("values", [(1,), (2,), (1, 2)])
+def test_readers_who_all_mark_the_whole_image_are_believed(how, values):
+    mask = np.resize(values, (4, 4, 2))
+    assert np.array_equal(consensus_mask([on_grid(mask)] * 2, how).array, mask)
+
+
 def test_staple_recovers_the_rates_of_simulated_readers():
     """As in the paper: ten simulated raters of sensitivity 0.95 and specificity 0.90, half of the image foreground."""
     truth = np.zeros((256, 256), dtype=bool)
