@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from locum.simulations.benchmarks import (
+    cohort,
     deid,
     engine_overhead,
     heart_disease,
@@ -36,6 +37,7 @@ _ALL = {
     "deid": deid.measure,
     "ingest": ingest.measure,
     "reading": reading.measure,
+    "cohort": cohort.measure,
 }
 
 

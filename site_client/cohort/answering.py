@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -21,8 +21,8 @@ from locum.common.envelope import EnvelopeError
 from locum.common.errors import LocumError, RunError
 from locum.common.identity import fingerprint_of
 from locum.site_client import gate
-from locum.site_client.cohort.counting import Cohorts, Members, members
-from locum.site_client.cohort.memory import Asked, Cell, Memory
+from locum.site_client.cohort.counting import Cohorts, Columns, Members, members
+from locum.site_client.cohort.memory import Asked, Cell, Memory, Tables
 from locum.site_client.gate import Policy
 from locum.site_client.hours import open_at
 from locum.site_client.identity import SiteIdentity
@@ -150,13 +150,7 @@ class Answering:
         def seal(numbers: list[list[int | None]]) -> bytes:
             return self._sealed(question, tuple(_cells(query, found, numbers)), None)
 
-        tables = [
-            [
-                Cell(query.predicate(table, key), [columns.patients[number] for number in people])
-                for key, people in cells.items()
-            ]
-            for table, cells in zip(query.tables, found, strict=True)
-        ]
+        tables = cells_of(query, found, columns)
         self.memory.answer(question.digest, tables, least=self.policy.least_cell, seal=seal, now=self.now())
         self._told = ""
         return True
@@ -165,6 +159,15 @@ class Answering:
         own = self.identity()
         answer = gate.release_answer(self.policy, question.digest, own.site, cells, at=self.now(), refused=refused)
         return seal_answer(answer, own.key)
+
+
+def cells_of(query: Query, found: Sequence[Members], columns: Columns) -> Tables:
+    """The cells of each table, as the memory takes them."""
+    cells = [
+        [Cell(query.predicate(table, key), people) for key, people in members_of.items()]
+        for table, members_of in zip(query.tables, found, strict=True)
+    ]
+    return Tables(cells, columns.patients)
 
 
 def _until(asked: Asked, own: SiteIdentity) -> float:

@@ -28,6 +28,8 @@ from locum.site_client.imaging.catalog import FILE_NAME, Catalog, read_meta
 
 #: The last year of each band; of the last there is none.
 _BAND_ENDS = (17, 39, 64, 89)
+#: Beyond so many numbers sorting them takes less than a mark for each.
+_MOST_MARKS = 1 << 26
 _TEXTS = ("modality", "body_part", "sex", "label", "month", "manufacturer")
 #: By key of a cell, the numbers of its patients, sorted.
 Members = dict[tuple[str, ...], NDArray[np.int64]]
@@ -43,8 +45,8 @@ class _Words:
 
     def among(self, values: Sequence[str]) -> _Rows:
         """Which cases have one of these values."""
-        wanted = [number for number, word in enumerate(self.words) if word in set(values)]
-        return np.isin(self.of, wanted)
+        wanted = set(values)
+        return np.array([*(word in wanted for word in self.words), False])[self.of]
 
     def mapped(self, change: Callable[[str], str]) -> _Words:
         """The same with each word replaced by what `change` makes of it; an empty one is none."""
@@ -256,11 +258,23 @@ def _grouped(patients: NDArray[np.int32], parts: Sequence[_Words]) -> Members:
     for words in parts:
         place = place * (len(words.words) + 1) + words.of
         there &= words.of >= 0
-    most = int(patients.max(initial=0)) + 1
-    pairs = np.unique(place[there] * most + patients[there])
-    cells, starts = np.unique(pairs // most, return_index=True)
-    members = np.split(pairs % most, starts[1:])
-    return {_key(int(cell), parts): who for cell, who in zip(cells, members, strict=True)} if len(pairs) else {}
+    most, cells = int(patients.max(initial=0)) + 1, 1
+    for words in parts:
+        cells *= len(words.words) + 1
+    pairs = _each_once(place[there] * most + patients[there], cells * most)
+    of = pairs // most
+    starts = np.flatnonzero(np.diff(of, prepend=-1))
+    members = np.split(pairs - of * most, starts[1:])
+    return {_key(int(of[start]), parts): who for start, who in zip(starts, members, strict=False)}
+
+
+def _each_once(numbers: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """Different numbers below `most`, sorted."""
+    if most > _MOST_MARKS:
+        return np.unique(numbers)
+    marks = np.zeros(most, dtype=np.bool_)
+    marks[numbers] = True
+    return np.flatnonzero(marks)
 
 
 def _key(place: int, parts: Sequence[_Words]) -> tuple[str, ...]:

@@ -19,11 +19,10 @@ import hashlib
 import secrets
 import sqlite3
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,10 +79,18 @@ class Asked:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell that is asked about: its name, the same for the same patients, and who is in it (pseudonyms)."""
+    """A cell that is asked about: its name, the same for the same patients, and who is in it, by number."""
 
     predicate: str
-    members: Collection[str]
+    members: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The cells of each table of a question; `people` are the pseudonyms of the patients, by number from 0."""
+
+    cells: Sequence[Sequence[Cell]]
+    people: Sequence[str]
 
 
 class Memory:
@@ -139,12 +146,12 @@ class Memory:
         with self._changed() as connection:
             _note(connection, digest, envelope, now, clause)
 
-    def answer(self, digest: str, tables: Sequence[Sequence[Cell]], *, least: int, seal: Seal, now: float) -> bytes:
+    def answer(self, digest: str, asked: Tables, *, least: int, seal: Seal, now: float) -> bytes:
         """Decides which numbers are told, and notes them and the answer that `seal` makes of them, at once.
 
         Args:
             digest: of the question.
-            tables: its cells.
+            asked: its cells.
             least: the site's least cell.
             seal: makes the signed answer of the numbers.
             now: the time.
@@ -152,14 +159,19 @@ class Memory:
         Returns:
             The answer; the one that there is, if the question was answered before.
         """
-        with self._changed() as connection:
-            before = connection.execute("SELECT answer FROM questions WHERE digest = ?", (digest,)).fetchone()
-            if before is not None and before[0] is not None:
-                return bytes(before[0])
-            numbers = [_decided(connection, digest, cells, least) for cells in _numbered(connection, tables)]
-            envelope = seal(numbers)
-            _note(connection, digest, envelope, now, None)
-            return envelope
+        while True:
+            with self._changed() as connection:
+                if (given := _given(connection, digest)) is not None:
+                    return given
+                cells = _numbered(connection, asked)
+                held = _held(connection)
+            decided = [_decided(held, table, least) for table in cells]  # takes seconds: nobody waits for it meanwhile
+            with self._changed() as connection:
+                if _given(connection, digest) is None and _last(connection) == held.last:
+                    _remember(connection, digest, held.added)
+                    envelope = seal(decided)
+                    _note(connection, digest, envelope, now, None)
+                    return envelope
 
     # --- the file
 
@@ -207,28 +219,18 @@ def _note(connection: sqlite3.Connection, digest: str, envelope: bytes, now: flo
 # --- patients
 
 
-@dataclass(frozen=True)
-class _Numbered:
-    """A cell with its patients as numbers."""
-
-    predicate: str
-    members: NDArray[np.int64]
-
-
-def _numbered(connection: sqlite3.Connection, tables: Sequence[Sequence[Cell]]) -> list[list[_Numbered]]:
-    """Gives every patient a number."""
+def _numbered(connection: sqlite3.Connection, asked: Tables) -> list[list[Cell]]:
+    """The cells with the numbers that the patients have in the memory; those who have none are given one."""
     (key,) = connection.execute("SELECT key FROM meta").fetchone()
-    people = sorted({pseudonym for cells in tables for cell in cells for pseudonym in cell.members})
-    hashes = {each: hashlib.blake2b(each.encode(), key=key, digest_size=_HASH_BYTES).digest() for each in people}
+    there = np.unique(np.concatenate([np.zeros(0, np.int64), *(cell.members for row in asked.cells for cell in row)]))
+    hashes = [hashlib.blake2b(asked.people[each].encode(), key=key, digest_size=_HASH_BYTES).digest() for each in there]
     connection.executemany(
-        "INSERT INTO patients (hash) VALUES (?) ON CONFLICT DO NOTHING", [(each,) for each in hashes.values()]
+        "INSERT INTO patients (hash) VALUES (?) ON CONFLICT DO NOTHING", [(each,) for each in hashes]
     )
-    numbers: Mapping[bytes, int] = dict(connection.execute("SELECT hash, number FROM patients"))
-    place = {pseudonym: numbers[each] for pseudonym, each in hashes.items()}
-    return [
-        [_Numbered(cell.predicate, np.array([place[each] for each in cell.members], dtype=np.int64)) for cell in cells]
-        for cells in tables
-    ]
+    known: dict[bytes, int] = dict(connection.execute("SELECT hash, number FROM patients"))
+    place = np.zeros(len(asked.people), dtype=np.int64)
+    place[there] = [known[each] for each in hashes]
+    return [[Cell(cell.predicate, place[cell.members]) for cell in row] for row in asked.cells]
 
 
 def _row(members: NDArray[np.int64], patients: int) -> NDArray[np.bool_]:
@@ -249,44 +251,68 @@ def _unpacked(content: bytes, patients: int) -> NDArray[np.bool_]:
 # --- a table
 
 
-def _decided(connection: sqlite3.Connection, digest: str, cells: Sequence[_Numbered], least: int) -> list[int | None]:
-    """What is told of each cell of a table; noted with its patients."""
+@dataclass
+class _Held:
+    """What the memory holds of cells.
+
+    Attributes:
+        told: the cells that were told; `tainted` the patients of those that were too small.
+        numbers: by a cell's name, the number that was told last.
+        last: of the newest row.
+        added: what becomes of cells now: name, verdict, patients.
+    """
+
+    told: Cells
+    tainted: NDArray[np.bool_]
+    numbers: dict[str, int]
+    last: int
+    added: list[tuple[str, Verdict, NDArray[np.bool_]]]
+
+
+def _held(connection: sqlite3.Connection) -> _Held:
     patients = connection.execute("SELECT coalesce(max(number), 0) FROM patients").fetchone()[0]
-    asked = stacked([_row(cell.members, patients) for cell in cells], patients)
-    small = asked[asked.sum(axis=1) < least].any(axis=0)
-    if small.any():
-        _remember(connection, digest, "", Verdict("small"), small)
-    told, tainted = _before(connection, patients)
-    verdicts = judged(told, tainted, asked, least)
-    found: list[int | None] = []
-    for cell, row, verdict in zip(cells, asked, verdicts, strict=True):
-        if verdict.state == "told":
-            _remember(connection, digest, cell.predicate, verdict, row)
-        found.append(_number(connection, cell.predicate, verdict))
-    return found
-
-
-def _before(connection: sqlite3.Connection, patients: int) -> tuple[Cells, NDArray[np.bool_]]:
-    """The cells that were told, and the patients of those that were too small."""
     rows: dict[str, list[NDArray[np.bool_]]] = {"told": [], "small": []}
-    for state, members in connection.execute("SELECT state, members FROM cells ORDER BY number"):
+    numbers: dict[str, int] = {}
+    query = "SELECT state, members, predicate, patients FROM cells ORDER BY number"
+    for state, members, predicate, number in connection.execute(query):
         rows[state].append(_unpacked(members, patients))
-    return stacked(rows["told"], patients), np.any(stacked(rows["small"], patients), axis=0)
+        if state == "told":
+            numbers[predicate] = number
+    tainted = np.any(stacked(rows["small"], patients), axis=0)
+    return _Held(stacked(rows["told"], patients), tainted, numbers, _last(connection), [])
+
+
+def _last(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("SELECT coalesce(max(number), 0) FROM cells").fetchone()[0])
+
+
+def _given(connection: sqlite3.Connection, digest: str) -> bytes | None:
+    """The answer to a question, if it has one."""
+    row = connection.execute("SELECT answer FROM questions WHERE digest = ?", (digest,)).fetchone()
+    return None if row is None or row[0] is None else bytes(row[0])
+
+
+def _decided(held: _Held, cells: Sequence[Cell], least: int) -> list[int | None]:
+    """What is told of each cell of a table: its number, or the one that was told before."""
+    patients = len(held.tainted)
+    asked = stacked([_row(cell.members, patients) for cell in cells], patients)
+    small = np.any(asked[asked.sum(axis=1) < least], axis=0)
+    if small.any():
+        held.added.append(("", Verdict("small"), small))
+        held.tainted = held.tainted | small
+    verdicts = judged(held.told, held.tainted, asked, least)
+    for cell, row, verdict in zip(cells, asked, verdicts, strict=True):
+        if verdict.patients is not None:
+            held.added.append((cell.predicate, verdict, row))
+            held.numbers[cell.predicate] = verdict.patients
+    held.told = np.vstack([held.told, asked[[verdict.state == "told" for verdict in verdicts]]])
+    return [held.numbers.get(cell.predicate) for cell in cells]
 
 
 def _remember(
-    connection: sqlite3.Connection, digest: str, predicate: str, verdict: Verdict, row: NDArray[np.bool_]
+    connection: sqlite3.Connection, digest: str, added: Sequence[tuple[str, Verdict, NDArray[np.bool_]]]
 ) -> None:
-    connection.execute(
+    connection.executemany(
         "INSERT INTO cells (question, predicate, state, patients, members) VALUES (?, ?, ?, ?, ?)",
-        (digest, predicate, verdict.state, verdict.patients, _packed(row)),
+        [(digest, name, verdict.state, verdict.patients, _packed(row)) for name, verdict, row in added],
     )
-
-
-def _number(connection: sqlite3.Connection, predicate: str, verdict: Verdict) -> int | None:
-    """What a cell's answer is: its number, or the one that was told before."""
-    if verdict.state == "told":
-        return verdict.patients
-    query = "SELECT patients FROM cells WHERE predicate = ? AND state = 'told' ORDER BY number DESC LIMIT 1"
-    known: Any = connection.execute(query, (predicate,)).fetchone()
-    return None if known is None else int(known[0])

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +28,8 @@ from numpy.typing import NDArray
 #: Rows are cells, columns patients.
 Cells = NDArray[np.bool_]
 _Floats = NDArray[np.float64]
+#: Cells whose membership fits into one number.
+_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -52,86 +55,114 @@ def judged(told: Cells, tainted: NDArray[np.bool_], asked: Cells, least: int) ->
         least: k.
     """
     sizes = asked.sum(axis=1)
-    large = [index for index, size in enumerate(sizes) if size >= least]
-    verdicts = {index: Verdict("small") for index in range(len(asked)) if index not in set(large)}
-    if _may(told, tainted, asked[large], least):
-        verdicts |= {index: Verdict("told", int(sizes[index])) for index in large}
-        return [verdicts[index] for index in range(len(asked))]
-    for index in large:
-        cell = asked[index : index + 1]
-        if _may(told, tainted, cell, least):
-            verdicts[index] = Verdict("told", int(sizes[index]))
-            told = np.vstack([told, cell])
-        else:
-            verdicts[index] = Verdict("withheld")
-    return [verdicts[index] for index in range(len(asked))]
+    standing = _Standing.of(told, tainted, least)
+    verdicts = [Verdict("withheld" if size >= least else "small") for size in sizes]
+    for index in _admitted(standing, asked, [index for index, size in enumerate(sizes) if size >= least]):
+        verdicts[index] = Verdict("told", int(sizes[index]))
+    return verdicts
+
+
+def _admitted(standing: _Standing, asked: Cells, wanted: list[int]) -> list[int]:
+    """Which of the wanted cells may be told, the first ones first; tried together, and in halves if they may not."""
+    waiting, found = [wanted] if wanted else [], list[int]()
+    while waiting:
+        some = waiting.pop()
+        after = standing.with_cells(asked[some])
+        if after.may_follow(standing):
+            standing = after
+            found += some
+        elif len(some) > 1:
+            half = len(some) // 2
+            waiting += [some[half:], some[:half]]
+    return found
 
 
 # --- groups
 
 
 @dataclass(frozen=True)
-class _Groups:
-    """The groups that are large: in which of the cells each is, and the numbers of the cells."""
+class _Standing:
+    """The cells that were told, and the groups into which they cut the patients.
 
-    rows: _Floats
+    Attributes:
+        tainted: the patients who count for no group.
+        least: k.
+        group: of each patient the number of the group.
+        rows: a row a cell, a column a group: whether the group is in the cell.
+        counts: the numbers of the cells.
+    """
+
+    tainted: NDArray[np.bool_]
+    least: int
+    group: NDArray[np.int64]
+    rows: NDArray[np.bool_]
     counts: _Floats
 
+    @classmethod
+    def of(cls, told: Cells, tainted: NDArray[np.bool_], least: int) -> _Standing:
+        """After these cells."""
+        people = told.shape[1]
+        nothing = np.zeros((0, 1), dtype=np.bool_)
+        return cls(tainted, least, np.zeros(people, dtype=np.int64), nothing, np.zeros(0)).with_cells(told)
 
-def _groups(cells: Cells, tainted: NDArray[np.bool_], least: int) -> _Groups:
-    """Groups with `least` patients or more who were in no cell that was too small."""
-    packed = np.ascontiguousarray(np.packbits(cells, axis=0).T)
-    _, first, of = np.unique(packed.view([("", packed.dtype, packed.shape[1])]), return_index=True, return_inverse=True)
-    free = np.bincount(of.ravel(), weights=~tainted, minlength=len(first))
-    large = first[free >= least]
-    rows = cells[:, large].astype(np.float64)
-    return _Groups(rows[:, rows.any(axis=0)], cells.sum(axis=1).astype(np.float64))
+    def with_cells(self, cells: Cells) -> _Standing:
+        """After some more."""
+        group, rows = self.group, self.rows
+        for start in range(0, len(cells), _AT_ONCE):
+            some = cells[start : start + _AT_ONCE]
+            bits = np.int64(1) << np.arange(len(some), dtype=np.int64)
+            kinds, kind = np.unique(bits @ some.astype(np.int64), return_inverse=True)
+            pairs, group = np.unique(group * len(kinds) + kind.ravel(), return_inverse=True)
+            group = group.ravel()
+            added = (kinds[pairs % len(kinds)] & bits[:, None]) > 0
+            rows = np.vstack([rows[:, pairs // len(kinds)], added])
+        return _Standing(self.tainted, self.least, group, rows, np.append(self.counts, cells.sum(axis=1)))
 
+    @cached_property
+    def large(self) -> _Floats:
+        """The columns of groups of k or more who are not tainted, and in a cell."""
+        free = np.bincount(self.group, weights=~self.tainted, minlength=self.rows.shape[1])
+        return self.rows[:, (free >= self.least) & self.rows.any(axis=0)].astype(np.float64)
 
-def _may(told: Cells, tainted: NDArray[np.bool_], new: Cells, least: int) -> bool:
-    """Whether all of the new cells may be told as they are."""
-    if not len(new):
-        return True
-    groups = _groups(np.vstack([told, new]), tainted, least)
-    known = len(told)
-    if _rank(groups.rows) < _rank(groups.rows[:known]) + len(new):
-        return False
-    return _explained(groups, known, least)
+    def may_follow(self, before: _Standing) -> bool:
+        """Whether what came after `before` may be told."""
+        known = len(before.rows)
+        if _rank(self.large) < _rank(self.large[:known]) + len(self.rows) - known:
+            return False
+        return self._explained(known)
+
+    def _explained(self, known: int) -> bool:
+        """Whether large groups alone give the numbers: of the new cells exactly, of the old as well as without the new.
+
+        What was told before may need a group that has become small since: that is not told anew.
+        """
+        gap = self._gap(len(self.rows), known)
+        if gap is None or gap < 0.5:
+            return gap is not None
+        before = self._gap(known, known)
+        return before is not None and gap <= before + 0.5
+
+    def _gap(self, cells: int, known: int) -> float | None:
+        """By how many patients large groups that stay so must miss the first `known` numbers; None if another too."""
+        from scipy.optimize import linprog
+        from scipy.sparse import csr_matrix, eye, hstack
+
+        rows, counts = self.large[:cells], self.counts[:cells]
+        if rows.shape[1] == 0:
+            return None if cells > known else float(counts.sum())
+        slack = eye(cells, known)
+        found: Any = linprog(
+            np.concatenate([np.zeros(rows.shape[1]), np.ones(2 * known)]),
+            A_eq=hstack([csr_matrix(rows), slack, -slack]),
+            b_eq=counts,
+            bounds=[(self.least, None)] * rows.shape[1] + [(0, None)] * (2 * known),
+            method="highs",
+        )
+        return float(found.fun) if found.status == 0 else None
 
 
 def _rank(rows: _Floats) -> int:
     return int(np.linalg.matrix_rank(rows)) if rows.size else 0
-
-
-def _explained(groups: _Groups, known: int, least: int) -> bool:
-    """Whether large groups alone give the numbers: of the new cells to one, of those before as well as without the new.
-
-    What was told before may need a group that has become small since: that is not told anew.
-    """
-    gap = _gap(groups.rows, groups.counts, known, least)
-    if gap is None or gap < 0.5:
-        return gap is not None
-    before = _gap(groups.rows[:known], groups.counts[:known], known, least)
-    return before is not None and gap <= before + 0.5
-
-
-def _gap(rows: _Floats, counts: _Floats, known: int, least: int) -> float | None:
-    """By how many patients large groups that stay large must miss the first `known` numbers; None if another too."""
-    from scipy.optimize import linprog
-
-    if rows.shape[1] == 0:
-        return None if len(rows) > known else float(counts.sum())
-    cells, groups = rows.shape
-    slack = np.zeros((cells, known))
-    slack[:known] = np.eye(known)
-    found: Any = linprog(
-        np.concatenate([np.zeros(groups), np.ones(2 * known)]),
-        A_eq=np.hstack([rows, slack, -slack]),
-        b_eq=counts,
-        bounds=(least, None),
-        method="highs",
-    )
-    return float(found.fun) if found.status == 0 else None
 
 
 def no_cells(patients: int) -> Cells:

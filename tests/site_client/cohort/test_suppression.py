@@ -1,4 +1,4 @@
-"""From all that a site ever told, nobody can show that a group of fewer patients than its least cell has anybody in it."""
+"""From all that a site ever told, nobody can show that a group of fewer than its least cell has anybody in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from locum.site_client.cohort.memory import Cell as Asking
-from locum.site_client.cohort.memory import Memory
+from locum.site_client.cohort.memory import Memory, Tables
 from locum.site_client.cohort.suppression import judged, no_cells
 from tests.site_client.cohort.attacker import Cell, People, least, small_groups
 
@@ -38,8 +38,13 @@ class Site:
             told.extend(numbers)
             return repr(numbers).encode()
 
-        table = [Asking(predicate, people) for predicate, people in cells]
-        content = self.memory.answer(name, [table], least=self.k, seal=seal, now=2.0)
+        everybody = sorted(frozenset[str]().union(*(people for _, people in cells)))
+        place = {person: number for number, person in enumerate(everybody)}
+        table = [
+            Asking(predicate, np.array(sorted(place[person] for person in people), dtype=np.int64))
+            for predicate, people in cells
+        ]
+        content = self.memory.answer(name, Tables([table], everybody), least=self.k, seal=seal, now=2.0)
         if not told:
             return eval(content.decode())[0]  # type: ignore[no-any-return] # noqa: S307 - of this test
         known = {cell.people for cell in self.asked if cell.told == len(cell.people)}
@@ -181,6 +186,17 @@ def test_what_follows_by_three_numbers_is_not_told(tmp_path: Path) -> None:
     assert site.ask("three", ("ac", a | c)) == [60]
     assert site.ask("four", ("all", a | b | c | small)) == [None]  # twice this less the three is twice the small one
     assert site.ask("five", ("all and more", a | b | c | _named(90, 12))) == [102]
+
+
+def test_a_number_that_only_small_groups_explain_is_not_told(tmp_path: Path) -> None:
+    """Of three groups of eight nothing was asked, and yet the number would show that they have somebody together."""
+    site = Site(tmp_path)
+    one, two = _named(0, 12), _named(20, 11)
+    smalls = [_named(100 + 100 * number, 8) for number in range(3)]
+    for number, small in enumerate(smalls):
+        assert site.ask(f"around {number}", (f"around {number}", small | _named(1000 + 100 * number, 30))) == [38]
+    assert site.ask("pair", ("pair", one | two)) == [23]
+    assert site.ask("together", ("together", one | smalls[0] | smalls[1] | smalls[2])) == [None]
 
 
 def test_tables_over_large_numbers_are_told_whole_but_for_what_follows() -> None:
