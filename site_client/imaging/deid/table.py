@@ -80,8 +80,8 @@ def load_tables() -> Tables:
     Raises:
         DataError: one of them is damaged.
     """
-    texts = [_text(name) for name in ("table_e_1_1.csv", "safe_public.csv", "safe_private.csv")]
-    standard, public, private = texts
+    texts = [_text(name) for name in ("table_e_1_1.csv", "safe_public.csv", "safe_private.csv", "words.txt")]
+    standard, public, private, _ = texts
     return Tables(
         edition=_edition(standard),
         rows=_once(standard, _row),

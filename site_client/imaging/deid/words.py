@@ -17,55 +17,15 @@ from pydicom.sr._concepts_dict import concepts
 from pydicom.sr._snomed_dict import mapping
 
 _TOKEN = re.compile(r"[A-Za-z0-9][A-Za-z0-9.]*")
-_WORD = re.compile(r"[a-z]+")
+_SMALL = re.compile(r"(?<![A-Za-z'])[a-z]+(?![A-Za-z])")
 _NUMBER = re.compile(r"\d{1,3}(\.\d{1,3})?(mm|cm|ms|s|mg|ml|kv|t)?")
 #: A word of the vocabulary with a number beside it: "lesion1".
 _NUMBERED = re.compile(r"([a-z]+)\d{1,2}")
-#: Words of code meanings that would make a number before them an age or an address.
-_NOT_KEPT = frozenset(
-    [
-        "year",
-        "years",
-        "old",
-        "age",
-        "aged",
-        "born",
-        "mr",
-        "mrs",
-        "dr",
-        "street",
-        "road",
-        "st",
-        "jan",
-        "feb",
-        "mar",
-        "apr",
-        "may",
-        "jun",
-        "jul",
-        "aug",
-        "sep",
-        "oct",
-        "nov",
-        "dec",
-        "january",
-        "february",
-        "march",
-        "april",
-        "june",
-        "july",
-        "august",
-        "september",
-        "october",
-        "november",
-        "december",
-    ]
-)
 
 
 @lru_cache(maxsize=1)
 def sections() -> dict[str, frozenset[str]]:
-    """The sections of `configs/deid/words.txt`: makers, codes, protocols."""
+    """The sections of `configs/deid/words.txt`: makers, codes, protocols, never."""
     text = files("locum.configs").joinpath("deid", "words.txt").read_text(encoding="utf-8")
     found: dict[str, set[str]] = {}
     name = ""
@@ -85,9 +45,14 @@ def common() -> frozenset[str]:
 
 @lru_cache(maxsize=1)
 def vocabulary() -> frozenset[str]:
-    """All words that may stay in a text that is cleaned."""
-    coded = {word for meanings in _meanings().values() for word in _WORD.findall(meanings.lower()) if len(word) > 2}
-    return frozenset(coded | frozenset().union(*sections().values())) - _NOT_KEPT
+    """All words that may stay in a text that is cleaned.
+
+    Of the meanings only words that stand there in small letters: one that never does may be somebody's name (Miller's
+    view, the circle of Willis).
+    """
+    texts = [text for text in _meanings().values() if "breed" not in text]  # of dogs: half of them are surnames
+    coded = {word for text in texts for word in _SMALL.findall(text) if len(word) > 2}
+    return frozenset(coded | frozenset().union(*sections().values())) - sections()["never"]
 
 
 @lru_cache(maxsize=1)

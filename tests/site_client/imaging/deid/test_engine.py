@@ -451,7 +451,11 @@ def test_no_character_set_and_no_name_crashes_the_engine(odd, name, charset):
         content = content.replace(b"Kowalska^Zofia", (name + b" " * 14)[:14])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            outcome(lambda one=content: engine("modified_dates", "clean_descriptors").file(loaded(one)))
+            try:
+                made = loaded(content)
+            except (LookupError, ValueError):  # pydicom's own refusal
+                continue
+            outcome(lambda one=made: engine("modified_dates", "clean_descriptors").file(one))
 
 
 def test_endless_nesting_is_unreadable():

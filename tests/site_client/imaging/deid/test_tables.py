@@ -69,7 +69,7 @@ def test_the_digest_is_that_of_all_tables():
 )
 def test_a_damaged_table_is_an_error(tmp_path, monkeypatch, line, what):
     (tmp_path / "deid").mkdir()
-    for name in ("safe_public.csv", "safe_private.csv"):
+    for name in ("safe_public.csv", "safe_private.csv", "words.txt"):
         text = files("locum.configs").joinpath("deid", name).read_text(encoding="utf-8")
         (tmp_path / "deid" / name).write_text(text, encoding="utf-8")
     (tmp_path / "deid" / "table_e_1_1.csv").write_text(f"# edition: 2026c\n{_HEAD}\n{line}\n", encoding="utf-8")
