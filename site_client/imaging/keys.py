@@ -15,6 +15,7 @@ import json
 import os
 import re
 import secrets
+import unicodedata
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -51,11 +52,11 @@ class Keys:
 
     def patient(self, patient_id: str) -> str:
         """The patient's pseudonym, 16 hexadecimal characters; empty for an empty ID."""
-        return keyed(self.names, "patient", patient_id).hex()[:16] if patient_id else ""
+        return keyed(self.names, "patient", _one_form(patient_id)).hex()[:16] if patient_id else ""
 
     def accession(self, number: str) -> str:
         """The name of an accession number, 16 hexadecimal characters; empty for an empty one."""
-        return keyed(self.names, "accession", number).hex()[:16] if number else ""
+        return keyed(self.names, "accession", _one_form(number)).hex()[:16] if number else ""
 
     def uid(self, uid: str) -> str:
         """The name of a UID: a UUID-derived UID (PS3.5 B.2) of 128 keyed bits; those of the standard stay."""
@@ -65,7 +66,7 @@ class Keys:
 
     def days(self, patient_id: str) -> int:
         """By how many days a patient's dates move back, 1 to 3652."""
-        return 1 + int.from_bytes(keyed(self.names, "shift", patient_id)[:8], "big") % _MOST_DAYS
+        return 1 + int.from_bytes(keyed(self.names, "shift", _one_form(patient_id))[:8], "big") % _MOST_DAYS
 
     def case(self, unit: str) -> str:
         """The name of a case and of its files in the store, 16 hexadecimal characters."""
@@ -73,7 +74,7 @@ class Keys:
 
     def place(self, patient_id: str) -> float:
         """The patient's place u in [0, 1), by which the folds are cut: the same whatever `names` is."""
-        pseudonym = keyed(self.folds, "patient", patient_id).hex()[:16]
+        pseudonym = keyed(self.folds, "patient", _one_form(patient_id)).hex()[:16]
         # HMAC-SHA256(key, "split" || pseudonym) / 2²⁵⁶, to the 53 bits of a float.
         return (int.from_bytes(keyed(self.folds, "split", pseudonym), "big") >> (256 - 53)) / 2.0**53
 
@@ -81,6 +82,11 @@ class Keys:
     def fingerprint(self) -> str:
         """What a catalog keeps to recognise its keys, 16 hexadecimal characters; they cannot be found from it."""
         return keyed(self.names, "fingerprint", "").hex()[:16]
+
+
+def _one_form(text: str) -> str:
+    """A name in one of the forms that Unicode has for it (NFC): systems write the same letters in different ones."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def keyed(key: bytes, purpose: str, text: str) -> bytes:

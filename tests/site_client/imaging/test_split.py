@@ -60,6 +60,14 @@ def test_a_stated_fold_wins_if_the_table_has_all_three(u, stated):
     assert fold_of(u, stated, (0.8, 0.1, 0.1), table_folds=FOLDS) == stated
 
 
+def test_a_name_is_the_same_in_whichever_form_its_letters_are_written():
+    keys, composed, decomposed = Keys.of(b"k" * 32), "M\u00fcller", "Mu\u0308ller"
+    assert composed != decomposed
+    assert keys.patient(composed) == keys.patient(decomposed)
+    assert keys.accession(composed) == keys.accession(decomposed)
+    assert (keys.days(composed), keys.place(composed)) == (keys.days(decomposed), keys.place(decomposed))
+
+
 def test_folds_have_their_shares():
     places = [Keys.of(b"k" * 32).place(f"p{number}") for number in range(20_000)]
     folds = [fold_of(u, None, (0.7, 0.1, 0.2)) for u in places]
