@@ -166,7 +166,7 @@ def cosign(note: str, name: str, key: ec.EllipticCurvePrivateKey, at: datetime) 
 
 
 def _cosigned(text: str, name: str, key: ec.EllipticCurvePrivateKey, at: datetime) -> str:
-    time = int(at.timestamp())
+    time = int(at.replace(microsecond=0).timestamp())
     if not 0 <= time <= _MOST_TIME:
         raise NoteError("a time before 1970 cannot be signed")
     signature = key.sign(_cosignature_message(text, time), _ECDSA)
