@@ -9,6 +9,7 @@ Rules:
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -183,8 +184,13 @@ class ObjectIndex:
 
 
 def _is_copy(one: Found, other: Found) -> bool:
-    """Whether two files of one SOP Instance UID are one object: byte for byte as long, or before and after cleaning."""
-    return one.size == other.size or one.cleaned != other.cleaned
+    """Whether two files of one SOP Instance UID are one object: the same bytes, or before and after cleaning."""
+    if one.cleaned != other.cleaned:
+        return True
+    try:
+        return one.size == other.size and filecmp.cmp(one.path, other.path, shallow=False)
+    except OSError:
+        return False
 
 
 def _status(path: Path) -> tuple[int, int]:

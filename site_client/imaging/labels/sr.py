@@ -7,6 +7,7 @@ Rules:
     whole, of all images of the report's evidence.
   * Reports and groups that agree on an image are one label; those that do not are refused, or their readers' majority
     decides if the site says so.
+  * A finding that the report itself calls absent is no label, and no other class either: it is refused.
   * Codes of SNOMED's old style (SRT) are read as the SNOMED CT codes that they became.
 """
 
@@ -62,6 +63,8 @@ _OBSERVER_NAME = "DCM:121008"
 #: Objects that a report may list as evidence besides images.
 _NO_IMAGES = ANNOTATIONS | {LabelMapSegmentationStorage, str(RealWorldValueMappingStorage)}
 
+#: SNOMED CT qualifiers of a finding that is not, or hardly, there: absent, known absent, improbable, certainly not.
+_NOT_THERE = frozenset({"SCT:2667000", "SCT:410516002", "SCT:410593006", "SCT:410594000"})
 _EMPTIED = "de-identification removed the content of its reports: option clean_structured_content"
 
 #: An image, of whatever kind, by series UID, SOP class and SOP Instance UID.
@@ -70,10 +73,25 @@ _Image = tuple[str, str, str]
 
 @dataclass(frozen=True, slots=True)
 class _Said:
-    """What one report says of one image."""
+    """What one report says of one image: a code, or that what it means is not there."""
 
     reader: str
     code: str
+    denied: bool
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """One value of the concept in a report.
+
+    Attributes:
+        denied: whether the report says that it is not there.
+        images: SOP Instance UIDs, or series UIDs, that its measurement group names.
+    """
+
+    code: str
+    denied: bool
+    images: frozenset[str]
 
 
 class SrBook:
@@ -95,11 +113,7 @@ class SrBook:
 
     def label(self, unit: Unit) -> Label:
         """As :meth:`LabelSource.label`; also raises RefusedError (uncertain_label)."""
-        objects = self._index.of(unit)
-        said = self._said.get(unit.key, ())
-        if not said:
-            emptied = any(found.sop in self._emptied for found in objects)
-            raise RefusedError(Reason.NO_LABEL, _EMPTIED if emptied else "")
+        said = self._of(unit)
         labels = {each.code: labelled(each.code, self._classes, self._terms) for each in said}
         names = {label.name for label in labels.values()}
         name = self._agreed(self.readings(unit)) if self._labels.consensus else _only(names)
@@ -108,7 +122,7 @@ class SrBook:
 
     def readings(self, unit: Unit) -> dict[str, str]:
         """The class that each reader gave a unit; raises as :meth:`label`."""
-        said = self._said.get(unit.key, ())
+        said = self._of(unit)
         return by_reader((each.reader, labelled(each.code, self._classes, self._terms).name) for each in said)
 
     def unmatched(self) -> list[str]:
@@ -125,6 +139,16 @@ class SrBook:
             )
         return [*self._index.unmatched(), *self._silent]
 
+    def _of(self, unit: Unit) -> list[_Said]:
+        objects = self._index.of(unit)
+        said = self._said.get(unit.key, [])
+        if not said:
+            emptied = any(found.sop in self._emptied for found in objects)
+            raise RefusedError(Reason.NO_LABEL, _EMPTIED if emptied else "")
+        if any(each.denied for each in said):
+            raise RefusedError(Reason.UNCERTAIN_LABEL, "a report says that a finding is absent or improbable")
+        return said
+
     def _read(self, found: Found, keys: Keys) -> None:
         try:
             dataset = found.load(Reason.UNREADABLE)
@@ -137,8 +161,8 @@ class SrBook:
             self._emptied.add(found.sop)
         if not units:
             self._silent.append(f"{found.name} ({Reason.NO_LABEL})")
-        for unit, code in units:
-            self._said.setdefault(unit, []).append(_Said(found.reader or found.sop, code))
+        for unit, code, denied in units:
+            self._said.setdefault(unit, []).append(_Said(found.reader or found.sop, code, denied))
 
     def _agreed(self, readings: Mapping[str, str]) -> str:
         name = majority(list(readings.values()))
@@ -153,8 +177,8 @@ def _only(names: set[str]) -> str:
     return next(iter(names))
 
 
-def _findings(dataset: Dataset, concept: str) -> list[tuple[str, frozenset[str]]]:
-    """(code, SOP Instance or series UIDs that its measurement group names) of each value of a concept.
+def _findings(dataset: Dataset, concept: str) -> list[_Finding]:
+    """Each value of a concept.
 
     Raises:
         RefusedError: unsupported_object, if it is no Measurement Report.
@@ -166,13 +190,18 @@ def _findings(dataset: Dataset, concept: str) -> list[tuple[str, frozenset[str]]
     return list(_coded(root, concept, frozenset()))
 
 
-def _coded(item: Dataset, concept: str, images: frozenset[str]) -> Iterator[tuple[str, frozenset[str]]]:
+def _coded(item: Dataset, concept: str, images: frozenset[str]) -> Iterator[_Finding]:
     for child in item.get("ContentSequence") or ():
         if child.ValueType == "CODE" and _name(child) == concept:
-            yield code_name(child.ConceptCodeSequence[0]), images
+            yield _Finding(code_name(child.ConceptCodeSequence[0]), _is_denied(child), images)
         if child.ValueType == "CONTAINER":
             group = _name(child) == _MEASUREMENT_GROUP
             yield from _coded(child, concept, frozenset(_named_in(child)) if group else images)
+
+
+def _is_denied(finding: Dataset) -> bool:
+    values = (child.get("ConceptCodeSequence") for child in finding.get("ContentSequence") or ())
+    return any(code_name(value[0]) in _NOT_THERE for value in values if value)
 
 
 def _named_in(item: Dataset) -> Iterator[str]:
@@ -185,16 +214,16 @@ def _named_in(item: Dataset) -> Iterator[str]:
         yield from _named_in(child)
 
 
-def _units(
-    findings: Iterable[tuple[str, frozenset[str]]], dataset: Dataset, uid: Callable[[str], str]
-) -> set[tuple[str, str]]:
-    """(key of a unit, code) of all findings."""
+def _units(findings: Iterable[_Finding], dataset: Dataset, uid: Callable[[str], str]) -> set[tuple[str, str, bool]]:
+    """(key of a unit, code, whether it is denied) of all findings."""
     evidence: list[_Image] = [image for image in references(dataset) if image[1] not in _NO_IMAGES]
-    found: set[tuple[str, str]] = set()
-    for code, names in findings:
+    found: set[tuple[str, str, bool]] = set()
+    for finding in findings:
+        names = finding.images
         named = [image for image in evidence if image[2] in names or (not image[2] and image[0] in names)]
         for series, sop_class, sop in named or evidence:
-            found.add((dicom.unit_of(sop_class, Known(series=uid(series)), uid(sop)), code))
+            unit = dicom.unit_of(sop_class, Known(series=uid(series)), uid(sop))
+            found.add((unit, finding.code, finding.denied))
     return found
 
 

@@ -221,6 +221,20 @@ def test_several_objects_of_one_image_join_agree_or_are_refused(lab, tmp_path):
     assert reason_of(lambda: source.read(one, image)) is Reason.CONFLICTING_LABELS
 
 
+def test_a_copy_counts_once_and_a_changed_object_under_the_same_uid_is_refused(lab, tmp_path):
+    images = lab.series().images()
+    image, one = lab.volume(images), lab.unit(images)
+    masks = np.zeros((2, 5, 6, 7), dtype=np.uint8)
+    masks[0, 1:3, 2:4, 2:4], masks[1, 1:3, 1:3, 2:4] = 1, 1
+    objects = [lab.segmentation(images, mask, sop="1.2.3.4") for mask in masks]
+    for name in "abc":
+        lab.save(objects[0], tmp_path / name)
+    assert masks_in(tmp_path, lab.keys, consensus="majority").readings(one, image).keys() == {"object 1"}
+    lab.save(objects[1], tmp_path / "d")
+    assert (tmp_path / "a").stat().st_size == (tmp_path / "d").stat().st_size
+    assert reason_of(lambda: masks_in(tmp_path, lab.keys).read(one, image)) is Reason.CONFLICTING_LABELS
+
+
 @pytest.mark.parametrize("how", ["majority", "staple"])
 def test_several_readers_become_one_mask_and_stay_apart_for_their_agreement(lab, tmp_path, how):
     images = lab.series(slices=4, shape=(20, 20)).images()

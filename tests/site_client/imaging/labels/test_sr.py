@@ -6,7 +6,7 @@ import contextlib
 
 import pydicom
 import pytest
-from highdicom.sr import CodedConcept
+from highdicom.sr import CodeContentItem, CodedConcept, RelationshipTypeValues
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom.uid import DigitalXRayImageStorageForPresentation
@@ -83,6 +83,18 @@ def test_reports_that_differ_conflict_and_a_majority_of_readers_decides_if_asked
     lab.save(lab.report(images, [lab.group(images, normal)], "D^D"), tmp_path / "d")
     tied = book(tmp_path, lab, consensus="majority")
     assert reason_of(lambda: tied.label(lab.unit(images))) is Reason.UNCERTAIN_LABEL
+
+
+def test_a_finding_that_is_said_to_be_absent_is_no_label(lab, tmp_path):
+    images = lab.series().images()
+    found = lab.report(images)
+    group = found.ContentSequence[-1].ContentSequence[0]
+    finding = next(item for item in group.ContentSequence if item.ConceptNameCodeSequence[0].CodeValue == "121071")
+    presence, absent = CodedConcept("705057003", "SCT", "Presence"), CodedConcept("2667000", "SCT", "Absent")
+    finding.ContentSequence = [CodeContentItem(presence, absent, RelationshipTypeValues.HAS_CONCEPT_MOD)]
+    lab.save(found, tmp_path / "a")
+    labels = book(tmp_path, lab)
+    assert reason_of(lambda: labels.label(lab.unit(images))) is Reason.UNCERTAIN_LABEL
 
 
 def test_a_code_that_has_no_class_is_unmapped_and_a_terminology_map_gives_one(lab, tmp_path):
