@@ -104,6 +104,14 @@ class Browser:
         self.run(f"window.left = false; {script}; true")
         self.until("window.left === undefined && document.readyState === 'complete'")
 
+    def click(self, point: tuple[float, float]) -> None:
+        """Click as a person does, and wait until another page is loaded."""
+        self.run("window.left = false; true")
+        for kind in ("mousePressed", "mouseReleased"):
+            x, y = point
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+        self.until("window.left === undefined && document.readyState === 'complete'")
+
     def painted(self) -> None:
         """Wait until what was drawn so far is on the screen."""
         self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))")

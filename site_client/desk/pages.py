@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from html import escape
 from importlib.resources import files
@@ -56,6 +56,7 @@ class Desk:
         person: the name that forms begin with; whoever decides can write another.
         keys: the secrets of this run.
         studio: makes pictures.
+        names: handle to unit, of those that pages have shown: to find one among all takes half a second for 100,000.
     """
 
     store: Path
@@ -63,6 +64,11 @@ class Desk:
     person: str
     keys: Pass
     studio: Studio
+    names: dict[str, str] = field(default_factory=dict)
+
+    def unit(self, opened: shelf.Shelf, handle: str) -> str:
+        """The key of the unit with a handle; raises DataError if there is none (any more)."""
+        return quarantine.unit_of(opened.connection, self.names.get(handle, handle))
 
 
 def pages(desk: Desk) -> FastAPI:
@@ -106,6 +112,7 @@ def _quarantine(app: FastAPI, desk: Desk) -> None:
             number = quarantine.number_held(opened.connection, chosen)
             found = quarantine.held(opened.connection, reason=chosen, first=max(0, first), most=shelf.PAGE)
             reasons = quarantine.reasons_held(opened.connection)
+        desk.names.update({one.handle: one.unit for one in found})
         return _page(
             desk,
             "quarantine",
@@ -120,7 +127,7 @@ def _one_held(app: FastAPI, desk: Desk) -> None:
     @app.get("/quarantine/{handle}")
     def one(handle: str, number: int = 0) -> Response:
         with shelf.opened(desk.store) as opened:
-            unit = quarantine.unit_of(opened.connection, handle)
+            unit = desk.unit(opened, handle)
             items = quarantine.items_of(opened.connection, unit)
             held = quarantine.held_of(opened.connection, unit)
             decision = quarantine.decision_on(opened.connection, unit)
@@ -145,7 +152,7 @@ def _one_held(app: FastAPI, desk: Desk) -> None:
     @app.get("/pictures/{handle}")
     def small(handle: str) -> Response:
         with shelf.opened(desk.store) as opened:
-            unit = quarantine.unit_of(opened.connection, handle)
+            unit = desk.unit(opened, handle)
             items = quarantine.items_of(opened.connection, unit)
             held = quarantine.held_of(opened.connection, unit)
         if any(entry.reason is Reason.CONSENT_WITHDRAWN for entry in held):

@@ -95,7 +95,7 @@ def _settings(app: Door) -> uvicorn.Config:
         date_header=False,
         limit_concurrency=_AT_ONCE,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=2,
+        timeout_graceful_shutdown=1,
         h11_max_incomplete_event_size=16 << 10,
     )
 

@@ -79,13 +79,14 @@ class Shelf:
     def cases(self, chosen: Mapping[str, str], *, first: int) -> tuple[tuple[Shown, ...], int]:
         """A page of the cases that fit what was chosen (filter to value), by id, and the number of all that do."""
         which = [name for name in FILTERS if name in chosen]
-        where = " AND ".join(f"coalesce({name}, '') = ?" for name in which) or "1"
+        where = " AND ".join(f"{_COLUMNS[name]} = ?" for name in which) or "1"
         values = [_value(name, chosen[name]) for name in which]
-        rows = self._rows(
-            f"SELECT *, count(*) OVER () AS number FROM ({_CASES}) WHERE {where} ORDER BY id LIMIT ? OFFSET ?",  # noqa: S608
-            (*values, PAGE, first),
-        )
-        return tuple(_shown(self.store, row) for row in rows), rows[0]["number"] if rows else 0
+        # A fold depends on all cases of the patient: it is asked of all only where it is chosen by.
+        table = _WITH_FOLDS if "part" in chosen else "cases"
+        self._know_folds()
+        number = self.connection.execute(f"SELECT count(*) FROM {table} WHERE {where}", values).fetchone()[0]  # noqa: S608
+        page = f"SELECT * FROM {table} WHERE {where} ORDER BY id LIMIT ? OFFSET ?"  # noqa: S608
+        return self._shown(page, (*values, PAGE, first)), number
 
     def choices(self) -> dict[str, list[str]]:
         """The values that each filter can have."""
@@ -94,27 +95,45 @@ class Shelf:
 
     def case(self, name: str) -> Shown:
         """One case; raises DataError if there is none of that name."""
-        rows = self._rows(f"SELECT * FROM ({_CASES}) WHERE id = ?", (name,))  # noqa: S608
-        if not rows:
+        found = self._shown("SELECT * FROM cases WHERE id = ?", (name,))
+        if not found:
             raise DataError("there is no such case", "it may have left the store: look at the list of cases")
-        return _shown(self.store, rows[0])
+        return found[0]
 
-    def _rows(self, sql: str, values: tuple[Any, ...]) -> list[sqlite3.Row]:
-        stated = read_meta(self.connection, "folds", [])
-
-        def fold_at(place: float, fold: Any) -> str:
-            return fold_of(place, fold, SPLIT, table_folds=stated)
-
-        self.connection.create_function("fold_at", 2, fold_at, deterministic=True)
+    def _shown(self, sql: str, values: tuple[Any, ...]) -> tuple[Shown, ...]:
         cursor = self.connection.cursor()
         cursor.row_factory = sqlite3.Row
-        return cursor.execute(sql, values).fetchall()
+        rows = cursor.execute(sql, values).fetchall()
+        patients = sorted({row["patient"] for row in rows})
+        marks = ", ".join("?" * len(patients))
+        stated = dict(
+            self.connection.execute(
+                f"SELECT patient, max(fold) FROM cases WHERE patient IN ({marks}) GROUP BY patient",  # noqa: S608
+                patients,
+            ).fetchall()
+        )
+        return tuple(_shown(self.store, row, self._fold(row["place"], stated[row["patient"]])) for row in rows)
+
+    def _fold(self, place: float, stated: Any) -> str:
+        return fold_of(place, stated, SPLIT, table_folds=read_meta(self.connection, "folds", []))
+
+    def _know_folds(self) -> None:
+        folds = read_meta(self.connection, "folds", [])
+
+        def fold_at(place: float, stated: Any) -> str:
+            return fold_of(place, stated, SPLIT, table_folds=folds)
+
+        self.connection.create_function("fold_at", 2, fold_at, deterministic=True)
 
 
-_CASES = (
-    "SELECT *, coalesce(fold_at(place, max(fold) OVER (PARTITION BY patient)), '') AS part,"
-    " mask IS NOT NULL AS masked FROM cases"
-)
+_WITH_FOLDS = "(SELECT *, fold_at(place, max(fold) OVER (PARTITION BY patient)) AS part FROM cases)"
+_COLUMNS = {
+    "label": "coalesce(label, '')",
+    "part": "part",
+    "modality": "modality",
+    "manufacturer": "manufacturer",
+    "masked": "(mask IS NOT NULL)",
+}
 _CHOICES = {
     "label": "SELECT DISTINCT coalesce(label, '') FROM cases ORDER BY 1",
     "modality": "SELECT DISTINCT modality FROM cases ORDER BY 1",
@@ -148,29 +167,29 @@ def _value(name: str, value: str) -> str | int:
     return int(value == "yes") if name == "masked" else value
 
 
-def _shown(store: Path, row: sqlite3.Row) -> Shown:
+def _shown(store: Path, row: sqlite3.Row, part: str) -> Shown:
     scanner = f"{row['manufacturer']} {row['model']}".strip()
     return Shown(
         id=row["id"],
         unit=row["unit"],
         patient=row["patient"],
         label=row["label"] or "",
-        part=row["part"],
+        part=part,
         modality=row["modality"],
         scanner=scanner,
         shape=tuple(json.loads(row["shape"])),
         spacing=tuple(json.loads(row["spacing"])),
         image=store / row["image"],
         mask=store / row["mask"] if row["mask"] else None,
-        facts=_facts(row, scanner),
+        facts=_facts(row, scanner, part),
     )
 
 
-def _facts(row: sqlite3.Row, scanner: str) -> dict[str, str]:
+def _facts(row: sqlite3.Row, scanner: str, part: str) -> dict[str, str]:
     parameters = {name: f"{value:g}" for name, value in json.loads(row["parameters"]).items()}
     told = {
         "label": row["label"],
-        "fold (80/10/10)": row["part"],
+        "fold (80/10/10)": part,
         "patient (pseudonym)": row["patient"],
         "modality": row["modality"],
         "scanner": scanner,

@@ -226,6 +226,13 @@ def test_a_report_is_shown_and_runs_nothing(tab, own, open_desk):
         inside = "document.querySelector('iframe').contentDocument"
         assert page.until(f"{inside} && {inside}.body && {inside}.body.innerText").startswith("ready")
         assert page.run("document.title").startswith("Readiness")
+        where = page.run(
+            "(() => { const f = document.querySelector('iframe'), o = f.getBoundingClientRect();"
+            " const r = f.contentDocument.getElementById('to').getBoundingClientRect();"
+            " return [o.left + r.left + r.width / 2, o.top + r.top + r.height / 2]; })()"
+        )
+        page.click(where)
+        assert page.run("document.title") == f"Case {case} – Locum desk"
 
 
 DAMAGED = {
@@ -352,6 +359,9 @@ def test_the_viewer_tells_the_values_of_the_store(tab, masked, viewing):
     values, classes = np.asarray(volume.dataobj), np.asarray(mask.dataobj)
     assert set(np.unique(classes)) == {0, 1, 2}
     page = show(opened(tab, viewing), viewing, case)
+    middle = [along.mean() for along in np.nonzero(classes)]
+    start = page.run("Array.from(viewer.frac2vox(viewer.scene.crosshairPos))")
+    assert start == pytest.approx(middle, abs=0.6), "it opens where the mask is"
     for plane, axis in (("axial", 2), ("coronal", 1), ("sagittal", 0)):
         choose(page, "plane", plane)
         for number in range(values.shape[axis]):
