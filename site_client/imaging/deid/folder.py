@@ -59,6 +59,8 @@ def clean_folder(
         RunError: the target cannot be written.
     """
     _check(source, target)
+    for left in target.rglob(".*.dcm.*.tmp"):  # of a run that was killed
+        left.unlink(missing_ok=True)
     tally = Tally()
     for path in _files(source):
         tally.found += 1

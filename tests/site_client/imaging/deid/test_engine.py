@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import pydicom
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
@@ -104,6 +104,7 @@ def test_without_the_option_no_date_and_no_time_is_left():
     assert (made.ContentDate, made.ContentTime, made.AcquisitionDateTime) == ("19000101", "000000", "19000101000000")
 
 
+@settings(deadline=None)
 @given(st.dates(), st.integers(1, 3652))
 def test_a_date_moves_back_by_exactly_so_many_days_or_goes(day, days):
     moved = shift_date(day.strftime("%Y%m%d").rjust(8, "0").encode(), days)
@@ -440,6 +441,7 @@ def test_a_value_too_long_for_its_vr_is_unreadable():
             call()
 
 
+@settings(deadline=None)
 @given(
     st.binary(max_size=40),
     st.binary(max_size=60),
