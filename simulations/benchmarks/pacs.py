@@ -1,8 +1,11 @@
-"""Retrieval from a real PACS, with de-identification on the way, against bare retrieval in the same run.
+"""From a real PACS to the catalog, against bare retrieval and bare conversion in the same run.
 
-Orthanc holds one CT series of 500 slices, 512 × 512, uncompressed. Ours is a whole retrieval: question, fetch, count,
-clean, files flushed to the disk, rows committed. Bare is dicomweb-client, which parses each image and keeps nothing,
-and plain requests, which reads the bytes and does not look at them.
+Orthanc holds one CT series of 500 slices, 512 × 512, uncompressed. A whole retrieval of ours is question, fetch,
+count, clean, files flushed to the disk, rows committed; a whole ingest goes on through the checks to the volume and the
+catalog.
+Bare retrieval is dicomweb-client, which parses each image and keeps nothing, and plain requests, which reads the bytes
+and does not look at them. Bare conversion is pydicom and nibabel over a folder of the same files: pixels, slope,
+intercept, one NIfTI file.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
+import pydicom
 import requests
 from dicomweb_client import DICOMwebClient
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -25,6 +30,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from locum.simulations.benchmarks.orthanc import TITLE, Orthanc, Setting, running
 from locum.simulations.benchmarks.rows import Row
 from locum.site_client.imaging.deid.engine import Deidentifier
+from locum.site_client.imaging.ingest import ingest
 from locum.site_client.imaging.keys import Keys
 from locum.site_client.imaging.retrieve.pacs import retrieve
 from locum.site_client.imaging.retrieve.spool import spooled
@@ -36,26 +42,32 @@ _SERIES = "1.2.826.0.1.3680043.10.1347.1"
 _STUDY = "1.2.826.0.1.3680043.10.1347.2"
 _ACCEPT = {"Accept": 'multipart/related; type="application/dicom"; transfer-syntax=*'}
 _CALLING = "LOCUM"
+_BARE, _CONVERT = "bare retrieval: dicomweb-client, parsed", "bare conversion: pydicom and nibabel, from a folder"
+_WHOLE = "locum, from Orthanc to the catalog"
 
 
 def measure() -> list[Row]:
     """Slices a second of each way: medians of three, alternating."""
-    with loaded() as orthanc:
-        ways: dict[str, Callable[[], float]] = {
-            "plain requests, bytes only": lambda: _rate(lambda: _by_requests(orthanc)),
-            "dicomweb-client, parsed": lambda: _rate(lambda: _by_client(orthanc)),
-            "locum, DICOMweb, cleaned and written": lambda: _rate(lambda: _by_locum(web_site(orthanc))),
-            "locum, C-GET, cleaned and written": lambda: _rate(lambda: _by_locum(dimse_site(orthanc))),
+    with loaded() as orthanc, tempfile.TemporaryDirectory() as folder:
+        for number, content in enumerate(_files(SLICES)):
+            Path(folder, f"{number:04}.dcm").write_bytes(content)
+        ways: dict[str, Callable[[], int]] = {
+            "plain requests, bytes only": lambda: _by_requests(orthanc),
+            _BARE: lambda: _by_client(orthanc),
+            _CONVERT: lambda: _converted(Path(folder)),
+            "locum, DICOMweb, cleaned and written": lambda: _by_locum(web_site(orthanc)),
+            "locum, C-GET, cleaned and written": lambda: _by_locum(dimse_site(orthanc)),
+            _WHOLE: lambda: _to_catalog(web_site(orthanc)),
         }
         measured: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(_REPEATS):
             for name, way in ways.items():
-                measured[name].append(way())
+                measured[name].append(_rate(way))
     medians = {name: statistics.median(rates) for name, rates in measured.items()}
-    bare, ours = medians["dicomweb-client, parsed"], medians["locum, DICOMweb, cleaned and written"]
+    slower = min(medians[_BARE], medians[_CONVERT])
     return [
         *(Row(name, rate, "slices/s") for name, rate in medians.items()),
-        Row("dicomweb-client / locum", bare / ours, "×"),
+        Row("to catalog: seconds / those of the slower bare one", slower / medians[_WHOLE], "×"),
     ]
 
 
@@ -111,6 +123,21 @@ def _by_locum(site: SiteData) -> int:
         with exclusive(store):
             retrieve(site, store, keys, Deidentifier(site.deidentification, keys), lambda _: None)
         return sum(item.refused is None for item in spooled(store, 0))
+
+
+def _to_catalog(site: SiteData) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        return ingest(site, Path(folder), keys=Keys.of(bytes(32))).stored
+
+
+def _converted(folder: Path) -> int:
+    images = [pydicom.dcmread(path) for path in folder.iterdir()]
+    images.sort(key=lambda image: float(image.ImagePositionPatient[2]))
+    planes = [(image.pixel_array * int(image.RescaleSlope) + int(image.RescaleIntercept)).T for image in images]
+    volume = np.stack(planes, axis=-1).astype(np.int16)
+    with tempfile.TemporaryDirectory() as out:
+        nibabel.save(nibabel.Nifti1Image(volume, np.diag([0.7, 0.7, 2.5, 1.0])), Path(out, "volume.nii"))
+    return len(images)
 
 
 def _files(slices: int) -> Iterator[bytes]:

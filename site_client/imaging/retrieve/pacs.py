@@ -217,6 +217,7 @@ def _of_use(run: Retrieval, series: Series, listed: Sequence[Instance]) -> Itera
         sop = keys.uid(instance.uid)
         if sop not in here and is_of_no_use(instance.sop_class):
             run.spool.put(name, study, unusable(sop, instance.sop_class, study))
+            _tell(run)
         elif sop not in here:
             yield instance
 
@@ -248,9 +249,13 @@ def _keep(run: Retrieval, series: Series, content: bytes) -> None:
     arrival = arrived(content, series, run.desk)
     if arrival is not None and run.spool.put(run.desk.keys.uid(series.uid), run.desk.keys.uid(series.study), arrival):
         run.came += 1
-        run.done += 1
-        run.total = max(run.total, run.done)
-        run.tell(Progress("retrieving", run.done, run.total))
+        _tell(run)
+
+
+def _tell(run: Retrieval) -> None:
+    run.done += 1
+    run.total = max(run.total, run.done)
+    run.tell(Progress("retrieving", run.done, run.total))
 
 
 # Settle: count a study.
