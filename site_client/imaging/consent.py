@@ -3,7 +3,7 @@
 Rules:
   * The list is text with one patient ID a line, UTF-8 with or without a byte-order mark; blank lines and lines that
     begin with # say nothing. A line that can be no patient ID stops the ingest: a withdrawal is never passed over.
-  * IDs are compared by their pseudonyms, in both forms that Unicode has for letters with accents. No ID is stored.
+  * IDs are compared by their pseudonyms. No ID is stored.
   * A withdrawal takes effect at the next ingest: the images leave the catalog, the store and what was retrieved, the
     pictures of earlier readiness reports go, and a warm worker opens the catalog anew (`State`).
   * How many have withdrawn is counted; who, is not told.
@@ -15,7 +15,6 @@ import hashlib
 import json
 import re
 import sqlite3
-import unicodedata
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,10 +53,8 @@ def unmatched(consent: Consent | None, keys: Keys, connection: sqlite3.Connectio
     if consent is None:
         return []
     known = {row[0] for row in connection.execute("SELECT DISTINCT json_extract(known, '$.patient') FROM items")}
-    found: dict[int, bool] = {}
-    for pseudonym, line in _lines(consent.withdrawn, keys).items():
-        found[line] = found.get(line, False) or pseudonym in known
-    return [f"{consent.withdrawn.name}:{line}" for line, named in sorted(found.items()) if not named]
+    lines = _lines(consent.withdrawn, keys)
+    return [f"{consent.withdrawn.name}:{line}" for pseudonym, line in lines.items() if pseudonym not in known]
 
 
 def withdrawn_patients(connection: sqlite3.Connection) -> int:
@@ -136,7 +133,7 @@ def forget_reports(store: Path) -> int:
 
 
 def _lines(file: Path, keys: Keys) -> dict[str, int]:
-    """Pseudonym to the line of its ID; one line has as many as there are ways to write its ID in Unicode."""
+    """Pseudonym to the last line of its ID."""
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -146,12 +143,7 @@ def _lines(file: Path, keys: Keys) -> dict[str, int]:
         raise DataError(f"{file}, line {line}: the text is not UTF-8", "save it again as UTF-8 text") from None
     numbered = enumerate(re.split(r"\r\n|\n|\r", text), start=1)
     told = ((line, one.strip()) for line, one in numbered)
-    return {
-        keys.patient(form): line
-        for line, one in told
-        if one and not one.startswith("#")
-        for form in _forms(_checked(file, line, one))
-    }
+    return {keys.patient(_checked(file, line, one)): line for line, one in told if one and not one.startswith("#")}
 
 
 def _checked(file: Path, line: int, given: str) -> str:
@@ -161,7 +153,3 @@ def _checked(file: Path, line: int, given: str) -> str:
             f"write one patient ID a line, of at most {_LONGEST} characters, and nothing else",
         )
     return given
-
-
-def _forms(given: str) -> set[str]:
-    return {given, unicodedata.normalize("NFC", given), unicodedata.normalize("NFD", given)}
