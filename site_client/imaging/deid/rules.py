@@ -134,8 +134,8 @@ def _decided(row: Row, options: Collection[str]) -> tuple[str, str]:
 def _basic(vr: str, code: str) -> Act:
     if code == "U":
         return actions.inner if vr == "SQ" else actions.uid
-    if code == "D" and vr == "SQ":
-        return actions.empty
+    if code == "D" and vr in {"SQ", "UI"}:
+        return actions.empty if vr == "SQ" else actions.uid
     return {"X": actions.drop, "Z": actions.empty, "D": actions.dummy}[code]
 
 

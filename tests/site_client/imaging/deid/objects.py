@@ -123,3 +123,16 @@ def spliced(dataset: Dataset, tag: int, vr: bytes, value: bytes) -> bytes:
     after = next(raw for raw in loaded(content).values() if int(raw.tag) > tag)
     start = after.value_tell - (12 if after.VR.encode() in LONG else 8)
     return content[:start] + element(tag, vr, value) + content[start:]
+
+
+def with_elements(elements: dict[int, tuple[bytes, bytes]]) -> bytes:
+    """A file of these elements and a patient, explicit and little-endian."""
+    usual = {
+        0x00080016: (b"UI", b"1.2.840.10008.5.1.4.1.1.2"),
+        0x00080018: (b"UI", b"1.2.826.0.1.3680043.10.77.1"),
+        0x00100010: (b"PN", b"Kowalska^Zofia"),
+        0x00100020: (b"LO", b"MRN-4711-08"),
+    }
+    meta = element(0x00020010, b"UI", b"1.2.840.10008.1.2.1\0")
+    length = element(0x00020000, b"UL", struct.pack("<I", len(meta)))
+    return b"\0" * 128 + b"DICM" + length + meta + level({**usual, **elements})

@@ -6,12 +6,16 @@ from collections import Counter
 from importlib.resources import files
 
 import pytest
+from pydicom.config import RAISE
 from pydicom.datadict import DicomDictionary
+from pydicom.valuerep import validate_value
 
 from locum.common.errors import DataError
 from locum.site_client.imaging.deid import table
+from locum.site_client.imaging.deid.elements import standard_vr
 from locum.site_client.imaging.deid.rules import rule_for
 from locum.site_client.imaging.deid.table import load_tables
+from tests.site_client.imaging.deid.objects import engine, loaded, with_elements
 
 _HEAD = "tag,name,basic," + ",".join(table.COLUMNS) + ",options_from"
 
@@ -86,6 +90,25 @@ def test_every_attribute_of_the_dictionary_has_a_rule_that_acts():
     tables, options = load_tables(), frozenset({"modified_dates", "clean_descriptors"})
     for tag in DicomDictionary:
         assert callable(rule_for(tag, tables, options).act)
+
+
+_VALUES = {"UI": b"1.2.3.4 ", "DA": b"20190923", "TM": b"101112", "DT": b"20190923101112", "DS": b"1.5 ", "IS": b"7 "}
+_DUMMY_LENGTHS = {"US": 2, "SS": 2, "UL": 4, "FL": 4, "FD": 8, "SL": 4, "OB": 2, "UN": 2, "OW": 2}
+
+
+def test_every_dummy_is_a_value_of_its_type():
+    rows = [int(tag, 16) for tag, row in load_tables().rows.items() if tag.isalnum() and row.basic.endswith("D")]
+    given = {tag: vr for tag in rows if (vr := standard_vr(tag).partition(" or ")[0]) and vr != "SQ"}
+    hidden = {tag: (vr.encode(), _VALUES.get(vr, b"Kowalska")) for tag, vr in given.items()}
+    cleaned = loaded(engine().file(loaded(with_elements(hidden))))
+    for tag, vr in given.items():
+        raw = cleaned.get_item(tag).value
+        assert b"owalska" not in raw
+        assert raw, hex(tag)
+        if vr in _DUMMY_LENGTHS:
+            assert len(raw) == _DUMMY_LENGTHS[vr]
+        else:
+            validate_value(vr, raw.decode().strip(" \0"), RAISE)
 
 
 def test_free_text_without_a_row_goes_unless_it_is_listed():
