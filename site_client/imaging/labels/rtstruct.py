@@ -12,10 +12,9 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
 
 import numpy as np
 from pydicom.dataset import Dataset
@@ -228,8 +227,8 @@ def filled(polygons: Sequence[Floats], box: Box) -> Region:
     if len(boxes) > _MOST or sum(map(_area, boxes)) > MAX_VOXELS:
         raise RefusedError(Reason.MASK_UNREADABLE, f"{len(boxes)} contours of one structure on one slice")
     pieces = [_Piece(own, _inside(polygon, own)) for own, polygon in zip(boxes, polygons, strict=True)]
-    for one, other in combinations(pieces, 2):
-        _check_nested(one, other)
+    for one, other in _meeting(boxes):
+        _check_nested(pieces[one], pieces[other])
     whole = np.zeros((box[0].stop - box[0].start, box[1].stop - box[1].start), dtype=bool)
     for piece in pieces:
         whole[_within(piece.box, box)] ^= piece.region
@@ -260,14 +259,25 @@ def _within(box: Box, other: Box) -> Box:
     return columns, rows
 
 
+def _meeting(boxes: Sequence[Box]) -> Iterator[tuple[int, int]]:
+    """The pairs of boxes that share a pixel."""
+    first, behind = (
+        np.array([[getattr(axis, end) for axis in box] for box in boxes]).reshape(-1, 2) for end in ("start", "stop")
+    )
+    meet = np.logical_and.reduce(first[:, None] < behind[None], axis=2)
+    for one, other in np.argwhere(np.triu(meet & meet.T, k=1)):
+        yield int(one), int(other)
+
+
 def _check_nested(one: _Piece, other: _Piece) -> None:
-    """Refuse two contours that overlap in part, or are the same: the odd rule would say what nobody drew."""
+    """Refuse two contours that overlap in part, or are the same: the odd rule would say what nobody drew.
+
+    Their boxes meet.
+    """
     columns, rows = (
         slice(max(first.start, second.start), min(first.stop, second.stop))
         for first, second in zip(one.box, other.box, strict=True)
     )
-    if columns.start >= columns.stop or rows.start >= rows.stop:
-        return
     common, smaller = (columns, rows), min(one.size, other.size)
     shared = int(np.count_nonzero(one.region[_within(common, one.box)] & other.region[_within(common, other.box)]))
     if shared > _ACROSS * smaller and (smaller - shared > _ACROSS * smaller or one.size == other.size):
