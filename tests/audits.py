@@ -24,6 +24,7 @@ from locum.common.audit.bundle import Bundle, Manifest, Parts, open_bundle, writ
 from locum.common.audit.statement import Loss, Release, seal_statement
 from locum.common.audit.verify import Verdict, verify
 from locum.common.canonical import canonical_json, sha256_hex
+from locum.common.cohort import Answer, Query, Question, Told, seal_answer, seal_question
 from locum.common.envelope import (
     CLAUSES,
     Approval,
@@ -37,6 +38,7 @@ from locum.common.envelope import (
 )
 from locum.common.identity import certificate_pem, fingerprint_of, new_key
 from locum.common.log.entries import (
+    AnswerEntry,
     ApprovalEntry,
     DecisionEntry,
     EndEntry,
@@ -45,6 +47,7 @@ from locum.common.log.entries import (
     MetricsEntry,
     OwnerEntry,
     ProposalEntry,
+    QuestionEntry,
     ReadinessEntry,
     ReleaseEntry,
     RosterEntry,
@@ -181,6 +184,25 @@ class Federation:
                   "patients": None if failing else 40, **lies}  # fmt: skip
         said = seal_readiness(Readiness(**fields), key).decode()
         return ReadinessEntry(**{**self.of_run(minutes), "site": site, "statement": said, **entry})
+
+    def question(self, minutes: float, /, **lies: Any) -> QuestionEntry:
+        """A cohort question, as it stands in the log; `key` and `entry` may be others'."""
+        key, entry = lies.pop("key", self.log_key), lies.pop("entry", {})
+        query = Query.model_validate({"name": "patients", "study": "study", "purpose": "to count", **lies})
+        at = self.at(minutes).timestamp()
+        fields = {"digest": query.digest, "query": query.model_dump(mode="json"), "asked_at": at, "until": at + 3600}
+        said = seal_question(Question(**fields, by="the ML team"), key).decode()
+        return QuestionEntry(**{"at": moment(self.at(minutes)), "question": query.digest, "statement": said, **entry})
+
+    def answer(self, site: str, to: QuestionEntry, minutes: float, /, **lies: Any) -> AnswerEntry:
+        """A site's answer, as it stands in the log; `key`, `entry` and the fields of an answer may be others'."""
+        key, entry = lies.pop("key", self.keys[site]), lies.pop("entry", {})
+        fields = {"site": site, "question": to.question, "at": self.at(minutes).timestamp(), "least_cell": 10,
+                  "cells": (Told(table=0, key=(), patients=40),), **lies}  # fmt: skip
+        said = seal_answer(Answer(**fields), key).decode()
+        certificate = fingerprint_of(self.certificates[site])
+        return AnswerEntry(**{"at": moment(self.at(minutes)), "site": site, "question": to.question, "statement": said,
+                              "certificate": certificate, **entry})  # fmt: skip
 
     # --- the log
 

@@ -2,7 +2,7 @@
 
 Rules:
   * The institutions are those of the Spine Generic Public Database, the large catalog has the lines of the labels of
-    NIH ChestX-ray14; both are read from the folder that LOCUM_BENCH_DATA names. Without it nothing is measured.
+    NIH ChestX-ray14. Both are read where they lie.
   * Each site decides by itself, with its own memory. What is summed is what a coordinator would have heard.
   * A query on the large catalog stands beside a bare SELECT of the number of its patients, in the same run, in turns.
   * With a least cell of ten most of these institutions tell nothing, for they have six patients. The patients of this
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import os
 import sqlite3
 import statistics
 import tempfile
@@ -33,26 +32,22 @@ from locum.site_client.cohort.counting import Cohorts, members
 from locum.site_client.cohort.memory import Memory
 
 T = TypeVar("T")
-_DATA = "LOCUM_BENCH_DATA"
+_DATA = Path("../shared/data")
 _TURNS = 9
 _ASKED: Mapping[str, Any] = {"study": "benchmark", "purpose": "to measure"}
 #: Bins of the drift, in ms, for T1-weighted series.
 _BINS = {"EchoTime": (1.0, 1.5, 2.5, 3.4, 3.65, 5.0), "RepetitionTime": (0.0, 10.0, 3000.0)}
 
 
-def measure(data: Path | None = None) -> Iterable[Row]:
+def measure(data: Path = _DATA) -> Iterable[Row]:
     """Measures both; raises DataError if the data are not there."""
-    folder = data or _data()
+    spine, large = data / "spine_generic_metadata", data / "nih_cxr14_labels"
+    for path in (spine, large):
+        if not path.is_dir():
+            raise DataError(f"there is no {path}", "run from the project's root, with the shared data beside it")
     with tempfile.TemporaryDirectory(prefix="locum-cohort-") as made:
-        yield from _institutions(folder / "spine_generic_metadata", Path(made) / "spine")
-        yield from _large(folder / "nih_cxr14_labels", Path(made) / "large")
-
-
-def _data() -> Path:
-    given = os.environ.get(_DATA)
-    if not given:
-        raise DataError("the folder of public data sets is not named", f"set {_DATA} to it")
-    return Path(given)
+        yield from _institutions(spine, Path(made) / "spine")
+        yield from _large(large, Path(made) / "large")
 
 
 # --- 43 institutions

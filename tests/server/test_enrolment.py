@@ -114,6 +114,8 @@ def every_call(channel: grpc.Channel) -> dict[str, object]:
         "Proposals": lambda: stub.Proposals(pb.ProposalsRequest(), timeout=CALL),
         "Approve": lambda: stub.Approve(pb.ApproveRequest(), timeout=CALL),
         "Greet": lambda: stub.Greet(pb.GreetRequest(), timeout=CALL),
+        "Questions": lambda: stub.Questions(pb.QuestionsRequest(), timeout=CALL),
+        "State": lambda: stub.State(pb.StateRequest(), timeout=CALL),
     }
     return {call: answered(ask) for call, ask in calls.items()}
 
@@ -343,7 +345,7 @@ def test_a_registry_that_cannot_be_read_lets_nobody_in(door: Door) -> None:
 
 #: What gRPC answers when the gateway's code raised what nobody expected.
 TRACEBACKS = {str(grpc.StatusCode.UNKNOWN), str(grpc.StatusCode.INTERNAL)}
-CALLS = ["Enrol", "Renew", "Report", "Proposals", "Approve", "Greet"]
+CALLS = ["Enrol", "Renew", "Report", "Proposals", "Approve", "Greet", "Questions", "State"]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -288,6 +288,43 @@ def test_a_registry_of_another_version_is_refused(home: Home, registry: Registry
         Registry(home.registry).sites()
 
 
+def test_a_registry_of_the_version_before_learns_questions_and_loses_nothing(home: Home, registry: Registry) -> None:
+    registry.propose("ab" * 32, b"a proposal")
+    registry.close()
+    with sqlite3.connect(home.registry) as connection:
+        connection.executescript("DROP TABLE questions; DROP TABLE answers; DROP TABLE readiness; PRAGMA user_version = 1;")
+    again = Registry(home.registry)
+    assert again.proposals() == (b"a proposal",)
+    assert again.ask("cd" * 32, 10.0, b"a question")
+    assert again.questions(open_at=5.0) == (b"a question",)
+    assert again.questions(open_at=10.0) == ()
+    assert Registry(home.registry).state() == 2
+
+
+def test_the_first_answer_of_a_site_stays_and_no_answer_counts_that_is_not_noted(
+    registry: Registry, authority: Authority
+) -> None:
+    enrol(registry, authority, "north")
+    registry.ask("cd" * 32, 10.0, b"a question")
+
+    def full() -> None:
+        raise OSError("no space")
+
+    with pytest.raises(LocumError):
+        registry.record_answer("north", "cd" * 32, b"lost", noted=full)
+    assert registry.answers("cd" * 32) == {}
+    noted: list[int] = []
+    assert registry.record_answer("north", "cd" * 32, b"one", noted=lambda: noted.append(1))
+    assert not registry.record_answer("north", "cd" * 32, b"one", noted=lambda: noted.append(2))
+    with pytest.raises(RefusedError, match="another answer"):
+        registry.record_answer("north", "cd" * 32, b"two", noted=lambda: noted.append(3))
+    with pytest.raises(RefusedError, match="is not enrolled"):
+        registry.record_answer("south", "cd" * 32, b"one", noted=lambda: noted.append(4))
+    assert (registry.answers("cd" * 32), noted) == ({"north": b"one"}, [1, 2])
+    registry.revoke("north")
+    assert registry.answers("cd" * 32) == {}
+
+
 def test_a_registry_that_was_restored_is_read_anew(home: Home, registry: Registry, authority: Authority) -> None:
     registry.close()
     backup = home.registry.read_bytes()

@@ -264,6 +264,8 @@ class Door:
             "Proposals": pb.ProposalsRequest,
             "Approve": pb.ApproveRequest,
             "Greet": pb.GreetRequest,
+            "Questions": pb.QuestionsRequest,
+            "State": pb.StateRequest,
         }
         name = noise.random.choice(list(kinds))
         asked = noise.filled(kinds[name]())

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from locum.common.audit import bundle as bundles
 from locum.common.audit.verify import TITLES, verify
 from locum.common.canonical import canonical_json, sha256_hex
+from locum.common.cohort import Told
 from locum.common.envelope import Proposal, seal_proposal
 from locum.common.identity import certificate_pem, fingerprint_of, new_key
 from locum.common.log.entries import Entry, RoundEntry, SiteEntry, moment, written
@@ -468,6 +469,35 @@ LIES: dict[str, tuple[Lie, int, int | None]] = {
         lambda f, e: _with(e, TEST, f.metrics(1, 30, "test")), 15, None),
     "a site that was selected although its data are not ready": (
         lambda f, e: _with(e, READY, f.readiness("north", 6.5, ("spacing",))), 19, ROSTER),
+    "a cohort question that somebody else signed": (
+        lambda f, e: _with(e, STARTED, f.question(6, key=f.keys["north"]), e[STARTED]), 20, STARTED),
+    "a cohort question that is another": (
+        lambda f, e: _with(e, STARTED, f.question(6, entry={"question": sha("another")}), e[STARTED]), 20, STARTED),
+    "an answer to a question that nobody asked": (
+        lambda f, e: _with(e, STARTED, f.answer("north", f.question(6), 6.1), e[STARTED]), 20, STARTED),
+    "an answer signed with another key": (
+        lambda f, e: _with(e, STARTED, f.question(6), f.answer("north", f.question(6), 6.1, key=new_key()), e[STARTED]),
+        20, STARTED + 1),
+    "an answer under another site's certificate": (
+        lambda f, e: _with(e, STARTED, f.question(6), f.answer(
+            "north", f.question(6), 6.1, entry={"certificate": fingerprint_of(f.certificates["riverside"])}),
+            e[STARTED]), 20, STARTED + 1),
+    "an answer of another site passed off as this one's": (
+        lambda f, e: _with(e, STARTED, f.question(6), f.answer(
+            "riverside", f.question(6), 6.1,
+            entry={"site": "north", "certificate": fingerprint_of(f.certificates["north"])}), e[STARTED]),
+        20, STARTED + 1),
+    "an answer to another question": (
+        lambda f, e: _with(e, STARTED, f.question(6), f.answer(
+            "north", f.question(6), 6.1, question=f.question(6, name="another").question), e[STARTED]),
+        20, STARTED + 1),
+    "an answer with a cell that was not asked for": (
+        lambda f, e: _with(e, STARTED, f.question(6), f.answer(
+            "north", f.question(6), 6.1, cells=(Told(table=0, key=("F",), patients=40),)), e[STARTED]),
+        20, STARTED + 1),
+    "two answers of one site": (
+        lambda f, e: _with(e, STARTED, f.question(6), f.answer("north", f.question(6), 6.1),
+                           f.answer("north", f.question(6), 6.2, cells=()), e[STARTED]), 20, STARTED + 2),
     "readiness signed with another key": (
         lambda f, e: _with(e, READY, f.readiness("north", key=new_key())), 19, READY),
     "readiness of another plan": (
@@ -560,6 +590,9 @@ def test_a_coordinator_that_lies_about_secure_sums_and_privacy_is_found(masked: 
 
 
 TRUTHS: dict[str, Lie] = {
+    "cohort questions, an answer and a refusal": lambda f, e: _with(
+        e, STARTED, f.question(6), f.answer("north", f.question(6), 6.1), f.question(6.2, name="another"),
+        f.answer("riverside", f.question(6), 6.3, cells=(), refused="cohort"), e[STARTED]),
     "a site that gave before it took its approval back": lambda f, e: _with(
         _with(_with(e, END, f.end(31, status="completed with losses")), TEST,
               f.metrics(2, 30, "test", sites=f.sites[1:], per_site={}, refused={"north": "NOT_APPROVED"})),
