@@ -55,6 +55,8 @@ from pynetdicom.sop_class import (
 
 from locum.common.errors import DataError
 from locum.site_client.imaging import dicom
+from locum.site_client.imaging.damage import damage_is
+from locum.site_client.imaging.reasons import Reason, RefusedError
 from locum.site_client.imaging.retrieve.ahead import StoppedError
 from locum.site_client.imaging.retrieve.arrival import TAKEN
 from locum.site_client.imaging.retrieve.peer import (
@@ -120,13 +122,13 @@ class _Storing:
 
     def __init__(self, take: Take) -> None:
         self._take = take
-        self.stopped = False
+        self.stopped: Exception | None = None
 
     def __call__(self, event: evt.Event) -> int:
         try:
             self._take(event.encoded_dataset())
-        except StoppedError:
-            self.stopped = True
+        except (StoppedError, SeriesError) as error:
+            self.stopped = error
             return _OUT_OF_RESOURCES
         return _SUCCESS
 
@@ -213,10 +215,12 @@ class Dimse:
         with self._association() as association:
             self._require(association, _FIND, "C-FIND")
             for status, answer in association.send_c_find(_identifier(level, keys), _FIND):
-                if answer is not None and status.get("Status") in _PENDING:
-                    answers.append(answer)
-                elif status.get("Status") not in _PENDING:
+                if status.get("Status") not in _PENDING:
                     self._judge(status, "C-FIND")
+                elif answer is None:
+                    raise AwayError(f"{self.name} answers a query with something illegible", "ask its vendor")
+                else:
+                    answers.append(answer)
         return answers
 
     # --- fetching
@@ -264,8 +268,8 @@ class Dimse:
 
     def _follow(self, answers: Iterator[tuple[Dataset, Dataset | None]], storing: _Storing, service: str) -> None:
         for status, _ in answers:
-            if storing.stopped:
-                raise StoppedError
+            if storing.stopped is not None:
+                raise storing.stopped
             if status.get("Status") not in _PENDING:
                 self._judge(status, service)
 
@@ -438,7 +442,11 @@ def _identifier(level: str, keys: dict[str, Any]) -> Dataset:
 
 
 def _text(answer: Dataset, keyword: str) -> str:
-    return str(answer.get(keyword) or "").strip()
+    try:
+        with damage_is(Reason.UNREADABLE):
+            return str(answer.get(keyword) or "").strip()
+    except RefusedError:
+        return ""
 
 
 def _whole(answer: Dataset, keyword: str) -> int | None:

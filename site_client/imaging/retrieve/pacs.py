@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,6 +43,8 @@ _TOGETHER = 32
 _TRIES = 5
 #: The same, of series that it does not give although it answers.
 _TRIES_OF_A_SERIES = 2
+#: Images that may come besides twice those that were asked for, and if it does not say how many there are.
+_BESIDES, _TOO_MANY = 1000, 100_000
 T = TypeVar("T")
 
 
@@ -68,10 +71,15 @@ class Retrieval:
     trouble: str = ""
 
     def fetch(self, want: Want, take: Take) -> None:
-        """Fetch at the site's pace."""
+        """Fetch at the site's pace; raises SeriesError if there is no end of it."""
+        asked = len(want.instances) if want.instances is not None else want.series.said
+        most = _TOO_MANY if asked is None else 2 * asked + _BESIDES
+        came = count(1)
 
         def paced(content: bytes) -> None:
             self.pace.take()
+            if next(came) > most:
+                raise SeriesError("the PACS does not stop sending")
             take(content)
 
         self.pacs.fetch(want, paced)
@@ -116,7 +124,7 @@ def retrieve(
     gone = withdrawn(site.consent, keys)
     for number, source in enumerate(site.sources):
         if isinstance(source, PacsSource):
-            made = f"{clean.profile} {keys.fingerprint}"
+            made = f"{clean.profile} {clean.digest} {keys.fingerprint}"
             desk = Desk(source.query, keys, clean, gone)
             with closing(opened(source)) as pacs, Spool.opened(store, number, made=made) as spool:
                 spool.refresh(gone, asked=desk.asked)

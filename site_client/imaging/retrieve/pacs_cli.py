@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,7 +32,9 @@ def pacs(site: _SiteFile, as_json: Json = False) -> None:
     from locum.site_client.imaging.retrieve.survey import survey
     from locum.site_client.imaging.sources import PacsSource
 
-    logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)  # what it says is told in our words
+    for library in ("pynetdicom", "pydicom"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # they quote; what is wrong is told in our words
+    warnings.simplefilter("ignore")
     sources = [source for source in read_data(site).sources if isinstance(source, PacsSource)]
     if not sources:
         raise DataError(f"{site} has no PACS among its sources", "add a source of kind dicomweb or dimse")

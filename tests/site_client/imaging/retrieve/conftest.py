@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class Site:
     """A site with one store.
 
     Attributes:
-        waits: seconds that a retrieval wanted to wait after failures; none are waited.
+        waits: seconds that a retrieval wanted to wait after failures; none are waited, unless `sleep` does it.
         told: the progress that was told.
     """
 
@@ -41,12 +41,13 @@ class Site:
     keys: Keys = KEYS
     waits: list[float] = field(default_factory=list)
     told: list[Progress] = field(default_factory=list)
+    sleep: Callable[[float], object] | None = None
 
     def retrieve(self, *sources: Mapping[str, Any], **parts: Any) -> list[Item]:
         site = load_site({"name": "north", "root": str(self.store.parent), "sources": list(sources), **parts})
         clean = Deidentifier(site.deidentification, self.keys)
         with exclusive(self.store):
-            retrieve(site, self.store, self.keys, clean, self.told.append, sleep=self.waits.append)
+            retrieve(site, self.store, self.keys, clean, self.told.append, sleep=self.sleep or self.waits.append)
         return self.items()
 
     def items(self, source: int = 0) -> list[Item]:

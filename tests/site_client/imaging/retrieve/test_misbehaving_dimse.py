@@ -12,9 +12,12 @@ from typing import Any
 
 import pydicom
 import pytest
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
+from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRLittleEndian
 from pynetdicom import AE, evt
+from pynetdicom.dsutils import decode, encode
 from pynetdicom.sop_class import (
     CTImageStorage,
     StudyRootQueryRetrieveInformationModelFind,
@@ -25,7 +28,7 @@ from pynetdicom.sop_class import (
 
 from locum.common.errors import DataError
 from locum.site_client.imaging.reasons import Reason
-from locum.site_client.imaging.retrieve.dimse import Dimse
+from locum.site_client.imaging.retrieve.dimse import Dimse, _whole
 from locum.site_client.imaging.retrieve.peer import AwayError
 from locum.site_client.imaging.sources import DimseSource
 from tests.orthanc import PLANTED, Study, free_port
@@ -338,7 +341,14 @@ def test_a_peer_without_room_for_an_association_is_tried_again(site: Site) -> No
         association = guest.associate("127.0.0.1", pacs.port, ae_title="PEER")
         with pytest.raises(AwayError, match="is too busy for another association"):
             site.retrieve(pacs.source())
-        association.release()
+        assert site.waits == [0.5, 1.0, 2.0, 4.0]
+
+        def leave(seconds: float) -> None:
+            if association.is_established:
+                association.release()
+            time.sleep(seconds)
+
+        site.sleep = leave
         assert reasons(site.retrieve(pacs.source())) == [None] * 6
 
 
@@ -360,3 +370,28 @@ def test_nobody_can_send_images_to_the_port_unasked(site: Site) -> None:
         status = association.send_c_store(pydicom.dcmread(BytesIO(Study(303).files()[0]))).Status
         association.release()
     assert status == 0x0124
+
+
+def test_what_cannot_be_read_of_an_answer_is_not_told() -> None:
+    element = DataElement(Tag("NumberOfSeriesRelatedInstances"), "LO", "many")
+    answer = decode(BytesIO(encode(_dataset(element), True, True) or b""), True, True)
+    assert _whole(answer, "NumberOfSeriesRelatedInstances") is None
+    assert _whole(_answer(NumberOfSeriesRelatedInstances=7), "NumberOfSeriesRelatedInstances") == 7
+
+
+def _dataset(element: DataElement) -> Dataset:
+    dataset = Dataset()
+    dataset.add(element)
+    return dataset
+
+
+def test_a_series_without_end_is_given_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("locum.site_client.imaging.retrieve.pacs._BESIDES", 20)
+
+    def endless(images: list[Dataset]) -> Iterator[Any]:
+        yield 300
+        for _ in range(300):
+            yield 0xFF00, images[0]
+
+    with peer(STUDY, gives=[endless, all_of]) as pacs:
+        assert reasons(site.retrieve(pacs.source())) == [None] * 6

@@ -265,6 +265,24 @@ def test_images_of_another_series_are_passed_over(site: Site) -> None:
     assert {item.known.study for item in items if item.known} == {site.keys.uid(STUDY.uid)}
 
 
+def test_a_series_without_end_is_given_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("locum.site_client.imaging.retrieve.pacs._BESIDES", 20)
+    sent: list[int] = []
+
+    def endless(request: Request) -> bool:
+        if is_series(request):
+            for _ in range(100):
+                request.reply_parts(STUDY.files()[:1], ends=False) if not sent else request.wfile.write(
+                    f"--{BOUNDARY}\r\n\r\n".encode() + STUDY.files()[0] + b"\r\n"
+                )
+                sent.append(1)
+        return is_series(request)
+
+    with web_pacs(STUDY, twists=[endless]) as pacs:
+        assert reasons(site.retrieve(pacs.source())) == [None] * 6
+        assert [place.count("/instances/") for place in pacs.asked][-5:] == [1] * 5
+
+
 def test_an_image_that_comes_twice_is_there_once(site: Site) -> None:
     def stutters(request: Request) -> bool:
         if is_series(request):
