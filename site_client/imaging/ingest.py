@@ -276,7 +276,7 @@ def _unmatched(tables: _Tables) -> list[str]:
 def _decision(desk: _Desk, unit: Unit, tables: _Tables) -> _Decision:
     source, roll, row = desk.site.sources[unit.source], tables.roll, unit.items[0].row
     of_dicom = isinstance(source, DicomSource | PacsSource)
-    declared = desk.cleaner.profile if of_dicom else getattr(source, "modality", "")
+    declared = f"{desk.cleaner.profile} {desk.cleaner.digest}" if of_dicom else getattr(source, "modality", "")
     setting = f"{desk.keys.fingerprint} {declared} {desk.site.defaced} {desk.site.deidentification.keep_dicom}"
     decision = _Decision(unit, unit.known.patient, unit.known.place, setting)
     if roll is not None:

@@ -478,11 +478,21 @@ class SiteData(BaseModel):
             raise ValueError("masks is for DICOM; name a nifti source's masks within it")
         if "retain_uids" in self.deidentification.options and kinds & {"dicomweb", "dimse"}:
             raise ValueError("retain_uids is not for a PACS: what comes from one is filed under keyed UIDs")
+        if kinds & {"dicomweb", "dimse"}:
+            self._cleaned_objects_still_say_it()
         if self.labels is not None and kinds == {"npz"}:
             raise ValueError("an npz source carries its own labels: remove labels, or use the source's classes")
         if self.table is not None and (self.table.key == "index") != (kinds == {"npz"}):
             raise ValueError("table key 'index' is for npz sources, and the only one for them")
         return self
+
+    def _cleaned_objects_still_say_it(self) -> None:
+        """Objects of a PACS are cleaned on arrival: what labels or masks are read from must survive that."""
+        kept = self.deidentification.options
+        if isinstance(self.labels, SrLabels) and "clean_structured_content" not in kept:
+            raise ValueError("labels of the kind sr from a PACS need deidentification.options: clean_structured_content")
+        if isinstance(self.masks, ObjectMasks) and self.masks.kind == "rtstruct" and "clean_descriptors" not in kept:
+            raise ValueError("masks of the kind rtstruct from a PACS need deidentification.options: clean_descriptors")
 
 
 def load_site(source: Path | str | Mapping[str, Any] | Document, *, base: Path | None = None) -> SiteData:

@@ -57,6 +57,11 @@ def three(hospital, series):
             "name: n\nsources: [{kind: dicomweb, url: 'http://pacs'}]\ndeidentification: {options: [retain_uids]}\n",
             "retain_uids is not for a PACS",
         ),
+        ("name: n\nsources: [{kind: dicomweb, url: 'http://pacs'}]\nlabels: {kind: sr}\n", "clean_structured_content"),
+        (
+            "name: n\nsources: [{kind: dicomweb, url: 'http://pacs'}]\nmasks: {kind: rtstruct, segments: {L: 1}}\n",
+            "clean_descriptors",
+        ),
     ],
 )
 def test_a_wrong_site_file_is_told_with_its_place(tmp_path, text, says):
