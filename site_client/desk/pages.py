@@ -9,7 +9,8 @@ Rules:
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping
+import sqlite3
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from html import escape
@@ -19,13 +20,13 @@ from typing import Any, cast
 from urllib.parse import urlencode
 
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from locum.common.errors import DataError, LocumError
 from locum.site_client.desk import shelf
 from locum.site_client.desk.door import REPORT_POLICY, Pass, fields_of
-from locum.site_client.desk.pictures import SMALL, Picture, Studio, Wanted
+from locum.site_client.desk.pictures import SMALL, Picture, Solid, Studio, Wanted
 from locum.site_client.imaging import quarantine
 from locum.site_client.imaging.items import Item
 from locum.site_client.imaging.quarantine import Crop, Wish
@@ -85,6 +86,14 @@ def _errors(app: FastAPI, desk: Desk) -> None:
     def told(_request: Request, error: LocumError) -> Response:
         return _page(desk, "message", status=409, title="This did not work", message=error.message, remedy=error.remedy)
 
+    @app.exception_handler(sqlite3.Error)
+    def busy(_request: Request, error: sqlite3.Error) -> Response:
+        told = {
+            "message": f"the catalog cannot be read: {error}",
+            "remedy": "try again; an ingest may be writing to it",
+        }
+        return _page(desk, "message", status=503, title="This did not work", **told)
+
     @app.exception_handler(404)
     def absent(_request: Request, _error: Exception) -> Response:
         return _page(desk, "message", status=404, title="There is no such page", message="", remedy="")
@@ -131,14 +140,15 @@ def _one_held(app: FastAPI, desk: Desk) -> None:
             items = quarantine.items_of(opened.connection, unit)
             held = quarantine.held_of(opened.connection, unit)
             decision = quarantine.decision_on(opened.connection, unit)
+            case = quarantine.case_of(opened.connection, unit)
         place = min(max(number, 0), len(items) - 1)
-        withdrawn = any(entry.reason is Reason.CONSENT_WITHDRAWN for entry in held)
-        picture = _WITHDRAWN if withdrawn else _picture(desk, items[place])
+        picture = _WITHDRAWN if _is_withdrawn(held) else _picture(desk, items[place])
         return _page(
             desk,
             "held",
             handle=handle,
             held=held,
+            case=case,
             items=items,
             place=place,
             picture=picture,
@@ -155,9 +165,35 @@ def _one_held(app: FastAPI, desk: Desk) -> None:
             unit = desk.unit(opened, handle)
             items = quarantine.items_of(opened.connection, unit)
             held = quarantine.held_of(opened.connection, unit)
-        if any(entry.reason is Reason.CONSENT_WITHDRAWN for entry in held):
+        if _is_withdrawn(held):
             return _image(_WITHDRAWN)
         return _image(_picture(desk, items[len(items) // 2], side=SMALL))
+
+    @app.get("/quarantine/{handle}/viewer")
+    def viewer(handle: str) -> Response:
+        with shelf.opened(desk.store) as opened:
+            unit = desk.unit(opened, handle)
+            stamp = quarantine.stamp(quarantine.items_of(opened.connection, unit))
+            held = quarantine.held_of(opened.connection, unit)
+        title = f"In quarantine: {', '.join(one.reason for one in held)}"
+        return _viewer(desk, title, f"/quarantine/{handle}/volume", handle=handle, seen=stamp)
+
+    @app.get("/quarantine/{handle}/volume")
+    def volume(handle: str) -> Response:
+        with shelf.opened(desk.store) as opened:
+            unit = desk.unit(opened, handle)
+            items = quarantine.images_of(opened.connection, unit)
+            held = quarantine.held_of(opened.connection, unit)
+        solid = (
+            Solid(problem=_WITHDRAWN.problem) if _is_withdrawn(held) else desk.studio.solid(list(map(_wanted, items)))
+        )
+        if solid.problem:
+            return PlainTextResponse(solid.problem, status_code=422)
+        return Response(solid.content, media_type="application/octet-stream")
+
+
+def _is_withdrawn(held: Sequence[quarantine.Held]) -> bool:
+    return any(entry.reason is Reason.CONSENT_WITHDRAWN for entry in held)
 
 
 def _decide(app: FastAPI, desk: Desk) -> None:
@@ -212,7 +248,15 @@ def _cases(app: FastAPI, desk: Desk) -> None:
         with shelf.opened(desk.store) as opened:
             found = opened.case(name)
             stamp = quarantine.stamp(quarantine.items_of(opened.connection, found.unit))
-        return _page(desk, "viewer", case=found, handle=quarantine.handle(found.unit), seen=stamp)
+        title = f"Case {found.id}{f': {found.label}' if found.label else ''}"
+        mask = f"/masks/{found.id}.nii" if found.mask else ""
+        handle = quarantine.handle(found.unit)
+        return _viewer(desk, title, f"/volumes/{found.id}.nii", mask=mask, case=found, handle=handle, seen=stamp)
+
+
+def _viewer(desk: Desk, title: str, image: str, *, mask: str = "", **context: Any) -> Response:
+    """The page of one volume; `context` has the handle and the stamp of its unit, and the case if it is one."""
+    return _page(desk, "viewer", title=title, image=image, mask=mask, **{"case": None, **context})
 
 
 def _files(app: FastAPI, desk: Desk) -> None:
@@ -298,8 +342,11 @@ class _Paging:
 
 
 def _picture(desk: Desk, item: Item, side: int = 2048) -> Picture:
-    size = item.size if item.row is not None else _size(item.path)
-    return desk.studio.picture(Wanted(item.path, size, item.row, side))
+    return desk.studio.picture(_wanted(item, side))
+
+
+def _wanted(item: Item, side: int = 2048) -> Wanted:
+    return Wanted(item.path, item.size if item.row is not None else _size(item.path), item.row, side)
 
 
 def _size(path: Path) -> int:

@@ -14,12 +14,12 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,11 +31,14 @@ from locum.site_client.imaging.split import Fold
 #: Pixels of a picture, at most: 512 MiB in the eight bytes of a float.
 _MOST_PIXELS = 1 << 26
 _MOST_MEMORY = 6 << 30
-_SECONDS = 30
+_MOST_BYTES = 512 << 20
+_SECONDS = 60
+_START = 300
 #: Longest side of the small pictures of a list.
 SMALL = 192
 
 Array = npt.NDArray[Any]
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,16 @@ class Wanted:
     side: int = 2048
 
 
+@dataclass(frozen=True)
+class Solid:
+    """The volume that files make: a .nii file, or why there is none, one sentence."""
+
+    content: bytes = b""
+    problem: str = ""
+
+
 class Studio:
-    """Makes pictures in a process of its own; close it at the end."""
+    """Makes pictures and volumes in a process of its own; close it at the end."""
 
     def __init__(self, seconds: float = _SECONDS) -> None:
         self._seconds = seconds
@@ -76,15 +87,24 @@ class Studio:
 
     def picture(self, wanted: Wanted) -> Picture:
         """A picture, or one without content that says why."""
+        made = self._made(lambda pool: pool.submit(draw, wanted))
+        return Picture(problem=made) if isinstance(made, str) else made
+
+    def solid(self, wanted: Sequence[Wanted]) -> Solid:
+        """The volume of the files of one unit, or why there is none."""
+        made = self._made(lambda pool: pool.submit(build, tuple(wanted)))
+        return Solid(problem=made) if isinstance(made, str) else made
+
+    def _made(self, ask: Callable[[ProcessPoolExecutor], Future[_Made]]) -> _Made | str:
         with self._turn:
             try:
-                return self._process().submit(draw, wanted).result(self._seconds)
+                return ask(self._process()).result(self._seconds)
             except TimeoutError:
-                problem = f"The picture was not ready within {self._seconds:g} seconds."
+                problem = f"It was not ready within {self._seconds:g} seconds."
             except BrokenProcessPool:
                 problem = "The file ended the program that draws pictures: it is damaged."
             self._end()
-            return Picture(problem=problem)
+            return problem
 
     def close(self) -> None:
         """End the process."""
@@ -95,6 +115,7 @@ class Studio:
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_limit)
+            self._pool.submit(os.getpid).result(_START)  # a file's time begins when the process is there
         return self._pool
 
     def _end(self) -> None:
@@ -126,6 +147,24 @@ def draw(wanted: Wanted) -> Picture:
     rows, columns = array.shape[:2]
     step = max(1, -(-max(rows, columns) // wanted.side))
     return Picture(png(np.ascontiguousarray(array[::step, ::step])), rows, columns, facts)
+
+
+def build(wanted: Sequence[Wanted]) -> Solid:
+    """The volume of files, in this process; of what is in quarantine for another reason than its geometry."""
+    from locum.site_client.imaging import dicom, nifti
+    from locum.site_client.imaging.geometry import volume_of
+
+    first = wanted[0]
+    if first.row is not None or sum(one.size for one in wanted) > _MOST_BYTES:
+        return Solid(problem="There is no volume to look at: it is a row of a table, or too large.")
+    try:
+        if first.path.name.endswith((".nii", ".nii.gz")):
+            volume = nifti.read_image(first.path, first.size)
+        else:
+            volume = volume_of([dicom.read(one.path, one.size) for one in wanted])
+    except RefusedError as refused:
+        return Solid(problem=SENTENCE[refused.reason])
+    return Solid(nifti.encode(volume))
 
 
 def _reader(wanted: Wanted) -> Callable[[Wanted], tuple[Array, dict[str, str]]]:

@@ -245,10 +245,25 @@ def unit_of(connection: sqlite3.Connection, named: str) -> str:
 
 
 def items_of(connection: sqlite3.Connection, unit: str) -> tuple[Item, ...]:
-    """The files or rows of a unit, by name."""
+    """The files or rows of a unit, by name, those that have left it included."""
+    return _items(connection, unit, "1")
+
+
+def images_of(connection: sqlite3.Connection, unit: str) -> tuple[Item, ...]:
+    """The files that would make the unit: without localizers and copies, unless there is nothing else."""
+    return _items(connection, unit, "apart IS NULL") or items_of(connection, unit)
+
+
+def case_of(connection: sqlite3.Connection, unit: str) -> str | None:
+    """The id of the case that a unit is; None if it is none."""
+    row = connection.execute("SELECT id FROM cases WHERE unit = ?", (unit,)).fetchone()
+    return None if row is None else str(row[0])
+
+
+def _items(connection: sqlite3.Connection, unit: str, which: str) -> tuple[Item, ...]:
+    whose = "(unit = ? OR (unit IS NULL AND name = ?))"
     rows = connection.execute(
-        "SELECT name, path, source, size, mtime_ns, row FROM items"
-        " WHERE unit = ? OR (unit IS NULL AND name = ?) ORDER BY name",
+        f"SELECT name, path, source, size, mtime_ns, row FROM items WHERE {whose} AND {which} ORDER BY name",  # noqa: S608
         (unit, unit),
     )
     return tuple(

@@ -46,7 +46,9 @@ const start = async () => {
     show3Dcrosshair: false,
   });
   if (!(await viewer.attachToCanvas(canvas))) throw new Error("this browser has no WebGL2");
-  await viewer.loadVolumes([{ url: canvas.dataset.image, name: "image.nii", colormap: "gray" }]);
+  const answer = await fetch(canvas.dataset.image);
+  if (!answer.ok) throw new Error(answer.status === 422 ? await answer.text() : "its file cannot be read; ingest again");
+  await viewer.loadFromArrayBuffer(await answer.arrayBuffer(), "image.nii");
   const image = viewer.volumes[0];
   if (canvas.dataset.mask !== "") {
     await viewer.addVolumeFromUrl({ url: canvas.dataset.mask, name: "mask.nii", opacity: 0.5 });

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import nibabel
 import numpy as np
@@ -451,6 +452,51 @@ def test_a_flat_picture_is_shown_too(tab, own, open_desk):
         told = page.run("document.getElementById('said').textContent").partition(":")[2]
         assert float(told) in set(stored.ravel())
         assert colours(page).max() > 150
+
+
+def test_a_series_in_quarantine_can_be_scrolled_through_before_it_is_decided_on(tab, filled, desk):
+    catalog = Catalog.open(filled.store)
+    (series,) = [one for one in held(catalog.connection, reason=Reason.BURNED_IN) if one.files > 1]
+    catalog.close()
+    page = opened(tab, desk)
+    page.open(f"{desk.base}/quarantine/{series.handle}")
+    page.follow("[...document.links].find(link => link.textContent.startsWith('scroll through all')).click()")
+    assert page.until("document.body?.dataset.state") == "ready"
+    shape = page.run("viewer.volumes[0].dimsRAS.slice(1, 4)")
+    expected = Series(12, slices=5)
+    assert shape == [expected.shape[1], expected.shape[0], expected.slices]
+    slide(page, 2)
+    value = float(page.run("document.getElementById('said').textContent").partition(":")[2])
+    assert value in set((expected.pixels()[2].astype(float) - 1024).ravel())
+
+
+def test_what_makes_no_volume_is_told_in_the_viewer(tab, own, open_desk):
+    images = Series(60, "P60", "A1", over={"BurnedInAnnotation": "YES"}).images()
+    images[2].ImagePositionPatient = [0, 0, 500]
+    own.write(images)
+    ingest(own)
+    catalog = Catalog.open(own.store)
+    (uid,) = {one.handle for one in held(catalog.connection) if one.name.startswith("dicom/s.10.60")}
+    catalog.close()
+    with open_desk(own.store) as desk:
+        page = opened(tab, desk)
+        page.open(f"{desk.base}/quarantine/{uid}/viewer")
+        assert page.until("document.body?.dataset.state") == "failed"
+        assert "The image cannot be shown:" in page.text
+
+
+def test_pages_answer_while_an_ingest_is_at_work(own, open_desk):
+    for number in range(200, 240):
+        own.write(Series(number, f"P{number}", "A1", slices=20))
+    with open_desk(own.store) as desk, ThreadPoolExecutor(1) as beside:
+        desk.enter()
+        running, answers = beside.submit(ingest, own), []
+        while not running.done():
+            answers += [desk.ask(path)[0] for path in ("/", "/quarantine", "/cases")]
+        assert running.result().cases == 43
+        assert len(answers) >= 3
+        assert set(answers) <= {200, 409}, "409: the ingest began between two questions to the catalog"
+        assert answers.count(200) > 0.8 * len(answers)
 
 
 def test_a_case_that_has_left_the_store_is_told(tab, filled, desk):

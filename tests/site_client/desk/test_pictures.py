@@ -99,7 +99,7 @@ def test_a_file_that_takes_too_long_is_told_and_the_next_picture_comes(tmp_path)
     os.mkfifo(tmp_path / "endless")
     studio = Studio(seconds=3)
     try:
-        assert "was not ready within 3 seconds" in studio.picture(Wanted(tmp_path / "endless", 10)).problem
+        assert "It was not ready within 3 seconds" in studio.picture(Wanted(tmp_path / "endless", 10)).problem
         assert studio.picture(written(tmp_path, radiograph()[0])).content
     finally:
         studio.close()
