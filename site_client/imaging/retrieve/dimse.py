@@ -154,9 +154,14 @@ class Dimse:
     # --- asking
 
     def greet(self) -> None:
-        """C-ECHO."""
+        """C-ECHO, whether it offers what is needed, and for C-MOVE whether the port is free."""
+        moves = self._source.fetch == "move"
+        if moves:
+            self._listen()
         with self._association() as association:
             self._judge(association.send_c_echo(), "C-ECHO")
+            self._require(association, _FIND, "C-FIND")
+            self._require(association, _MOVE if moves else _GET, "C-MOVE" if moves else "C-GET")
 
     def studies(self, query: Query) -> Iterator[Study]:
         """The studies of each question."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
@@ -16,13 +16,10 @@ from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRLittleEndian
-from pynetdicom import AE, evt
+from pynetdicom import AE
 from pynetdicom.dsutils import decode, encode
 from pynetdicom.sop_class import (
     CTImageStorage,
-    StudyRootQueryRetrieveInformationModelFind,
-    StudyRootQueryRetrieveInformationModelGet,
-    StudyRootQueryRetrieveInformationModelMove,
     Verification,
 )
 
@@ -33,145 +30,9 @@ from locum.site_client.imaging.retrieve.peer import AwayError
 from locum.site_client.imaging.sources import DimseSource
 from tests.orthanc import PLANTED, Study, free_port
 from tests.site_client.imaging.retrieve.conftest import Site, reasons
+from tests.site_client.imaging.retrieve.dimse import MODELS, all_of, answer, peer, some_then
 
 STUDY = Study(300, slices=6)
-_MODELS = (
-    StudyRootQueryRetrieveInformationModelFind,
-    StudyRootQueryRetrieveInformationModelGet,
-    StudyRootQueryRetrieveInformationModelMove,
-)
-
-
-@dataclass
-class Peer:
-    """A PACS of pynetdicom, and its manners.
-
-    Attributes:
-        said: a study's number of images as it is told; None tells none.
-        listed: the images of a study at instance level, by their indices.
-        gives: what it does for a C-GET or C-MOVE, number by number: the images, or a status, or 'abort' after some.
-        fetches: how often it was asked to give.
-        most: associations that stood at the same time.
-    """
-
-    port: int
-    studies: list[Study]
-    said: Callable[[Study], int | None] = lambda study: study.slices
-    listed: Callable[[Study], Sequence[int]] = lambda study: range(study.slices)
-    gives: list[Callable[[list[Dataset]], Iterator[Any]]] = field(default_factory=list)
-    find_status: int | None = None
-    fetches: int = 0
-    standing: int = 0
-    most: int = 0
-
-    def source(self, **keys: Any) -> dict[str, Any]:
-        place = {"host": "127.0.0.1", "port": self.port, "title": "PEER"}
-        return {"kind": "dimse", **place, "rate": 100_000, "timeout": 5, **keys}
-
-    def find(self, event: evt.Event) -> Iterator[tuple[int, Dataset | None]]:
-        if self.find_status is not None:
-            yield self.find_status, None
-            return
-        asked = event.identifier
-        if asked.QueryRetrieveLevel == "STUDY":
-            for study in self.studies:
-                said = self.said(study)
-                yield (
-                    0xFF00,
-                    _answer(StudyInstanceUID=study.uid, StudyDate=study.day, NumberOfStudyRelatedInstances=said),
-                )
-        for study in self.studies if asked.get("StudyInstanceUID") else ():
-            if study.uid != asked.StudyInstanceUID:
-                continue
-            if asked.QueryRetrieveLevel == "SERIES":
-                answer = _answer(SeriesInstanceUID=study.series_uid, Modality=study.modality)
-                answer.BodyPartExamined = study.body_part
-                answer.update(_answer(NumberOfSeriesRelatedInstances=self.said(study)))
-                yield 0xFF00, answer
-            if asked.QueryRetrieveLevel == "IMAGE":
-                for index in self.listed(study):
-                    yield 0xFF00, _answer(SOPInstanceUID=study.sop(index), SOPClassUID=CTImageStorage)
-
-    def get(self, event: evt.Event) -> Iterator[Any]:
-        asked = event.identifier
-        manner = self.gives[min(self.fetches, len(self.gives) - 1)] if self.gives else all_of
-        self.fetches += 1
-        named = asked.get("SOPInstanceUID") or ()
-        uids = [named] if isinstance(named, str) else list(named)
-        files = [file for study in self.studies if study.uid == asked.StudyInstanceUID for file in study.files()]
-        every = [pydicom.dcmread(BytesIO(file)) for file in files]
-        images = [image for image in every if not uids or image.SOPInstanceUID in uids]
-        for step in manner(images):
-            if step == "abort":
-                event.assoc.abort()
-                return
-            yield step
-
-
-def _answer(**keys: Any) -> Dataset:
-    answer = Dataset()
-    for keyword, value in keys.items():
-        if value is not None:
-            setattr(answer, keyword, value)
-    return answer
-
-
-def all_of(images: list[Dataset]) -> Iterator[Any]:
-    yield len(images)
-    for image in images:
-        yield 0xFF00, image
-
-
-def some_then(count: int, last: Any) -> Callable[[list[Dataset]], Iterator[Any]]:
-    """Give so many images and then end in some way."""
-
-    def give(images: list[Dataset]) -> Iterator[Any]:
-        yield len(images)
-        for image in images[:count]:
-            yield 0xFF00, image
-        if callable(last):
-            last()
-        else:
-            yield last
-
-    return give
-
-
-@contextmanager
-def peer(
-    *studies: Study,
-    title: str = "PEER",
-    knows: str = "LOCUM",
-    models: Sequence[str] = _MODELS,
-    room: int = 10,
-    **manners: Any,
-) -> Iterator[Peer]:
-    entity = AE(title)
-    entity.require_called_aet, entity.require_calling_aet = True, [knows]
-    for model in (Verification, *models):
-        entity.add_supported_context(model)
-    entity.add_supported_context(CTImageStorage, ExplicitVRLittleEndian, scu_role=True, scp_role=True)
-    entity.maximum_associations = room
-    found = Peer(0, list(studies), **manners)
-
-    def stands(_: evt.Event) -> None:
-        found.standing += 1
-        found.most = max(found.most, found.standing)
-
-    def left(_: evt.Event) -> None:
-        found.standing -= 1
-
-    handlers = [
-        (evt.EVT_C_ECHO, lambda event: 0), (evt.EVT_C_FIND, found.find), (evt.EVT_C_GET, found.get),
-        (evt.EVT_C_MOVE, lambda event: iter([(None, None)])),
-        (evt.EVT_ACCEPTED, stands), (evt.EVT_RELEASED, left), (evt.EVT_ABORTED, left),
-    ]  # fmt: skip
-    server = entity.start_server(("127.0.0.1", 0), block=False, evt_handlers=handlers)
-    found.port = server.server_address[1]
-    try:
-        yield found
-    finally:
-        server.shutdown()
 
 
 def test_a_peer_that_behaves_is_asked_once(site: Site) -> None:
@@ -289,8 +150,8 @@ def test_a_wrong_title_is_told(site: Site) -> None:
 @pytest.mark.parametrize(
     ("models", "words"),
     [
-        (_MODELS[1:], "does not offer C-FIND to LOCUM"),
-        (_MODELS[:1], "does not offer C-GET to LOCUM"),
+        (MODELS[1:], "does not offer C-FIND to LOCUM"),
+        (MODELS[:1], "does not offer C-GET to LOCUM"),
     ],
 )
 def test_a_service_that_is_not_offered_is_told(site: Site, models: Sequence[str], words: str) -> None:
@@ -374,9 +235,9 @@ def test_nobody_can_send_images_to_the_port_unasked(site: Site) -> None:
 
 def test_what_cannot_be_read_of_an_answer_is_not_told() -> None:
     element = DataElement(Tag("NumberOfSeriesRelatedInstances"), "LO", "many")
-    answer = decode(BytesIO(encode(_dataset(element), True, True) or b""), True, True)
-    assert _whole(answer, "NumberOfSeriesRelatedInstances") is None
-    assert _whole(_answer(NumberOfSeriesRelatedInstances=7), "NumberOfSeriesRelatedInstances") == 7
+    read = decode(BytesIO(encode(_dataset(element), True, True) or b""), True, True)
+    assert _whole(read, "NumberOfSeriesRelatedInstances") is None
+    assert _whole(answer(NumberOfSeriesRelatedInstances=7), "NumberOfSeriesRelatedInstances") == 7
 
 
 def _dataset(element: DataElement) -> Dataset:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind
 from typer.testing import CliRunner, Result
 
 from locum.site_client.cli import app
 from tests.orthanc import PLANTED, Pacs, Study, document, free_port
+from tests.site_client.imaging.retrieve.dimse import peer
 from tests.site_client.imaging.retrieve.web import web_pacs
 
 CT, MR = Study(500), Study(501, modality="MR", slices=3)
@@ -63,6 +66,13 @@ def test_what_is_wrong_is_told_with_its_remedy(orthanc: Pacs, tmp_path: Path) ->
     assert shown.exit_code == 1
     assert "does not know this site's AE title STRANGER" in shown.stdout
     assert "next: have its administrator add STRANGER" in shown.stdout
+
+
+def test_a_service_or_a_port_that_is_missing_is_told_before_anything_is_fetched(orthanc: Pacs, tmp_path: Path) -> None:
+    with peer(CT, models=[StudyRootQueryRetrieveInformationModelFind]) as pacs:
+        assert "does not offer C-GET to LOCUM" in run(tmp_path, pacs.source()).stdout
+    with socket.create_server(("", orthanc.listen)):
+        assert "cannot be opened" in run(tmp_path, orthanc.source("move")).stdout
 
 
 def test_every_pacs_is_asked_although_one_is_down(tmp_path: Path) -> None:
