@@ -116,6 +116,8 @@ DOCUMENTS = frozenset(
         EncapsulatedSTLStorage,
     }
 )
+#: Label Map Segmentation Storage (PS3.4 B.5, 2024), which pydicom has no name for.
+LABEL_MAP = "1.2.840.10008.5.1.4.1.1.66.7"
 #: Objects that say something of images: they are read where labels and masks come from.
 ANNOTATIONS = frozenset(
     {
@@ -124,6 +126,7 @@ ANNOTATIONS = frozenset(
         EnhancedSRStorage,
         RTStructureSetStorage,
         SegmentationStorage,
+        LABEL_MAP,
     }
 )
 

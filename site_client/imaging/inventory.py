@@ -84,7 +84,8 @@ class Inventory:
             catalog.check_version(connection, store)
             inventory = cls(store.absolute(), connection)
             inventory._bind("site", site, f"use a store of its own for the site {site}")
-            inventory._bind("key", keys.fingerprint, "give its key file; after `locum site key rotate` ingest into a new store")
+            remedy = "give the key file with which the store was made; after a rotation ingest into a new store"
+            inventory._bind("key", keys.fingerprint, remedy)
             connection.executescript(_TEMPORARY)
             yield inventory
 

@@ -476,6 +476,9 @@ class SiteData(BaseModel):
         kinds = {source.kind for source in self.sources}
         if self.masks is not None and kinds.isdisjoint({"dicom", "dicomweb", "dimse"}):
             raise ValueError("masks is for DICOM; name a nifti source's masks within it")
+        own = [source for source in self.sources if isinstance(source, NiftiSource | BidsSource) and source.masks]
+        if own and isinstance(self.masks, ObjectMasks):
+            raise ValueError("masks in DICOM objects and a source with masks of its own need a site file each")
         if "retain_uids" in self.deidentification.options and kinds & {"dicomweb", "dimse"}:
             raise ValueError("retain_uids is not for a PACS: what comes from one is filed under keyed UIDs")
         if kinds & {"dicomweb", "dimse"}:
@@ -490,9 +493,9 @@ class SiteData(BaseModel):
         """Objects of a PACS are cleaned on arrival: what labels or masks are read from must survive that."""
         kept = self.deidentification.options
         if isinstance(self.labels, SrLabels) and "clean_structured_content" not in kept:
-            raise ValueError("labels of the kind sr from a PACS need deidentification.options: clean_structured_content")
+            raise ValueError("labels in SR from a PACS need deidentification.options: [clean_structured_content, …]")
         if isinstance(self.masks, ObjectMasks) and self.masks.kind == "rtstruct" and "clean_descriptors" not in kept:
-            raise ValueError("masks of the kind rtstruct from a PACS need deidentification.options: clean_descriptors")
+            raise ValueError("masks in RTSTRUCT from a PACS need deidentification.options: [clean_descriptors, …]")
 
 
 def load_site(source: Path | str | Mapping[str, Any] | Document, *, base: Path | None = None) -> SiteData:

@@ -31,9 +31,6 @@ from locum.site_client.imaging.labels.given import Annotation
 from locum.site_client.imaging.reasons import Reason, RefusedError
 from locum.site_client.imaging.terminology import scheme_of
 
-#: Label Map Segmentation Storage (PS3.3 A.51, added in 2024), which pydicom does not name yet.
-LabelMapSegmentationStorage = "1.2.840.10008.5.1.4.1.1.66.7"
-
 #: Of a dataset: the sequences in which objects of all kinds list the series that they refer to.
 _LISTS = (
     "StudiesContainingOtherReferencedInstancesSequence",

@@ -20,7 +20,7 @@ from pydicom.uid import SegmentationStorage
 
 from locum.site_client.imaging.damage import damage_is
 from locum.site_client.imaging.decoding import decoded
-from locum.site_client.imaging.dicom import MAX_VOXELS
+from locum.site_client.imaging.dicom import LABEL_MAP, MAX_VOXELS
 from locum.site_client.imaging.grids import Array, Volume
 from locum.site_client.imaging.headers import count, voxels
 from locum.site_client.imaging.items import Unit
@@ -28,14 +28,13 @@ from locum.site_client.imaging.keys import Keys
 from locum.site_client.imaging.labels.canvas import Canvas, Drawing, Plane, Region, chosen, masks_by_reader, one_mask
 from locum.site_client.imaging.labels.given import Annotation
 from locum.site_client.imaging.labels.objects import (
-    LabelMapSegmentationStorage,
     ObjectIndex,
     code_name,
 )
 from locum.site_client.imaging.reasons import Reason, RefusedError
 from locum.site_client.imaging.sources import ObjectMasks
 
-CLASSES = frozenset({str(SegmentationStorage), LabelMapSegmentationStorage})
+CLASSES = frozenset({str(SegmentationStorage), LABEL_MAP})
 
 #: The least part of the Maximum Fractional Value that belongs to a segment.
 FRACTION = 0.5

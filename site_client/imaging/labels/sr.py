@@ -37,7 +37,6 @@ from locum.site_client.imaging.known import Known
 from locum.site_client.imaging.labels.given import Annotation, Label
 from locum.site_client.imaging.labels.objects import (
     Found,
-    LabelMapSegmentationStorage,
     ObjectIndex,
     code_name,
     references,
@@ -61,7 +60,7 @@ _SOURCE_SERIES = "DCM:121232"
 _OBSERVER_NAME = "DCM:121008"
 
 #: Objects that a report may list as evidence besides images.
-_NO_IMAGES = ANNOTATIONS | {LabelMapSegmentationStorage, str(RealWorldValueMappingStorage)}
+_NO_IMAGES = ANNOTATIONS | {str(RealWorldValueMappingStorage)}
 
 #: SNOMED CT qualifiers of a finding that is not, or hardly, there: absent, known absent, improbable, certainly not.
 _NOT_THERE = frozenset({"SCT:2667000", "SCT:410516002", "SCT:410593006", "SCT:410594000"})

@@ -18,7 +18,7 @@ from locum.site_client.imaging.headers import text
 from locum.site_client.imaging.items import Unit, stem
 from locum.site_client.imaging.keys import Keys
 from locum.site_client.imaging.labels.given import Label
-from locum.site_client.imaging.labels.readers import majority
+from locum.site_client.imaging.labels.readers import by_reader, majority
 from locum.site_client.imaging.reasons import Reason, RefusedError
 from locum.site_client.imaging.sheets import Row
 from locum.site_client.imaging.sources import Labels, Table, label_rows, table_rows
@@ -57,9 +57,10 @@ class Named:
         missed = [group for name, group in self._rows.items() if name not in self._matched]
         if self._asked is not None and self._rows and not self._matched:
             kind, file = self._table.key, self._table.file
+            theirs, ours = missed[0][0].cells[self._table.key_column], _original_name(self._asked, kind)
             raise DataError(
-                f"no line of {file} names an image of this site: by {kind} the file has "
-                f"'{missed[0][0].cells[self._table.key_column]}', the images have '{_original_name(self._asked, kind)}'",
+                f"no line of {file} names an image of this site: by {kind} the file has '{theirs}', the images have "
+                f"'{ours}'",
                 "check key and key_column in the site file",
             )
         return [f"{self._table.file.name}:{row.line}" for group in missed for row in group]
@@ -106,9 +107,12 @@ class LabelBook:
         if self._labels.consensus is None:
             codes = {row.cells[self._labels.label_column] for row in rows}
             raise RefusedError(Reason.CONFLICTING_LABELS, ", ".join(sorted(codes)))
-        name = majority(classes)
+        readers = by_reader(
+            (row.cells[self._labels.reader_column or ""], name) for row, name in zip(rows, classes, strict=True)
+        )
+        name = majority(list(readers.values()))
         if name is None:
-            raise RefusedError(Reason.UNCERTAIN_LABEL, f"{len(classes)} readers without a majority")
+            raise RefusedError(Reason.UNCERTAIN_LABEL, f"{len(readers)} readers without a majority")
         return name
 
 
