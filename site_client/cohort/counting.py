@@ -97,8 +97,9 @@ class Columns:
     @cached_property
     def spacing(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The least and the largest spacing of each case, in mm; nan where none is stated."""
-        found = [json.loads(text) or [np.nan] for (text,) in _selected(self.stores, "spacing")]
-        return np.array([min(each) for each in found]), np.array([max(each) for each in found])
+        texts = [text for (text,) in _selected(self.stores, "spacing")]
+        found = {text: json.loads(text) or [np.nan] for text in set(texts)}
+        return np.array([min(found[text]) for text in texts]), np.array([max(found[text]) for text in texts])
 
     def number(self, keyword: str) -> NDArray[np.float64]:
         """A parameter of each case; nan where it is not stated."""
@@ -173,16 +174,19 @@ def _numbered(column: Sequence[str | None]) -> _Words:
 
 
 def _codes(stores: Sequence[Path]) -> tuple[_Words, NDArray[np.int64]]:
-    place: dict[tuple[Path, str], int] = {}
-    pairs: list[tuple[int, str]] = []
+    codes: list[str] = []
+    cases: list[int] = []
+    first = 0
     for store in stores:
         with closing(Catalog.open(store)) as catalog:
-            for (name,) in catalog.connection.execute("SELECT id FROM cases ORDER BY id"):
-                place[store, name] = len(place)
-            found = catalog.connection.execute("SELECT case_id, code FROM codes")
-            pairs += [(place[store, name], code) for name, code in found if (store, name) in place]
-    cases = np.array([case for case, _ in pairs], dtype=np.int64)
-    return _numbered([code for _, code in pairs]), cases
+            names = [name for (name,) in catalog.connection.execute("SELECT id FROM cases ORDER BY id")]
+            place = dict(zip(names, range(first, first + len(names)), strict=True))
+            for name, code in catalog.connection.execute("SELECT case_id, code FROM codes"):
+                if name in place:
+                    codes.append(code)
+                    cases.append(place[name])
+            first += len(names)
+    return _numbered(codes), np.array(cases, dtype=np.int64)
 
 
 # --- who fits

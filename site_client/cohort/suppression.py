@@ -30,6 +30,8 @@ Cells = NDArray[np.bool_]
 _Floats = NDArray[np.float64]
 #: Cells whose membership fits into one number.
 _AT_ONCE = 32
+#: Products of numbers below it fit into 64 bits.
+_PRIME = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,17 @@ class _Standing:
 
 
 def _rank(rows: _Floats) -> int:
-    return int(np.linalg.matrix_rank(rows)) if rows.size else 0
+    """The rank of rows of zeros and ones, exact but for a prime that divides by chance: then too low, which is safe."""
+    left = np.rint(rows @ rows.T).astype(np.int64)  # of the same rank
+    rank = 0
+    for column in range(len(left)):
+        pivots = np.flatnonzero(left[rank:, column])
+        if len(pivots):
+            left[[rank, rank + pivots[0]]] = left[[rank + pivots[0], rank]]
+            row = left[rank] * pow(int(left[rank, column]), -1, _PRIME) % _PRIME
+            left[rank + 1 :] = (left[rank + 1 :] - left[rank + 1 :, column, None] * row) % _PRIME
+            rank += 1
+    return rank
 
 
 def no_cells(patients: int) -> Cells:
