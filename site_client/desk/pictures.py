@@ -34,6 +34,8 @@ _MOST_MEMORY = 6 << 30
 _MOST_BYTES = 512 << 20
 _SECONDS = 60
 _START = 300
+#: Values by which a window is found, about: more do not change it.
+_SAMPLE = 1 << 16
 #: Longest side of the small pictures of a list.
 SMALL = 192
 
@@ -243,7 +245,7 @@ def _first(value: Any) -> float | None:
 def grey(plane: Array, window: tuple[float, float] | None = None) -> npt.NDArray[np.uint8]:
     """Values as grey levels from 0 to 255: those of a window (lowest, highest), or from 1 % to 99 % of them."""
     values = np.nan_to_num(np.asarray(plane, np.float32))
-    low, high = window or tuple(np.percentile(values[::4, ::4], (1, 99)))
+    low, high = window or tuple(np.percentile(values.ravel()[:: 1 + values.size // _SAMPLE], (1, 99)))
     scaled = (values - low) * (255 / max(high - low, 1e-6))
     levels: npt.NDArray[np.uint8] = np.clip(scaled, 0, 255).astype(np.uint8)
     return levels

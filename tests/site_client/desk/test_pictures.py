@@ -11,6 +11,7 @@ import threading
 import time
 from importlib.resources import files
 
+import nibabel
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -75,6 +76,29 @@ def test_of_a_film_the_middle_frame_is_shown(tmp_path):
     image.WindowCenter, image.WindowWidth = 1488 - 1024, 4096
     expected = np.clip((film[1].astype(float) - 1024 + 1584) * 255 / 4096, 0, 255)
     assert np.abs(shown(draw(written(tmp_path, image))) - expected).max() <= 1
+
+
+def test_of_a_nifti_volume_the_middle_slice_is_shown_with_the_front_above(tmp_path):
+    volume = np.zeros((6, 8, 5), np.int16)
+    volume[:, :, 2] = np.arange(8) * 100
+    nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / "image.nii.gz")
+    picture = shown(draw(Wanted(tmp_path / "image.nii.gz", (tmp_path / "image.nii.gz").stat().st_size)))
+    assert picture.shape == (8, 6)
+    assert (np.diff(picture[:, 0].astype(int)) <= 0).all(), "anterior has the highest values here"
+    assert picture[0, 0] > picture[-1, 0]
+
+
+def test_of_a_table_of_images_the_row_is_shown(tmp_path):
+    images = np.stack([np.full((4, 6), value, np.uint8) for value in (10, 20, 30)])
+    images[1, 0] = 200
+    parts = {f"{part}_{what}": images if what == "images" else np.zeros((3, 1)) for part in ("train", "val", "test")
+             for what in ("images", "labels")}  # fmt: skip
+    np.savez(tmp_path / "rows.npz", **parts)
+    size = (tmp_path / "rows.npz").stat().st_size
+    picture = shown(draw(Wanted(tmp_path / "rows.npz", size, ("train", 1))))
+    assert picture.shape == (4, 6)
+    assert picture[0].min() > picture[1].max()
+    assert draw(Wanted(tmp_path / "rows.npz", size, ("train", 99))).problem
 
 
 def test_a_small_picture_is_small_and_says_how_large_the_image_is(tmp_path):
