@@ -93,8 +93,15 @@ _PRIVATE = {"differential_privacy": {"epsilon": 1, "delta": 1e-5, "clip": 1}}
         ({"contract__prevalence": {"lesion": {"most": 0.4}, "no_lesion": {"most": 0.5}}}, "sum to less than 1"),
         ({"contract__strata": [{"by": "sex", "value": "X"}]}, "sex is one of F, M, O"),
         ({"contract__strata": [{"by": "age", "value": "40-50"}]}, "age is one of 0-17"),
-        ({"contract__strata": [{"by": "manufacturer", "value": "GE", "least_patients": 5},
-                               {"by": "manufacturer", "value": "ge", "least_patients": 6}]}, "stands twice"),
+        (
+            {
+                "contract__strata": [
+                    {"by": "manufacturer", "value": "GE", "least_patients": 5},
+                    {"by": "manufacturer", "value": "ge", "least_patients": 6},
+                ]
+            },
+            "stands twice",
+        ),
         ({"contract__months": {"first": "2024-13"}}, "contract.months.first"),
         ({"contract__months": {"first": "2024-02", "last": "2024-01"}}, "'first' is after 'last'"),
         ({"contract__dimensions": 2, "training__input_size": [16, 16], "contract__least_slices": 3}, "has one slice"),
