@@ -2,7 +2,7 @@
 
 home/  site.yaml  identity/  proposals/  approvals/  journal/  work/ (blobs on their way)  run/ (local tensors)
        secagg/ (keys of secure sums)  ledger.sqlite  log/ (what left)  cohort/ (what was asked)  site.log  agent.json
-       agent.lock
+       readiness/ (statements that were let go)  agent.lock
 """
 
 from __future__ import annotations
