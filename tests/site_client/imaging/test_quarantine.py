@@ -63,6 +63,12 @@ def test_every_reason_has_a_next_step():
     assert set(NEXT) == set(Reason)
 
 
+def test_the_documents_tell_the_same_next_steps(project):
+    table = (project / "docs" / "site-data.md").read_text().splitlines()
+    told = {cells[1].strip(" `"): cells[3].strip() for cells in (line.split("|") for line in table) if len(cells) == 5}
+    assert {reason: told.get(reason) for reason in Reason} == dict(NEXT)
+
+
 def test_no_person_can_clear_a_withdrawal_a_residue_or_a_fault_of_the_image():
     for reason in (
         Reason.CONSENT_WITHDRAWN,
