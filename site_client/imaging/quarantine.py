@@ -48,7 +48,7 @@ NEXT: dict[Reason, str] = {
     Reason.UNSUPPORTED_OBJECT: "Nothing: such objects are not read.",
     Reason.LOCALIZER: "Nothing.",
     Reason.DERIVED: "Look at it: release it if it is an image of its own, or send the original images.",
-    Reason.BURNED_IN: "Look at it: release it, cut the text off, or reject it. With BurnedInAnnotation NO it would pass.",
+    Reason.BURNED_IN: "Look at it: release it, cut the text off, or reject it. BurnedInAnnotation NO lets it pass.",
     Reason.SECONDARY_CAPTURE: "Look at it: release it if it shows no text, cut the text off, or reject it.",
     Reason.DOCUMENT: "Nothing: documents are never taken.",
     Reason.NO_REGIONS: "Look at it: mark the picture and leave the text out, or reject it.",
