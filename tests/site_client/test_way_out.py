@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,12 +102,20 @@ WAYS = {
         "start.py",  # names the channel
         "witness.py",  # names the channel
     },
-    "socket": {"probe.py"},  # looks whether somebody answers
-    "ssl": {"probe.py"},
+    "socket": {
+        "probe.py",  # looks whether somebody answers
+        "desk/serve.py",  # listens on loopback, for the site's own staff
+        "imaging/retrieve/dimse.py",  # asks the hospital's PACS
+    },
+    "ssl": {"probe.py", "imaging/retrieve/dicomweb.py"},
+    "requests": {"imaging/retrieve/dicomweb.py"},  # asks the hospital's PACS
+    "urllib3": {"imaging/retrieve/dicomweb.py"},
+    "dicomweb_client": {"imaging/retrieve/dicomweb.py"},
+    "pynetdicom": {"imaging/retrieve/dimse.py"},
     "httpx": {"fleet.py"},  # Flower's client, whose calls the tunnel carries
     "flwr": {"agent.py", "fleet.py", "gate.py", "journal.py", "releases.py", "service.py"},
 }
-NEVER = {"requests", "urllib3", "aiohttp", "smtplib", "ftplib", "telnetlib", "xmlrpc", "http.client", "urllib.request"}
+NEVER = {"aiohttp", "smtplib", "ftplib", "telnetlib", "xmlrpc", "http.client", "urllib.request"}
 
 
 def _imports(tree: ast.Module) -> set[str]:
@@ -127,6 +137,16 @@ def test_a_way_out_is_opened_by_few_modules(package: str) -> None:
 def test_no_module_knows_another_way_to_send() -> None:
     for name, tree in _trees():
         assert not _imports(tree) & NEVER, name
+
+
+def test_an_agent_knows_neither_the_pacs_nor_the_pages_of_the_desk() -> None:
+    """What speaks to the hospital's own machines is never in the process that speaks to the coordinator."""
+    code = "import sys, locum.site_client.service, locum.site_client.start; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "locum.site_client.service" in loaded
+    beside = ("locum.site_client.imaging.retrieve.", "locum.site_client.desk.", "pynetdicom", "dicomweb_client")
+    assert not [name for name in loaded if name.startswith(beside)]
 
 
 def test_calls_of_flowers_protocol_are_made_in_one_module_and_those_with_content_in_one_function() -> None:
