@@ -292,7 +292,9 @@ def test_a_registry_of_the_version_before_learns_questions_and_loses_nothing(hom
     registry.propose("ab" * 32, b"a proposal")
     registry.close()
     with sqlite3.connect(home.registry) as connection:
-        connection.executescript("DROP TABLE questions; DROP TABLE answers; DROP TABLE readiness; PRAGMA user_version = 1;")
+        for table in ("questions", "answers", "readiness"):
+            connection.execute(f"DROP TABLE {table}")
+        connection.execute("PRAGMA user_version = 1")
     again = Registry(home.registry)
     assert again.proposals() == (b"a proposal",)
     assert again.ask("cd" * 32, 10.0, b"a question")
