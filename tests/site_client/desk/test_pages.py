@@ -233,7 +233,7 @@ def test_a_report_is_shown_and_runs_nothing(tab, own, open_desk):
             " return [o.left + r.left + r.width / 2, o.top + r.top + r.height / 2]; })()"
         )
         page.click(where)
-        assert page.run("document.title") == f"Case {case} – Locum desk"
+        assert page.run("document.title").startswith(f"Case {case}")
 
 
 DAMAGED = {
