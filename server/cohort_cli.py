@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from locum.common.errors import DataError
-from locum.server.home import Home, default_home, read_config
+from locum.common.errors import DataError, RunError
+from locum.server.home import Home, default_home, read_config, who_types
 
 if TYPE_CHECKING:
     from locum.server.cohort import Cell, Result
@@ -48,7 +49,6 @@ def cohort(  # noqa: PLR0913, PLR0917 - the options of a command
 ) -> None:
     """Ask the sites how many of their patients fit a description, and show what they tell."""
     from locum.server import cohort as asking
-    from locum.server.runs_cli import _me
 
     folder = Home(home)
     read_config(folder)
@@ -60,14 +60,17 @@ def cohort(  # noqa: PLR0913, PLR0917 - the options of a command
     if query is not None:
         from locum.common.cohort import load_query
 
-        digest = asking.ask(folder, load_query(query), by=by or _me(), days=days)
+        digest = asking.ask(folder, load_query(query), by=by or who_types(), days=days)
         found = _awaited(folder, digest, wait, visible=not as_json and not as_csv)
     else:
         found = asking.result(folder, asking.find(folder, str(show)))
     if html is not None:
         from locum.server.cohort_page import page
 
-        html.write_bytes(page(found))
+        try:
+            html.write_bytes(page(found))
+        except OSError as error:
+            raise RunError(f"{html} cannot be written: {error.strerror}", "give another --html") from error
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
     elif as_csv:
@@ -78,8 +81,6 @@ def cohort(  # noqa: PLR0913, PLR0917 - the options of a command
 
 def _awaited(home: Home, digest: str, seconds: float, *, visible: bool) -> Result:
     """Waits until every site has answered, or the time is over."""
-    import time
-
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -135,10 +136,21 @@ def _print(found: Result) -> None:
             shown.add_column(site, justify="right")
         for cell in found.cells(place):
             numbers = [cell.sites[site] for site in sites] if len(sites) <= _MOST_COLUMNS else []
-            shown.add_row(*cell.key, _total(cell), *("–" if number is None else str(number) for number in numbers))
+            shown.add_row(
+                *map(_shown, cell.key), _total(cell), *("–" if number is None else str(number) for number in numbers)
+            )
         console.print(shown)
     for line in words(found):
         console.print(line, soft_wrap=True, markup=False)
+
+
+def _shown(value: str) -> str:
+    """A site's word, as a terminal may have it."""
+    from rich.markup import escape
+
+    from locum.server.site_states import plain
+
+    return escape(plain(value))
 
 
 #: With more sites only the sums are shown.
@@ -156,7 +168,9 @@ def words(found: Result) -> list[str]:
     lines = [f"question {found.question.digest[:12]}: {len(found.answers)} sites have answered"]
     if found.refused:
         lines.append(f"refused: {', '.join(f'{site} ({clause})' for site, clause in sorted(found.refused.items()))}")
-    if found.silent:
+    if found.silent and found.question.until <= time.time():
+        lines.append(f"silent: {', '.join(found.silent)}; the question is closed: another `edition` of it asks again")
+    elif found.silent:
         lines.append(f"silent: {', '.join(found.silent)}; locum cohort --show {found.question.digest[:12]} looks again")
     least = sorted({answer.least_cell for answer in found.answers.values()})
     if least:

@@ -15,7 +15,9 @@ Files are written whole or not at all; the processes that share the folder run u
 
 from __future__ import annotations
 
+import getpass
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,3 +126,10 @@ def read_config(home: Home) -> ServerConfig:
         raise RunError(reason, "give its --home, or make one with `locum server init`") from error
     except (OSError, yaml.YAMLError, ValidationError) as error:
         raise RunError(f"{home.configuration} cannot be read: {error}", "mend this file") from error
+
+
+def who_types() -> str:
+    """Who types, as the operating system knows them."""
+    with suppress(OSError, KeyError, ImportError):  # what getpass raises for an account without a name
+        return getpass.getuser()
+    return f"user {os.getuid()}"

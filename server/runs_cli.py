@@ -5,7 +5,6 @@ Exit codes of `watch` and of `run --wait`: 0 completed, 3 completed with losses,
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import sys
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from locum.common.errors import RunError
-from locum.server.home import Home, default_home, read_config
+from locum.server.home import Home, default_home, read_config, who_types
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,7 +69,7 @@ def propose(
 
     folder = _home(home)
     found = load_plan(plan)
-    digest = proposals.propose(folder, found, by or _me(), source=read_yaml(plan))
+    digest = proposals.propose(folder, found, by or who_types(), source=read_yaml(plan))
     approved, others = proposals.sites_of(folder, digest)
     if as_json:
         _tell({"digest": digest, "plan": found.name, "approved": list(approved), "not_approved": list(others)})
@@ -160,7 +159,7 @@ def _made(home: Home, plan: Plan, approved: Sequence[str], without: Sequence[str
     from locum.server.runs import create_run
 
     try:
-        return create_run(home, plan, sites=approved, without=without, by=_me())
+        return create_run(home, plan, sites=approved, without=without, by=who_types())
     except OSError as error:
         raise RunError(
             f"{home.runs} cannot be written: {error.strerror}", "free space, or use the coordinator's account"
@@ -321,7 +320,7 @@ def _has(state: State) -> str:
 
 def _want(run: Run, what: Any) -> None:
     try:
-        run.want(what, by=_me())
+        run.want(what, by=who_types())
     except OSError as error:
         reason = f"{run.folder} cannot be written: {error.strerror}"
         raise RunError(reason, "free space, or use the coordinator's account") from error
@@ -390,13 +389,6 @@ def _home(path: Path) -> Home:
 def _at(home: Path) -> str:
     """What a next command needs to find the same folder."""
     return "" if home == default_home() else f" --home {home}"
-
-
-def _me() -> str:
-    """Who types, as the operating system knows them."""
-    with suppress(OSError, KeyError, ImportError):  # what getpass raises for an account without a name
-        return getpass.getuser()
-    return f"user {os.getuid()}"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -55,7 +55,7 @@ def test_verify_says_what_it_checked_and_what_fails(
 ) -> None:
     assert typed("verify", true) == 0
     out = capsys.readouterr().out
-    assert f"all 19 checks hold: this is the record of {RUN}" in out
+    assert f"all 20 checks hold: this is the record of {RUN}" in out
     assert f"--fingerprint {federation.fingerprint}" in out
     assert typed("verify", edited_one) == 1
     out = capsys.readouterr().out
@@ -68,7 +68,7 @@ def test_verify_as_json_names_the_first_that_fails(
     true: Path, edited_one: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = told(capsys, "verify", true)
-    assert (found["holds"], found["first"], len(found["checks"]), found["run"]) == (True, None, 19, RUN)
+    assert (found["holds"], found["first"], len(found["checks"]), found["run"]) == (True, None, 20, RUN)
     found = told(capsys, "verify", edited_one)
     assert (found["holds"], found["first"]["number"], found["first"]["entry"]) == (False, 5, 15)
 
@@ -145,7 +145,7 @@ def test_the_page_loads_nothing_and_nothing_of_a_name_is_markup(
     assert "http" not in text.replace("http-equiv", "")
     assert "@import" not in text
     for words in (
-        _HOSTILE, "This record holds: all 19 checks pass", "secure: 3 of 3 had to answer", "<b>to try</b> it out",
+        _HOSTILE, "This record holds: all 20 checks pass", "secure: 3 of 3 had to answer", "<b>to try</b> it out",
         "What this does not show", "Whether two stewards approved", "Nobody: every site", "attempt 2",
         "ε = 4 at δ = 1e-06",
     ):  # fmt: skip
