@@ -89,12 +89,8 @@ class DicomWeb:
 
     def studies(self, query: Query) -> Iterator[Study]:
         """The studies of each question, page by page."""
-        seen: set[str] = set()
         for keys in study_keys(query):
-            for study in self._pages(keys):
-                if study.uid not in seen:
-                    seen.add(study.uid)
-                    yield study
+            yield from self._pages(keys)
 
     def _pages(self, keys: Mapping[str, str]) -> Iterator[Study]:
         before: set[str] = set()

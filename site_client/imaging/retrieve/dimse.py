@@ -165,20 +165,15 @@ class Dimse:
 
     def studies(self, query: Query) -> Iterator[Study]:
         """The studies of each question."""
-        seen: set[str] = set()
         for keys in study_keys(query):
-            asked = {**dict.fromkeys(_STUDY_KEYS, ""), **keys}
-            for answer in self._find("STUDY", asked):
-                uid = proper_uid(_text(answer, "StudyInstanceUID"), self.name)
-                if uid not in seen:
-                    seen.add(uid)
-                    yield Study(
-                        uid,
-                        _whole(answer, "NumberOfStudyRelatedInstances"),
-                        day_of(_text(answer, "StudyDate")),
-                        _text(answer, "AccessionNumber"),
-                        keys.get("AccessionNumber", ""),
-                    )
+            for answer in self._find("STUDY", {**dict.fromkeys(_STUDY_KEYS, ""), **keys}):
+                yield Study(
+                    proper_uid(_text(answer, "StudyInstanceUID"), self.name),
+                    _whole(answer, "NumberOfStudyRelatedInstances"),
+                    day_of(_text(answer, "StudyDate")),
+                    _text(answer, "AccessionNumber"),
+                    keys.get("AccessionNumber", ""),
+                )
 
     def series(self, study: Study) -> Sequence[Series]:
         """All series of a study."""

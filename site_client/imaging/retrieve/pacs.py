@@ -33,7 +33,7 @@ from locum.site_client.imaging.retrieve.dicomweb import DicomWeb
 from locum.site_client.imaging.retrieve.dimse import Dimse
 from locum.site_client.imaging.retrieve.pace import Pace, wait_after
 from locum.site_client.imaging.retrieve.peer import AwayError, Instance, Pacs, Series, SeriesError, Study, Take, Want
-from locum.site_client.imaging.retrieve.query import has_kind, is_named
+from locum.site_client.imaging.retrieve.query import has_kind, named
 from locum.site_client.imaging.retrieve.spool import Spool, Tally
 from locum.site_client.imaging.sources import DicomWebSource, PacsSource, Query, SiteData
 
@@ -137,9 +137,7 @@ def opened(source: PacsSource) -> Pacs:
 
 
 def _retrieve(run: Retrieval) -> None:
-    studies = patiently(
-        lambda: [study for study in run.pacs.studies(run.query) if is_named(run.query, study)], run.sleep
-    )
+    studies = patiently(lambda: named(run.query, run.pacs.studies(run.query)), run.sleep)
     run.total = sum(study.said or 0 for study in studies)
     kept: list[str] = []
     for some in batches(studies, _TOGETHER):

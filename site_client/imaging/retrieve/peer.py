@@ -102,7 +102,7 @@ class Pacs(Protocol):
         """Find out whether it answers and lets this site in."""
 
     def studies(self, query: Query) -> Iterator[Study]:
-        """The studies that a query names, each once, and perhaps others (see :func:`narrowed`)."""
+        """The studies that a query names, perhaps several times, and perhaps others (see `query.py`)."""
 
     def series(self, study: Study) -> Sequence[Series]:
         """All series of a study."""

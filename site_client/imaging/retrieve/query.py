@@ -8,7 +8,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from locum.common.errors import DataError
@@ -68,6 +68,15 @@ def is_named(query: Query, study: Study) -> bool:
     """
     other = bool(study.asked and study.accession and study.asked != study.accession)
     return not other and (query.dates is None or study.day is None or query.dates[0] <= study.day <= query.dates[1])
+
+
+def named(query: Query, studies: Iterable[Study]) -> list[Study]:
+    """Those of the studies that the query names, each once."""
+    found: dict[str, Study] = {}
+    for study in studies:
+        if is_named(query, study):
+            found.setdefault(study.uid, study)
+    return list(found.values())
 
 
 def has_kind(query: Query, series: Series) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 from locum.common.errors import LocumError
 from locum.site_client.imaging.retrieve.pacs import opened, patiently
 from locum.site_client.imaging.retrieve.peer import Pacs, SeriesError
-from locum.site_client.imaging.retrieve.query import accession_numbers, has_kind, is_named
+from locum.site_client.imaging.retrieve.query import accession_numbers, has_kind, named
 from locum.site_client.imaging.sources import PacsSource
 
 
@@ -75,7 +75,7 @@ def survey(source: PacsSource, sleep: Callable[[float], object] = wait) -> Surve
 
 def _count(pacs: Pacs, source: PacsSource, found: Survey, sleep: Callable[[float], object]) -> None:
     query = source.query
-    studies = patiently(lambda: [study for study in pacs.studies(query) if is_named(query, study)], sleep)
+    studies = patiently(lambda: named(query, pacs.studies(query)), sleep)
     if query.accessions is not None:
         found.nowhere = len(set(accession_numbers(query.accessions)) - {study.asked for study in studies})
     for study in studies:

@@ -130,9 +130,10 @@ def test_a_number_in_other_letters_is_another_number(orthanc: Pacs, site: Site, 
     orthanc.load(upper, lower)
     orthanc.loaded.append("AX402")
     path = site.store.parent / "list.txt"
-    path.write_text("ax402\n", encoding="utf-8")
-    items = site.retrieve(orthanc.source(way, query={"accessions": str(path)}))
-    assert {item.known.study for item in items if item.known} == {site.keys.uid(lower.uid)}
+    for numbers, wanted in (("ax402\n", [lower]), ("AX402\nax402\n", [upper, lower])):
+        path.write_text(numbers, encoding="utf-8")
+        items = site.retrieve(orthanc.source(way, query={"accessions": str(path)}))
+        assert {item.known.study for item in items if item.known} == {site.keys.uid(study.uid) for study in wanted}
 
 
 def test_the_default_authorities_are_those_of_the_system() -> None:

@@ -25,7 +25,7 @@ from pynetdicom.sop_class import (
 
 from locum.common.errors import DataError
 from locum.site_client.imaging.reasons import Reason
-from locum.site_client.imaging.retrieve.dimse import Dimse, _whole
+from locum.site_client.imaging.retrieve.dimse import _COMPRESSED, _MOST_CLASSES, _OF_MODALITY, Dimse, _whole
 from locum.site_client.imaging.retrieve.peer import AwayError
 from locum.site_client.imaging.sources import DimseSource
 from tests.orthanc import PLANTED, Study, free_port
@@ -256,3 +256,8 @@ def test_a_series_without_end_is_given_up(site: Site, monkeypatch: pytest.Monkey
 
     with peer(STUDY, gives=[endless, all_of]) as pacs:
         assert reasons(site.retrieve(pacs.source())) == [None] * 6
+
+
+def test_what_a_series_is_guessed_to_hold_fits_into_one_association() -> None:
+    assert max(map(len, _OF_MODALITY.values())) <= _MOST_CLASSES
+    assert (1 + len(_COMPRESSED)) * _MOST_CLASSES + 3 <= 128
