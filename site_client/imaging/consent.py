@@ -31,6 +31,7 @@ _NO_ID = re.compile(r"[\x00-\x1f\x7f\\]")
 _LONGEST = 64
 #: Where the readiness reports of a store are, relative to it; they hold pictures.
 REPORTS = "readiness"
+_WITHDRAWN = (Reason.CONSENT_WITHDRAWN,)
 
 
 def withdrawn(consent: Consent | None, keys: Keys) -> frozenset[str]:
@@ -53,16 +54,18 @@ def unmatched(consent: Consent | None, keys: Keys, connection: sqlite3.Connectio
     if consent is None:
         return []
     known = {row[0] for row in connection.execute("SELECT DISTINCT json_extract(known, '$.patient') FROM items")}
+    known |= {row[0] for row in connection.execute("SELECT detail FROM units WHERE reason = ?", _WITHDRAWN)}
     lines = _lines(consent.withdrawn, keys)
     return [f"{consent.withdrawn.name}:{line}" for pseudonym, line in lines.items() if pseudonym not in known]
 
 
 def withdrawn_patients(connection: sqlite3.Connection) -> int:
     """How many patients with images at this site have withdrawn their consent, as the last ingest found it."""
+    # The detail of a refused unit is the patient whom the site's table names, who may be another than the file's.
     row = connection.execute(
-        "SELECT count(DISTINCT json_extract(items.known, '$.patient')) FROM items"
+        "SELECT count(DISTINCT coalesce(nullif(units.detail, ''), json_extract(items.known, '$.patient'))) FROM items"
         " LEFT JOIN units ON units.key = items.unit WHERE coalesce(items.apart, units.reason) = ?",
-        (Reason.CONSENT_WITHDRAWN,),
+        _WITHDRAWN,
     ).fetchone()
     return int(row[0])
 
