@@ -112,7 +112,8 @@ class _Known(NamedTuple):
     answer: tuple[str, str] = ("", "")
     report: tuple[str, str | None, int | None] | None = None
     decisions: frozenset[str] = frozenset()
-    stated: frozenset[str] = frozenset()
+    answers: frozenset[str] = frozenset()
+    readiness: frozenset[str] = frozenset()
 
 
 class Statement(NamedTuple):
@@ -162,9 +163,9 @@ class Releases:
         return self._known.ledger
 
     @property
-    def stated(self) -> frozenset[str]:
-        """The SHA-256 of each answer to a cohort question, and statement of readiness, that was about to leave."""
-        return self._known.stated
+    def answers(self) -> frozenset[str]:
+        """The SHA-256 of each answer to a cohort question that was about to leave."""
+        return self._known.answers
 
     # --- what leaves
 
@@ -192,9 +193,9 @@ class Releases:
         """An answer to a cohort question, to the coordinator."""
         digest = sha256_hex(said.envelope)
         with self._writing():
-            if digest not in self._known.stated:
+            if digest not in self._known.answers:
                 self._write(*_stated(said, digest))
-                self._know(stated=self._known.stated | {digest})
+                self._know(answers=self._known.answers | {digest})
         return send()
 
     def report(self, activity: Activity, run: str, round_number: int, content: bytes, send: Callable[[], T]) -> T:
@@ -215,9 +216,9 @@ class Releases:
         """A signed statement of readiness that a steward lets go before any run."""
         digest = sha256_hex(envelope)
         with self._writing():
-            if digest not in self._known.stated:
+            if digest not in self._known.readiness:
                 self._write(_plain(READINESS, envelope, statements=(digest,)))
-                self._know(stated=self._known.stated | {digest})
+                self._know(readiness=self._known.readiness | {digest})
         return send()
 
     def renewal(self, request: bytes, send: Callable[[], T]) -> T:
@@ -354,8 +355,10 @@ def _after(known: _Known, entry: Mapping[str, Any]) -> _Known:
     purpose, sha256 = entry["purpose"], entry["sha256"]
     if purpose == DECISION:
         return known._replace(decisions=known.decisions | {sha256})
-    if purpose in {COHORT, READINESS}:
-        return known._replace(stated=known.stated | {sha256})
+    if purpose == COHORT:
+        return known._replace(answers=known.answers | {sha256})
+    if purpose == READINESS:
+        return known._replace(readiness=known.readiness | {sha256})
     if purpose.startswith(f"{REPORT}."):
         return known._replace(report=(purpose, entry["run"], entry["round"]))
     return known if purpose in {COSIGNATURE, RENEWAL, ENROLMENT} else known._replace(answer=(sha256, ""))

@@ -130,7 +130,7 @@ def open_service(home: Path, configuration: SiteConfiguration, log: logging.Logg
         configuration.policy,
         lambda: load_identity(home),
         lambda: service.pulse.now(),  # noqa: PLW0108 - the service is made below
-        lambda: releases.stated,
+        lambda: releases.answers,
         log,
     )
     news = News(
