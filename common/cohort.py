@@ -13,6 +13,7 @@ Rules:
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -145,10 +146,18 @@ class Table:
     @property
     def keys(self) -> tuple[tuple[str, ...], ...] | None:
         """Every cell that is listed, in order; None for those that are told."""
-        values = [dimension.values for dimension in self.dimensions]
-        if self.sparse or any(each is None for each in values):
-            return None
-        return tuple(itertools.product(*(each for each in values if each is not None)))
+        listed = self._listed
+        return None if listed is None else tuple(itertools.product(*listed))
+
+    @property
+    def size(self) -> int:
+        """How many cells are listed; none of them is made."""
+        return math.prod(map(len, self._listed)) if self._listed is not None else 0
+
+    @property
+    def _listed(self) -> list[tuple[str, ...]] | None:
+        values = [dimension.values for dimension in self.dimensions if dimension.values is not None]
+        return None if self.sparse or len(values) < len(self.dimensions) else values
 
 
 class Query(_Strict):
@@ -177,7 +186,7 @@ class Query(_Strict):
     def _fits(self) -> Self:
         if "code" in self.group_by and not self.where.code:
             raise ValueError("group_by has code: name the codes in where")
-        cells = sum(len(table.keys or ()) for table in self.tables)
+        cells = sum(table.size for table in self.tables)
         if cells > MOST_CELLS:
             raise ValueError(f"this has {cells} cells, and an answer has at most {MOST_CELLS}")
         return self
@@ -216,7 +225,13 @@ class Query(_Strict):
 
 def bins_of(edges: tuple[float, ...]) -> tuple[str, ...]:
     """The names of the bins between edges."""
-    return tuple(f"{low:g} to {high:g}" for low, high in itertools.pairwise(edges))
+    return tuple(f"{low} to {high}" for low, high in itertools.pairwise(map(_written, edges)))
+
+
+def _written(number: float) -> str:
+    """A number as short as it can be told from every other."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
 
 
 def _years(months: Months) -> tuple[str, ...] | None:

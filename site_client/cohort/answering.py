@@ -11,11 +11,13 @@ Rules:
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from locum.common.canonical import sha256_hex
 from locum.common.cohort import MOST_CELLS, Query, Question, Told, open_answer, open_question, seal_answer
 from locum.common.envelope import EnvelopeError
 from locum.common.errors import LocumError, RunError
@@ -27,8 +29,11 @@ from locum.site_client.gate import Policy
 from locum.site_client.hours import open_at
 from locum.site_client.identity import SiteIdentity
 from locum.site_client.releases import Statement
+from locum.site_client.review import printable
 
 _DAY_SECONDS = 86_400.0
+#: A value that an answer can have in a cell's key.
+_TELLABLE = re.compile(r"[^\x00-\x1f\x7f]{1,64}")
 #: Questions that wait for an answer: more are not taken.
 _MOST_WAITING = 200
 
@@ -42,10 +47,10 @@ class Answering:
         cohorts: the catalogs.
         policy: what the site allows.
         identity: the site's key, and the key that verifies questions.
-        now: seconds since 1970 by the coordinator's clock.
+        now: seconds since 1970 by the coordinator's clock, by which a question is open.
         left: the SHA-256 of each answer that the site's own log knows of.
         log: what people read.
-        local: the site's local time, for its hours.
+        local: the site's local time, for its hours and for how many questions a day it answers.
     """
 
     memory: Memory
@@ -74,7 +79,8 @@ class Answering:
         if len(self.memory.waiting()) >= _MOST_WAITING:
             raise RunError(f"{_MOST_WAITING} questions wait, and no more are taken", "answer those first")
         if self.memory.receive(question.digest, envelope, now=self.now()):
-            self.log.info("%s asks for %s, to know: %s", question.by, query.study, query.purpose)
+            by, purpose = printable(question.by), printable(query.purpose)
+            self.log.info("%s asks for %s, to know: %s", by, query.study, purpose)
         self._begin()
 
     def statements(self) -> Iterator[Statement]:
@@ -82,8 +88,14 @@ class Answering:
         if self.memory.path.exists():
             self._begin()
         for asked in self.memory.questions():
-            if asked.answer is not None and self._until(asked) > self.now():
+            if asked.answer is not None and self._may_leave(asked) and self._until(asked) > self.now():
                 yield Statement(asked.answer, asked.digest, asked.envelope, asked.refused)
+
+    def _may_leave(self, asked: Asked) -> bool:
+        """Whether the policy as it is now lets an answer go, or it is gone already."""
+        if self.policy.cohort == "on" or asked.refused is not None:
+            return True
+        return sha256_hex(asked.answer or b"") in self.left()
 
     def _until(self, asked: Asked) -> float:
         """Until when an answer is wanted; never if another federation asked, or it was signed with an earlier key."""
@@ -127,20 +139,24 @@ class Answering:
                 question, query = open_question(asked.envelope, self.identity().log_key)
             except EnvelopeError:
                 continue
-            if question.until > self.now() and self._answered(question, query):
-                done += 1
+            try:
+                done += question.until > self.now() and self._answered(question, query)
+            except ValueError:  # an answer that cannot be written costs no other
+                self.log.exception("cohort question %s cannot be answered", question.digest[:12])
         return done
 
     def _answered(self, question: Question, query: Query) -> bool:
         """Answers one question, unless it must wait."""
         if self.policy.cohort == "off":
             clause = "cohort"
-            self.memory.refuse(question.digest, clause, self._sealed(question, (), clause), now=self.now())
+            self.memory.refuse(
+                question.digest, clause, self._sealed(question, (), clause), now=self.local().timestamp()
+            )
             return True
         if self.policy.hours is not None and not open_at(self.policy.hours, self.local()):
             self._say("it is outside the site's hours")
             return False
-        if self.memory.answered_since(self.now() - _DAY_SECONDS) >= self.policy.cohort_questions_a_day:
+        if self.memory.answered_since(self.local().timestamp() - _DAY_SECONDS) >= self.policy.cohort_questions_a_day:
             self._say(f"{self.policy.cohort_questions_a_day} were answered in 24 hours; the next ones wait")
             return False
         self.memory.check_has(self.left())
@@ -151,7 +167,8 @@ class Answering:
             return self._sealed(question, tuple(_cells(query, found, numbers)), None)
 
         tables = cells_of(query, found, columns)
-        self.memory.answer(question.digest, tables, least=self.policy.least_cell, seal=seal, now=self.now())
+        now = self.local().timestamp()
+        self.memory.answer(question.digest, tables, least=self.policy.least_cell, seal=seal, now=now)
         self._told = ""
         return True
 
@@ -179,11 +196,15 @@ def _until(asked: Asked, own: SiteIdentity) -> float:
 
 
 def _fitting(found: list[Members], query: Query, least: int) -> list[Members]:
-    """The cells that fit into an answer: of tables of which only what is told is listed, the largest."""
+    """The cells that fit into an answer: of tables of which only what is told is listed, the largest.
+
+    A value of the catalog that an answer cannot have, such as a label of a whole sentence, has no cell.
+    """
     room = MOST_CELLS - sum(len(table.keys or ()) for table in query.tables)
     fitting: list[Members] = []
     for table, cells in zip(query.tables, found, strict=True):
         if table.keys is None:
+            cells = {key: people for key, people in cells.items() if all(map(_TELLABLE.fullmatch, key))}  # noqa: PLW2901
             large = sorted((key for key in cells if len(cells[key]) >= least), key=lambda key: (-len(cells[key]), key))
             cut = set(large[room:])
             room -= min(room, len(large))

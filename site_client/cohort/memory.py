@@ -64,7 +64,8 @@ class Asked:
 
     Attributes:
         envelope: as the federation signed it.
-        received_at: seconds since 1970, by the coordinator's clock; `answered_at` likewise, None before.
+        received_at: seconds since 1970, by the coordinator's clock.
+        answered_at: likewise, by the site's own: who asks must not set the clock of how many he may ask. None before.
         answer: the signed answer, None before.
         refused: the policy's key, if that is why nothing was told.
     """

@@ -30,6 +30,8 @@ Cells = NDArray[np.bool_]
 _Floats = NDArray[np.float64]
 #: Cells whose membership fits into one number.
 _AT_ONCE = 32
+#: Whether whole patients give the numbers is looked for so long; what is not found by then is not told.
+_MOST_SECONDS = 20.0
 #: Products of numbers below it fit into 64 bits.
 _PRIME = (1 << 31) - 1
 
@@ -145,20 +147,24 @@ class _Standing:
         return before is not None and gap <= before + 0.5
 
     def _gap(self, cells: int, known: int) -> float | None:
-        """By how many patients large groups that stay so must miss the first `known` numbers; None if another too."""
-        from scipy.optimize import linprog
+        """By how many patients large groups that stay so must miss the first `known` numbers; None if another too.
+
+        Of whole patients: halves would hide that a sum is odd, which tells of a small group. None if it takes too long.
+        """
+        from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_matrix, eye, hstack
 
         rows, counts = self.large[:cells], self.counts[:cells]
         if rows.shape[1] == 0:
             return None if cells > known else float(counts.sum())
         slack = eye(cells, known)
-        found: Any = linprog(
-            np.concatenate([np.zeros(rows.shape[1]), np.ones(2 * known)]),
-            A_eq=hstack([csr_matrix(rows), slack, -slack]),
-            b_eq=counts,
-            bounds=[(self.least, None)] * rows.shape[1] + [(0, None)] * (2 * known),
-            method="highs",
+        groups, slacks = np.ones(rows.shape[1]), np.ones(2 * known)
+        found: Any = milp(
+            np.concatenate([0 * groups, slacks]),
+            constraints=LinearConstraint(hstack([csr_matrix(rows), slack, -slack], format="csc"), counts, counts),
+            bounds=Bounds(np.concatenate([self.least * groups, 0 * slacks]), np.inf),
+            integrality=np.concatenate([groups, 0 * slacks]),
+            options={"time_limit": _MOST_SECONDS},
         )
         return float(found.fun) if found.status == 0 else None
 

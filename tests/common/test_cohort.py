@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +180,18 @@ def test_an_answer_fits_its_own_question_only() -> None:
             check_fits(answer(asked, cells=cells), asked)
     with pytest.raises(EnvelopeError, match="another question"):
         check_fits(answer(asked), query())
+
+
+def test_a_question_of_too_many_cells_is_refused_without_making_any() -> None:
+    values = {"vendor": [f"V{number}" for number in range(1000)], "label": [f"l{number}" for number in range(1000)]}
+    tracemalloc.start()
+    with pytest.raises(DataError, match="1000000 cells"):
+        query(where=values, group_by=["vendor", "label"])
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 30 << 20
+
+
+def test_two_bins_never_have_one_name() -> None:
+    asked = query(describe={"EchoTime": [1, 1.0000001, 1.0000002, 3]})
+    assert asked.tables[0].dimensions[1].values == ("1 to 1.0000001", "1.0000001 to 1.0000002", "1.0000002 to 3")

@@ -6,7 +6,7 @@ import logging
 import sqlite3
 from contextlib import closing
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from locum.site_client.cohort.counting import Cohorts
 from locum.site_client.cohort.memory import FILE, FOLDER, ForgottenError, Memory
 from locum.site_client.gate import Policy
 from locum.site_client.identity import load_identity
+from locum.site_client.releases import open_releases
 from tests.site_client.enrolled import Hospital, copy_of, enrol_hospital
 
 NOW = 1_800_000_000.0
@@ -103,13 +104,57 @@ def test_beyond_so_many_a_day_questions_wait_for_the_next(desk: Desk, caplog: py
     for number in range(5):
         desk.ask(query(f"question-{number}"))
     assert desk.work() == 2
-    desk.now += 3600
+    desk.local += timedelta(hours=1)
     assert desk.work() == 0
     assert "2 were answered in 24 hours" in caplog.text
-    desk.now += 86_400
+    desk.local += timedelta(days=1)
     assert desk.work() == 2
-    desk.now += 86_401
+    desk.local += timedelta(days=1, seconds=1)
     assert desk.work() == 1
+
+
+def test_a_day_is_one_of_the_hospital_s_clock_and_not_of_the_coordinator_s(desk: Desk) -> None:
+    desk.policy = Policy(cohort="on", cohort_questions_a_day=2)
+    for number in range(4):
+        desk.ask(query(f"question-{number}"), until=NOW + 1e7)
+    assert desk.work() == 2
+    desk.now += 5 * 86_400
+    assert desk.work() == 0
+
+
+def test_an_answer_that_has_not_left_stays_once_the_policy_says_off(desk: Desk) -> None:
+    desk.ask(query())
+    desk.work()
+    (made,) = desk.answering.statements()
+    desk.policy = Policy()
+    assert desk.answers() == []
+    desk.left = {sha256_hex(made.envelope)}
+    assert len(desk.answers()) == 1
+
+
+def test_a_statement_of_readiness_that_left_is_none_that_the_memory_lacks(desk: Desk) -> None:
+    releases = open_releases(desk.hospital.home)
+    releases.readiness(b'{"kind":"readiness"}', lambda: None)
+    desk.left = set(open_releases(desk.hospital.home).answers)
+    desk.ask(query())
+    assert desk.work() == 1
+
+
+def test_a_label_that_no_answer_can_have_costs_no_other(desk: Desk) -> None:
+    crowds = {"effusion": 30, "a whole sentence " * 8: 30, "two\nlines": 30}
+    entries = [Entry(f"{number} {label}", label=label) for label, many in crowds.items() for number in range(many)]
+    write_catalog(desk.hospital.home / "store", entries)
+    desk.ask(query("by-label", group_by=["label"]))
+    desk.ask(query("all"))
+    assert desk.work() == 2
+    assert {("effusion",): 30} in [answer.numbers(0) for answer in desk.answers()]
+
+
+def test_who_asks_writes_one_line_into_the_site_s_log(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    desk.ask(query(purpose="good\x1b[2J\n2026-11-27 INFO nobody asked"))
+    (record,) = caplog.records
+    assert record.getMessage().isprintable()
 
 
 def test_outside_its_hours_and_during_an_ingest_a_question_waits(desk: Desk) -> None:

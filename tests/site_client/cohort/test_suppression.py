@@ -188,6 +188,15 @@ def test_what_follows_by_three_numbers_is_not_told(tmp_path: Path) -> None:
     assert site.ask("five", ("all and more", a | b | c | _named(90, 12))) == [102]
 
 
+def test_an_odd_sum_that_only_a_small_group_explains_is_not_told(tmp_path: Path) -> None:
+    """With whole patients of three groups alone, the sum of these three numbers would be even."""
+    site = Site(tmp_path)
+    a, b, c = _named(0, 15), _named(20, 15), _named(40, 15)
+    assert site.ask("one", ("a or b, or d", a | b | _named(60, 1))) == [31]
+    assert site.ask("two", ("b or c", b | c)) == [30]
+    assert site.ask("three", ("a or c", a | c)) == [None]
+
+
 def test_a_number_that_only_small_groups_explain_is_not_told(tmp_path: Path) -> None:
     """Of three groups of eight nothing was asked, and yet the number would show that they have somebody together."""
     site = Site(tmp_path)
