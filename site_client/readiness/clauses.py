@@ -215,7 +215,7 @@ def _classes(site: _Site) -> Result:
         asked, what = f"one of {', '.join(site.contract.classes)} for every image", "no label of the plan"
         remedy = "Map the site's codes to the plan's classes: `labels.classes` in site.yaml, or the terminology map."
     measured = f"{unknown} of {_number(len(site.fitting), 'image')} that fit: {what}"
-    return _result("classes", asked, measured, not unknown, remedy)
+    return _of_fitting(site, "classes", asked, measured, not unknown, remedy)
 
 
 def _single_class(site: _Site) -> Result:
@@ -316,7 +316,7 @@ def _deidentified(site: _Site) -> Result:
     asked = "DICOM cleaned with the Basic Profile of PS3.15" if site.contract.deidentified else ""
     measured = f"{bare} of {_number(len(site.fitting), 'image')} that fit were not cleaned" if asked else ""
     remedy = "Ingest again with this version: it cleans DICOM as `deidentification` of site.yaml says."
-    return _result("deidentified", asked, measured, not (asked and bare), remedy)
+    return _of_fitting(site, "deidentified", asked, measured, not (asked and bare), remedy)
 
 
 def _deface(site: _Site) -> Result:
@@ -324,7 +324,7 @@ def _deface(site: _Site) -> Result:
     asked = "faces were removed" if site.contract.deface == "required" else ""
     measured = f"not declared of {faces} of {_number(len(site.fitting), 'image')} that fit" if asked else ""
     remedy = "Remove the faces, then declare it: `defaced: true` in site.yaml, and ingest again."
-    return _result("deface", asked, measured, not (asked and faces), remedy)
+    return _of_fitting(site, "deface", asked, measured, not (asked and faces), remedy)
 
 
 def _consent(site: _Site) -> Result:
@@ -337,6 +337,11 @@ def _consent(site: _Site) -> Result:
 
 def _result(clause: Clause, asked: str, measured: str, passed: bool, remedy: str) -> Result:
     return Result(clause, asked, measured, passed, passed, "" if passed else remedy)
+
+
+def _of_fitting(site: _Site, clause: Clause, asked: str, measured: str, passed: bool, remedy: str) -> Result:
+    """A clause about each image that fits. Of too few patients, that it fails would tell that one of them is there."""
+    return Result(clause, asked, measured, passed, passed or not site.enough, "" if passed else remedy)
 
 
 def _nothing(clause: Clause) -> Result:

@@ -144,6 +144,18 @@ def test_a_site_with_few_patients_does_not_say_whether_a_clause_keeps_none_or_a_
     assert measured(of, [*everybody(of), *many]).failing == ("modality", "least_patients")
 
 
+@pytest.mark.parametrize("facts", [{"defaced": False}, {"profile": ""}, {"label": "other"}])
+def test_a_site_with_few_patients_does_not_say_whether_one_of_them_has_an_image_that_a_clause_is_about(
+    facts: dict[str, Any],
+) -> None:
+    of = asking(months={"first": "2024-03", "last": "2024-03"})
+    crowd = everybody(of)
+    nobody = measured(of, crowd)
+    one = measured(of, [*crowd, seen(of, 99, **{"month": "2024-03"} | facts)])
+    assert one.failing == nobody.failing == ("months", "least_patients")
+    assert sum(not result.passed for result in one.results) == 3  # the steward is told
+
+
 @pytest.mark.parametrize(("count", "met"), [(9, False), (10, True), (19, True)])
 def test_a_group_counts_in_steps_of_the_least_cell(count: int, met: bool) -> None:
     of = asking(strata=[{"by": "sex", "value": "M", "least_patients": 1}])
