@@ -13,12 +13,13 @@ from __future__ import annotations
 import hmac
 import json
 import os
-import re
 import secrets
 import unicodedata
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+
+from pydicom._uid_dict import UID_dictionary
 
 from locum.common.durable import flush, replace_file
 from locum.common.errors import DataError
@@ -26,9 +27,6 @@ from locum.common.identity import utc_now
 
 KEY_BYTES = 32
 _FORMAT = "locum-site-keys"
-#: UIDs of the standard itself (SOP classes, transfer syntaxes, well-known frames of reference) name no patient. Their
-#: components are short; a longer one below this root is somebody's own.
-_STANDARD = re.compile(r"1\.2\.840\.10008(\.\d{1,4}){1,8}")
 #: Dates move back by 1 to so many days: ten years at most, so that no date lies in the future (PS3.15 E.3.6).
 _MOST_DAYS = 3652
 
@@ -42,8 +40,8 @@ class Keys:
         folds: makes the places of patients in the split; it outlives `names`.
     """
 
-    names: bytes
-    folds: bytes
+    names: bytes = field(repr=False)
+    folds: bytes = field(repr=False)
 
     @classmethod
     def of(cls, key: bytes) -> Keys:
@@ -59,8 +57,12 @@ class Keys:
         return keyed(self.names, "accession", _one_form(number)).hex()[:16] if number else ""
 
     def uid(self, uid: str) -> str:
-        """The name of a UID: a UUID-derived UID (PS3.5 B.2) of 128 keyed bits; those of the standard stay."""
-        if not uid or _STANDARD.fullmatch(uid):
+        """The name of a UID: a UUID-derived UID (PS3.5 B.2) of 128 keyed bits; those of the standard stay.
+
+        SOP classes, transfer syntaxes and the like (PS3.6 Annex A) name no patient. A UID below the standard's root that
+        is not one of its own does: devices have made numbers of patients and dates up there.
+        """
+        if not uid or uid in UID_dictionary:
             return uid
         return f"2.25.{int.from_bytes(keyed(self.names, 'uid', uid)[:16], 'big')}"
 
@@ -107,8 +109,8 @@ class KeyRing:
         drawn: when each of `names` was drawn, in UTC; empty if nobody wrote it down.
     """
 
-    folds: bytes
-    names: tuple[bytes, ...]
+    folds: bytes = field(repr=False)
+    names: tuple[bytes, ...] = field(repr=False)
     drawn: tuple[str, ...]
 
     def __post_init__(self) -> None:
@@ -203,7 +205,7 @@ def load_ring(path: Path) -> KeyRing:
 
 def create_ring(path: Path, ring: KeyRing) -> None:
     """Write a key file where none is, whole or not at all; raises FileExistsError, OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         write_private(beside, ring.to_bytes())

@@ -373,8 +373,9 @@ def safe_private(job: Job, element: Element, rule: Rule, level: Level) -> Elemen
     group, low = element.tag >> 16, element.tag & 0xFFFF
     if 0x10 <= low <= 0xFF:
         block = range(element.tag & 0xFFFF0000 | low << 8, (element.tag & 0xFFFF0000 | low << 8) + 0x100)
-        needed = any(other.tag in block and _private_vr(job, other, level) for other in level)
-        return Element(element.tag, "LO", element.value) if needed else None
+        name = text_of(job, element.value)
+        needed = any((group, name, other.tag & 0xFF) in job.private for other in level if other.tag in block)
+        return Element(element.tag, "LO", name.encode()) if needed else None
     vr = _private_vr(job, element, level)
     if not vr or not group & 1:
         return None

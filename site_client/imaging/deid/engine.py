@@ -6,7 +6,8 @@ Rules:
   * The same rules hold at every depth. File meta information and preamble are written anew.
   * Names, UIDs, accession numbers and shifts of dates are keyed: the same patient gets the same ones at every run, and
     references resolve.
-  * The input is not changed. Pixels are not looked at, and stay in their file until somebody asks for them.
+  * The input is not changed. Pixels are not looked at, and stay in their file until somebody asks for them. A file has
+    no more of them than its header says, no overlay in their unused bits, and no identifier between compressed ones.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.tag import BaseTag
@@ -43,7 +45,7 @@ from locum.site_client.imaging.deid.elements import (
 from locum.site_client.imaging.deid.residue import Copied, Identifiers, Search, residue
 from locum.site_client.imaging.deid.rules import CHARACTER_SET, PIXELS, identifies, rule_for
 from locum.site_client.imaging.deid.table import load_tables
-from locum.site_client.imaging.headers import text
+from locum.site_client.imaging.headers import count, frames, text
 from locum.site_client.imaging.reasons import Reason, RefusedError
 
 if TYPE_CHECKING:
@@ -67,6 +69,10 @@ METHOD_CODES = {
 IMPLEMENTATION_UID = "2.25.86183479463041932577013265486293148752"
 IMPLEMENTATION_NAME = "LOCUM"
 _SHOWN = 64
+_OVERLAY_BIT = 0x60000102
+_NATIVE = frozenset({"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"})
+#: Bits of a value; of Pixel Data its header says how many.
+_BITS = {0x7FE00008: 32, 0x7FE00009: 64}
 _DIRECTORY = 0x00041220
 
 
@@ -175,6 +181,8 @@ class _Cleaned:
     sop_class: str
     sop: str
     encodings: list[str]
+    search: Search
+    overlaid: bool
 
 
 class Deidentifier:
@@ -286,7 +294,16 @@ class Deidentifier:
             raise RefusedError(Reason.RESIDUE, f"{_shown_tag(left)} {self.rule(left).name}")
         kept = sorted([*kept, *self._method(job.encoding)], key=lambda element: element.tag)
         uids = self._keys.uid if "retain_uids" not in self._options else str
-        return _Cleaned(kept, job.encoding, _syntax(dataset, job.encoding), uids(sop_class), uids(sop), job.encodings)
+        return _Cleaned(
+            kept,
+            job.encoding,
+            _syntax(dataset, job.encoding),
+            uids(sop_class),
+            uids(sop),
+            job.encodings,
+            job.search,
+            overlaid=any(_lies_in_pixels(element) for element in level),
+        )
 
     def _method(self, encoding: Encoding) -> Level:
         """(0012,0062) to (0012,0064) and (0028,0303): that and how the file was cleaned (PS3.15 E.1)."""
@@ -406,18 +423,49 @@ def _parts(made: _Cleaned, source: Dataset) -> list[bytes]:
     parts: list[bytes] = []
     for element in made.level:
         if isinstance(element.value, RawDataElement):
-            parts += _pixel_parts(element, made.encoding, source)
+            parts += _pixel_parts(element, made, source)
         else:
             parts.append(written([element], made.encoding))
     return parts
 
 
-def _pixel_parts(element: Element, encoding: Encoding, source: Dataset) -> list[bytes]:
-    raw = element.value
+def _lies_in_pixels(element: Element) -> bool:
+    """Whether it says that an overlay is drawn in bits of the pixels that they do not use (retired, PS3.3 C.9.2)."""
+    return element.tag & 0xFF00FFFF == _OVERLAY_BIT and isinstance(element.value, bytes) and any(element.value)
+
+
+def _pixel_parts(element: Element, made: _Cleaned, source: Dataset) -> list[bytes]:
+    raw, encoding = element.value, made.encoding
     if not isinstance(raw, RawDataElement):
         raise DamagedError("these are no pixels")
     vr, value = raw.VR or "OW", value_of(source, raw)
+    if raw.length == UNDEFINED or made.syntax not in _NATIVE:
+        if made.overlaid:
+            raise RefusedError(Reason.BURNED_IN, "an overlay in the bits of compressed pixels")
+        if made.search.in_binary(value):  # a comment in a JPEG, text between the fragments
+            raise RefusedError(Reason.RESIDUE, _shown_tag(element.tag))
+    else:
+        value = value[: _length_of_pixels(element.tag, source)]
+        value = _without_overlay(value, encoding, source) if made.overlaid else value
     if raw.length == UNDEFINED:
         end = head(0xFFFEE0DD, "", 0, Encoding(implicit=True, little=encoding.little))
         return [head(element.tag, vr, UNDEFINED, encoding), value, end]
     return [head(element.tag, vr, len(value) + len(value) % 2, encoding), padded(value, "OB")]
+
+
+def _length_of_pixels(tag: int, source: Dataset) -> int:
+    """Bytes of uncompressed pixels: what follows them is none."""
+    values = count(source, "Rows") * count(source, "Columns") * (count(source, "SamplesPerPixel") or 1)
+    bits = values * _BITS.get(tag, count(source, "BitsAllocated"))
+    return max(0, frames(source)) * -(-bits // 8)
+
+
+def _without_overlay(value: bytes, encoding: Encoding, source: Dataset) -> bytes:
+    """Uncompressed pixels with nothing in the bits beside those that they use (PS3.5 8.1.1)."""
+    size, high = count(source, "BitsAllocated") // 8, count(source, "HighBit")
+    low, above = high + 1 - count(source, "BitsStored"), 8 * size - 1 - high
+    if size not in {1, 2, 4} or low < 0 or above < 0 or len(value) % size:
+        raise RefusedError(Reason.BURNED_IN, "an overlay in the bits of the pixels")
+    kind = "i" if count(source, "PixelRepresentation") else "u"
+    pixels = np.frombuffer(value, f"{encoding.order}{kind}{size}")
+    return ((((pixels << above) >> above) >> low) << low).astype(pixels.dtype).tobytes()

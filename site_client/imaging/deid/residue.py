@@ -8,7 +8,7 @@ Rules:
   * A name counts by each part of three letters and more, as a word of its own; from six on inside other words too.
     Non-ASCII parts count from two characters, in every encoding of DICOM.
   * An identifier counts from four characters with a letter, from five digits in text, from six digits in numbers.
-    Shorter ones cannot be told from numbers.
+    Shorter ones cannot be told from numbers. Its digits alone count from six, without leading zeros.
   * A date counts in all its spellings.
   * In binary values a word counts from four letters, in long ones from six: chance would find shorter ones. A short one
     of which three quarters can be printed is searched as text.
@@ -46,7 +46,9 @@ _ENCODINGS = (
 )  # fmt: skip
 _LONG_BINARY = 64
 _PRINTABLE = bytes(range(32, 127)) + b"\0"
-_LONG_NAME, _LONG_ID = 6, 8
+_LONG_NAME, _LONG_ID, _LONG_NUMBER = 6, 8, 6
+#: Müller is Mueller where a keyboard has no ü.
+_SPELT = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "ß": "ss", "ø": "oe", "å": "aa", "æ": "ae"})
 
 Kind = Literal["text", "number", "binary"]
 
@@ -97,6 +99,10 @@ class Identifiers:
             bare = "".join(_ALNUM.findall(value))
             if _is_telling(bare):
                 self.ids.add(bare)
+            # As a number it has neither letters nor leading zeros.
+            digits = "".join(filter(str.isdigit, value)).lstrip("0")
+            if len(digits) >= _LONG_NUMBER and _is_telling(digits):
+                self.ids.add(digits)
 
     def add_days(self, text: str) -> None:
         """A value of VR DA or DT."""
@@ -116,7 +122,8 @@ def _name_parts(text: str) -> tuple[frozenset[str], frozenset[str]]:
         foreign |= {part for part in parts if not part.isascii() and len(part) > 1}
         ascii_parts = [_without_marks(part) for part in parts]
         words = [word for part in ascii_parts for word in _LETTERS.findall(part)]
-        plain |= {word for word in words if len(word) > 2 and len(set(word)) > 1}
+        spelt = [word for part in parts for word in _LETTERS.findall(_without_marks(part.translate(_SPELT)))]
+        plain |= {word for word in words + spelt if len(word) > 2 and len(set(word)) > 1}
         if len(words) > 1:
             plain |= {words[0] + words[1], words[1] + words[0]} if len(words[0] + words[1]) >= _LONG_NAME else set()
     return frozenset(plain), frozenset(foreign)
@@ -162,7 +169,10 @@ class Search:
         """Whether one value holds an identifier."""
         if copied.kind == "text":
             return self.in_text(copied.value)
-        return self.in_numbers(copied.value) if copied.kind == "number" else self._in_binary(copied.value)
+        if copied.kind == "number":
+            return self.in_numbers(copied.value)
+        days = _days_in(copied.value.translate(None, b"\0").decode("latin-1").lower())
+        return self.in_binary(copied.value) or not self._known.days.isdisjoint(days)
 
     def in_text(self, content: bytes) -> bool:
         """Whether a text does."""
@@ -176,7 +186,8 @@ class Search:
     def in_numbers(self, content: bytes) -> bool:
         """Whether numbers that are written in digits do: identifiers of six digits and more, and dates."""
         text = content.decode("latin-1").lower()
-        long = [token for token in _ALNUM.findall(text) if len(token) > 5 or not token.isdigit()]
+        long = [token for token in _ALNUM.findall(text) if len(token) >= _LONG_NUMBER or not token.isdigit()]
+        long += [token.lstrip("0") for token in long if token.startswith("0")]
         if not self._tokens.isdisjoint(long) or not self._words.isdisjoint(long):
             return True
         days = {
@@ -184,11 +195,12 @@ class Search:
         }
         return not self._known.days.isdisjoint(days)
 
-    def _in_binary(self, content: bytes) -> bool:
+    def in_binary(self, content: bytes) -> bool:
+        """Whether bytes hold an identifier as text, of one byte a character or of two."""
         if len(content) <= _LONG_BINARY and 4 * len(content.translate(None, _PRINTABLE)) <= len(content):
             return self.in_text(content)
         least = 4 if len(content) <= _LONG_BINARY else _LONG_NAME
-        text = content.decode("latin-1").lower()
+        text = content.translate(None, b"\0").decode("latin-1").lower()
         words = (word for word in [*self._words, *self._tokens] if len(word) >= least)
         if any(word in text for word in words) or any(needle in text for needle in self._inside):
             return True

@@ -248,3 +248,21 @@ def _folds(store: Path) -> dict[tuple[int, ...], tuple[str, str]]:
     with closing(Catalog.open(store)) as catalog:
         facts = {fact.id: fact.shape for fact in catalog.facts()}
         return {facts[case.id]: (case.patient, case.fold) for case in catalog.cases((0.5, 0.25, 0.25))}
+
+
+@pytest.mark.parametrize("uid", ["1.2.840.10008.1948.905.4711", "1.2.840.10008.5.1.4.1.1.2.2019.923"])
+def test_a_uid_that_somebody_made_up_below_the_standards_root_is_keyed(uid):
+    keys = KeyRing.new().keys
+    assert keys.uid(uid).startswith("2.25.")
+    assert keys.uid("1.2.840.10008.5.1.4.1.1.2") == "1.2.840.10008.5.1.4.1.1.2"
+
+
+def test_no_key_is_shown_when_keys_are_printed():
+    ring = KeyRing.new()
+    for key in (ring.folds, *ring.names):
+        assert repr(key)[2:-1] not in repr(ring) + repr(ring.keys)
+
+
+def test_a_folder_that_is_made_for_a_key_is_its_owners(tmp_path):
+    load_or_create_keys(tmp_path / "store" / "split.key")
+    assert (tmp_path / "store").stat().st_mode & 0o077 == 0

@@ -11,6 +11,7 @@ import warnings
 from itertools import pairwise
 
 import pydicom
+import pydicom.encaps
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,6 +35,7 @@ from locum.site_client.imaging.reasons import Reason, RefusedError
 from locum.site_client.imaging.sources import Deidentification
 from tests.site_client.imaging.deid.checker import leaks, secrets_of
 from tests.site_client.imaging.deid.objects import (
+    ALL_OPTIONS,
     KEYS,
     cleaned,
     element,
@@ -507,3 +509,80 @@ def test_the_profile_says_edition_and_options():
 def test_the_elements_of_a_cleaned_file_are_in_order():
     tags = [element.tag for element in cleaned(image(), "modified_dates")]
     assert all(first < second for first, second in pairwise(tags))
+
+
+# --- around the pixels, and what is no text
+
+
+def jpeg(*segments: bytes) -> Dataset:
+    """An image in JPEG of which the one fragment holds these segments."""
+    made = image()
+    made.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+    made.PixelData = pydicom.encaps.encapsulate([b"\xff\xd8" + b"".join(segments) + b"\xff\xd9"])
+    made["PixelData"].VR, made["PixelData"].is_undefined_length = "OB", True
+    return made
+
+
+def test_what_follows_the_pixels_is_not_in_the_cleaned_file():
+    whole = bytes(cleaned(image()).PixelData)
+    assert cleaned(image(PixelData=bytes(range(12)) + b"Kowalska^Zofia")).PixelData == whole
+    report = image(Rows=None, Columns=None, PixelData=b"Kowalska^Zofia")
+    assert cleaned(report).PixelData is None or not cleaned(report).PixelData
+
+
+def test_an_identifier_between_compressed_pixels_refuses_the_file():
+    comment = b"\xff\xfe" + struct.pack(">H", 16) + b"Kowalska^Zofia"
+    refused = outcome(lambda: engine().file(loaded(saved(jpeg(comment)))))
+    assert isinstance(refused, RefusedError)
+    assert refused.reason is Reason.RESIDUE
+    assert isinstance(outcome(lambda: engine().file(loaded(saved(jpeg(b"\xff\xfe\0\4ok"))))), bytes)
+
+
+@pytest.mark.parametrize("signed", [0, 1])
+def test_an_overlay_in_the_unused_bits_of_the_pixels_goes_with_its_attributes(signed):
+    kind = "<6h" if signed else "<6H"
+    values = (-7, 0, 5, 2047, -2048, 1) if signed else (0, 1, 2, 4095, 7, 8)
+    drawn = struct.pack("<6H", *[value & 0x0FFF | 0x1000 for value in values])
+    made = image(PixelData=drawn, PixelRepresentation=signed)
+    made.add_new(0x60000100, "US", 16)
+    made.add_new(0x60000102, "US", 12)
+    assert struct.unpack(kind, cleaned(made).PixelData) == values
+    without = image(PixelData=drawn, PixelRepresentation=signed)
+    assert cleaned(without).PixelData == drawn  # bits beside the values may hold anything
+
+
+def test_text_of_two_bytes_a_character_is_searched_too():
+    profile = b"\0" * 100 + "Zofia Kowalska".encode("utf-16-be")
+    refused = outcome(lambda: engine().file(loaded(saved(image(ICCProfile=profile)))))
+    assert isinstance(refused, RefusedError)
+    assert refused.reason is Reason.RESIDUE
+
+
+def test_a_recorded_voice_is_removed():
+    channel = Dataset()
+    channel.WaveformSampleInterpretation, channel.NumberOfWaveformChannels = "UB", 1
+    channel.add_new(0x54001010, "OB", b"\1\2spoken\3\4")
+    made = image(SOPClassUID="1.2.840.10008.5.1.4.1.1.9.4.1", WaveformSequence=Sequence([channel]))
+    assert b"spoken" not in engine(*ALL_OPTIONS).file(loaded(saved(made)))
+
+
+@pytest.mark.parametrize(
+    ("patient", "number"), [("0047110815", "47110815"), ("47110815", "0047110815"), ("MRN47110815", "47110815")]
+)
+def test_an_id_is_found_as_the_number_that_it_is(patient, number):
+    refused = outcome(lambda: engine().file(loaded(saved(image(PatientID=patient, InstanceNumber=number)))))
+    assert isinstance(refused, RefusedError)
+    assert refused.reason is Reason.RESIDUE
+
+
+def test_a_name_with_an_umlaut_is_found_as_keyboards_without_write_it():
+    made = image(SpecificCharacterSet="ISO_IR 100", PatientName="Müller^Jörg", Manufacturer="MUELLER CO")
+    assert cleaned(made).Manufacturer == ""
+
+
+def test_the_name_of_a_private_block_is_that_of_the_list():
+    creators = element(0x00190010, b"LO", b"SIEMENS MR HEADER") + element(0x00190010, b"LO", b"Nowak^Jan")
+    content = spliced(image(), 0x00081140, b"SQ", item(creators + element(0x0019100C, b"IS", b"1000")))
+    made = engine(*ALL_OPTIONS).file(loaded(content))
+    assert b"SIEMENS MR HEADER" in made
+    assert b"Nowak" not in made
