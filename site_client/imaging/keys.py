@@ -59,8 +59,8 @@ class Keys:
     def uid(self, uid: str) -> str:
         """The name of a UID: a UUID-derived UID (PS3.5 B.2) of 128 keyed bits; those of the standard stay.
 
-        SOP classes, transfer syntaxes and the like (PS3.6 Annex A) name no patient. A UID below the standard's root that
-        is not one of its own does: devices have made numbers of patients and dates up there.
+        SOP classes, transfer syntaxes and the like (PS3.6 Annex A) name no patient. Another UID below the standard's
+        root may: somebody has made it up, of a number or a date.
         """
         if not uid or uid in UID_dictionary:
             return uid

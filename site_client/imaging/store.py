@@ -87,6 +87,7 @@ def exclusive(store: Path) -> Iterator[None]:
         RunError: the store cannot be written, a full disk for one; what was committed stays.
     """
     with _write_errors_are_told(store):
+        store.mkdir(mode=0o700, parents=True, exist_ok=True)  # the catalog has the names of the site's own files
         for folder in (VOLUMES, MASKS, DICOM):
             (store / folder).mkdir(parents=True, exist_ok=True)
         with (store / ".lock").open("w") as lock:

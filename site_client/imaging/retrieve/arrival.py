@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 import pydicom
+from pydicom._uid_dict import UID_dictionary
 from pydicom.dataset import Dataset
 from pydicom.uid import (
     EncapsulatedCDAStorage,
@@ -147,7 +148,8 @@ def is_of_no_use(sop_class: str) -> bool:
 def unusable(sop: str, sop_class: str, study: str) -> Arrival:
     """An object of no use, fetched or not; it is no part of its series, so it does not spoil the images beside it."""
     reason = Reason.DOCUMENT if sop_class in _DOCUMENTS else Reason.UNSUPPORTED_OBJECT
-    return Arrival(sop, Known(study=study), reason=reason, detail=f"SOP class {sop_class}")
+    detail = f"SOP class {sop_class}" if sop_class in UID_dictionary else "a SOP class of somebody's own"
+    return Arrival(sop, Known(study=study), reason=reason, detail=detail)
 
 
 def parsed(content: bytes) -> Dataset:

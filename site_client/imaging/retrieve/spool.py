@@ -296,6 +296,7 @@ def forget(store: Path, patients: Collection[str]) -> None:
     if not patients or not path.exists():
         return
     with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA secure_delete = ON")  # what was known of them is overwritten
         connection.executescript(_SCHEMA)
         for patient in sorted(patients):
             _forget(store, connection, patient)

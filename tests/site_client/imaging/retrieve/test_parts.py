@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from locum.common.errors import DataError
 from locum.site_client.imaging.retrieve import ahead
 from locum.site_client.imaging.retrieve.ahead import fetched
+from locum.site_client.imaging.retrieve.arrival import unusable
 from locum.site_client.imaging.retrieve.multipart import BrokenOffError, MultipartError, media_type, parts
 from locum.site_client.imaging.retrieve.pace import Pace, wait_after
 from locum.site_client.imaging.retrieve.peer import Series, SeriesError, Study, Take, Want
@@ -223,3 +225,13 @@ def test_an_error_of_our_own_is_raised_where_events_are_read() -> None:
 
     with pytest.raises(ZeroDivisionError), fetched(fetch, WANTS, 1) as events:
         list(events)
+
+
+# --- what is kept of an object that nothing reads
+
+
+def test_of_a_class_that_somebody_made_up_no_number_is_kept() -> None:
+    made_up = unusable("sop", "1.2.826.19480905.4711", "study")
+    known = unusable("sop", "1.2.840.10008.5.1.4.1.1.104.1", "study")
+    assert not re.search(r"\d", made_up.detail)
+    assert known.detail.endswith("1.2.840.10008.5.1.4.1.1.104.1")
