@@ -9,10 +9,11 @@ Rules:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -94,8 +95,17 @@ def _images(site: SiteData, source: BidsSource, number: int, participant: Path, 
                 path = Path(parent, file)
                 # Without its content, as in a tree of git-annex, it is an item that cannot be read.
                 item = item_at(site.root, str(path), number)
-                newest = max(item.mtime_ns, *(file.stat().st_mtime_ns for file in _sidecars_of(source.path, path)), 0)
-                yield replace(item, mtime_ns=newest, known=replace(known, month=_month(source.path, path)))
+                changed = _changed(item, list(_sidecars_of(source.path, path)))
+                yield replace(item, mtime_ns=changed, known=replace(known, month=_month(source.path, path)))
+
+
+def _changed(item: Item, sidecars: Sequence[Path]) -> int:
+    """The time of an image's last change, mixed with those of its sidecars, which may be older and come or go."""
+    if not sidecars:
+        return item.mtime_ns
+    states = [(file.name, file.stat()) for file in sidecars]
+    told = [item.mtime_ns, *((name, state.st_size, state.st_mtime_ns) for name, state in states)]
+    return int.from_bytes(hashlib.sha256(repr(told).encode()).digest()[:7], "big")
 
 
 def _table(path: Path, column: str) -> Mapping[str, dict[str, str]]:

@@ -147,12 +147,20 @@ def group(key: str, sightings: Sequence[Sighting], reader: Reader) -> tuple[Unit
         key=key,
         source=first.item.source,
         items=tuple(sighting.item for sighting in distinct),
-        known=first.known,
+        known=_known(distinct),
         file=first.file or (stem(first.item.name) if len(distinct) == 1 and first.sop else ""),
         gate=gate,
         gate_detail=detail,
     )
     return unit, copies
+
+
+def _known(sightings: Sequence[Sighting]) -> Known:
+    """What is known of a series; study and accession number only if all its images agree on them."""
+    first = sightings[0].known
+    study = first.study if all(one.known.study == first.study for one in sightings) else ""
+    accession = first.accession if all(one.known.accession == first.accession for one in sightings) else ""
+    return replace(first, study=study, accession=accession)
 
 
 def _gate(sightings: Sequence[Sighting], *, conflict: bool) -> tuple[Reason | None, str]:
@@ -179,7 +187,7 @@ def _without_copies(sightings: Sequence[Sighting], reader: Reader) -> tuple[list
         first = first_by_sop.setdefault(sighting.sop, sighting)
         if first is sighting:
             distinct.append(sighting)
-        elif _is_same(first.item, sighting.item, reader):
+        elif first.known.patient == sighting.known.patient and _is_same(first.item, sighting.item, reader):
             copies.append(replace(sighting, reason=Reason.DUPLICATE_INSTANCE, spoils=False))
         else:
             distinct.append(sighting)
@@ -199,7 +207,6 @@ def _is_same(one: Item, other: Item, reader: Reader) -> bool:
 
 
 _IDENTITY = (
-    "PatientID",
     "ImagePositionPatient",
     "ImageOrientationPatient",
     "PixelSpacing",

@@ -20,12 +20,14 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
+
+from pydicom.dataset import Dataset
 
 from locum.common.errors import DataError
 from locum.site_client.imaging import consent, geometry, nifti, npz
@@ -37,19 +39,21 @@ from locum.site_client.imaging.grids import picture
 from locum.site_client.imaging.grouping import Reader, Watch, group, look
 from locum.site_client.imaging.headers import text
 from locum.site_client.imaging.inventory import Inventory, batches
-from locum.site_client.imaging.items import Unit, find_items, tree_of
+from locum.site_client.imaging.items import Item, Unit, find_items, tree_of
 from locum.site_client.imaging.keys import Keys
 from locum.site_client.imaging.labels.given import Label, LabelSource, MaskSource
 from locum.site_client.imaging.labels.opening import label_source, mask_source
 from locum.site_client.imaging.labels.reports import ReportBook, keep
-from locum.site_client.imaging.labels.tables import Roll
+from locum.site_client.imaging.labels.tables import Roll, name_of
 from locum.site_client.imaging.protocol import Loaded, Protocol, facts_of, placed
-from locum.site_client.imaging.quarantine import rejected
+from locum.site_client.imaging.quarantine import rejected, released
 from locum.site_client.imaging.reasons import Reason, RefusedError
 from locum.site_client.imaging.sources import (
     BidsSource,
     DeepLesionSource,
     DicomSource,
+    Labels,
+    Masks,
     NpzSource,
     PacsSource,
     SiteData,
@@ -95,6 +99,7 @@ class _Tables:
     labels: LabelSource | None
     roll: Roll | None
     masks: MaskSource
+    shared: Mapping[str, frozenset[str]]  # by the key of labels and of masks: names that several patients have
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,7 @@ def ingest(site: SiteData, store: Path, *, keys: Keys, progress: Callable[[Progr
         cleaner = Deidentifier(site.deidentification, keys)
         desk = _Desk(site, store, keys, inventory, Reader(), cleaner, withdrawn, progress or _tell_nobody)
         _retrieve(desk)
+        inventory.expect([f"{source.kind} {GATE_VERSION}" for source in site.sources])
         found, new = inventory.walked(find_items(site, store, keys))
         inventory.begin()
         _look(desk, new)
@@ -202,12 +208,13 @@ def _quiet() -> Iterator[None]:
 
 def _retrieve(desk: _Desk) -> None:
     """Fetch what the site's PACSs have, and forget what was fetched of patients who have withdrawn."""
-    if not any(isinstance(source, PacsSource) for source in desk.site.sources):
-        return
-    from locum.site_client.imaging.retrieve.pacs import retrieve
     from locum.site_client.imaging.retrieve.spool import forget
 
     forget(desk.store, desk.withdrawn)
+    if not any(isinstance(source, PacsSource) for source in desk.site.sources):
+        return
+    from locum.site_client.imaging.retrieve.pacs import retrieve
+
     retrieve(desk.site, desk.store, desk.keys, desk.cleaner, desk.tell)
 
 
@@ -238,7 +245,9 @@ def _tables(desk: _Desk) -> _Tables:
         for source, found in desk.inventory.annotations()
     ]
     roll = Roll(site.table, keys) if site.table else None
-    return _Tables(label_source(site, keys, annotations), roll, mask_source(site, keys, annotations))
+    keyed: set[str] = {source.key for source in (site.labels, site.masks) if isinstance(source, Labels | Masks)}
+    shared = {kind: desk.inventory.of_two_patients(kind) for kind in keyed & {"accession", "study", "series"}}
+    return _Tables(label_source(site, keys, annotations), roll, mask_source(site, keys, annotations), shared)
 
 
 def _decide(desk: _Desk, tables: _Tables) -> int:
@@ -294,6 +303,7 @@ def _decision(desk: _Desk, unit: Unit, tables: _Tables) -> _Decision:
         _refuse(desk, unit, decision.patient)
         found = desk.inventory.decision(unit.key)
         label = _label(desk.site, unit, tables)
+        _refuse_shared(unit, tables)
         return replace(decision, label=label, mask=tables.masks.stamp(unit), crop=found.crop if found else None)
     except RefusedError as refused:
         return replace(decision, reason=refused.reason, detail=refused.detail)
@@ -302,11 +312,18 @@ def _decision(desk: _Desk, unit: Unit, tables: _Tables) -> _Decision:
 def _refuse(desk: _Desk, unit: Unit, patient: str) -> None:
     """Raises RefusedError for a unit that must not be used, whatever its label."""
     if patient in desk.withdrawn or unit.known.patient in desk.withdrawn:
-        raise RefusedError(Reason.CONSENT_WITHDRAWN)
+        raise RefusedError(Reason.CONSENT_WITHDRAWN, patient)
     if rejected(desk.inventory.decision(unit.key)):
         raise RefusedError(Reason.REJECTED)
     if unit.gate is not None:
         raise RefusedError(unit.gate, unit.gate_detail)
+
+
+def _refuse_shared(unit: Unit, tables: _Tables) -> None:
+    """Raises RefusedError if a label or mask under the unit's name could be another patient's."""
+    for kind, names in tables.shared.items():
+        if name_of(unit, kind) in names:
+            raise RefusedError(Reason.CONFLICTING_LABELS, f"one {kind} of several patients")
 
 
 def _label(site: SiteData, unit: Unit, tables: _Tables) -> Label | None:
@@ -396,7 +413,7 @@ def _load(desk: _Desk, decision: _Decision) -> Loaded:
     unit = decision.unit
     source, item = desk.site.sources[unit.source], unit.items[0]
     if isinstance(source, DicomSource | PacsSource):
-        return _load_dicom(desk, decision, cleaned=isinstance(source, PacsSource))
+        return _load_dicom(desk, decision)
     if isinstance(source, _TREES):
         loaded: Loaded = tree_of(source).load(source, item)
         return loaded
@@ -407,21 +424,37 @@ def _load(desk: _Desk, decision: _Decision) -> Loaded:
     return Loaded(volume, source.modality, protocol=placed(Protocol(), volume))
 
 
-def _load_dicom(desk: _Desk, decision: _Decision, *, cleaned: bool) -> Loaded:
+def _cleaned(desk: _Desk, item: Item) -> Dataset:
+    """A file without identifiers: what a PACS gave has none; a series may be of a folder and of a PACS."""
+    dataset = desk.reader.read(item)
+    return dataset if isinstance(desk.site.sources[item.source], PacsSource) else desk.cleaner.clean(dataset)
+
+
+def _load_dicom(desk: _Desk, decision: _Decision) -> Loaded:
     unit = decision.unit
-    originals = [desk.reader.read(item) for item in unit.items]
-    datasets = originals if cleaned else [desk.cleaner.clean(original) for original in originals]
+    datasets = [_cleaned(desk, item) for item in unit.items]
     first = datasets[0]
     with damage_is(Reason.UNREADABLE, "header"):
         modality, maker, model = (text(first, name) for name in ("Modality", "Manufacturer", "ManufacturerModelName"))
-    volume = geometry.volume_of(datasets, crop=decision.crop)
+    volume = geometry.volume_of(datasets, crop=_crop(desk, unit))
     return Loaded(volume, modality, maker, model, facts_of(datasets))
+
+
+def _crop(desk: _Desk, unit: Unit) -> tuple[int, int, int, int] | None:
+    """The box that a person drew, if it was drawn on these files."""
+    found = desk.inventory.decision(unit.key)
+    if found is None or found.crop is None:
+        return None
+    # Of a release from a mere rejection no files are noted. Beside a file that was seen the box holds for all.
+    seen = not found.reasons or any(released(found, item) for item in unit.items)
+    return found.crop if seen else None
 
 
 def _keep_dicom(desk: _Desk, unit: Unit, draft: Draft, folder: str) -> None:
     """The cleaned files of a case, if the site keeps them; what a PACS gave lies in the store already."""
     draft.clear(folder)
-    if not desk.site.deidentification.keep_dicom or not isinstance(desk.site.sources[unit.source], DicomSource):
+    if not desk.site.deidentification.keep_dicom:
         return
-    for number, item in enumerate(unit.items):
+    own = (item for item in unit.items if isinstance(desk.site.sources[item.source], DicomSource))
+    for number, item in enumerate(own):
         draft.write(f"{folder}/{number:05}.dcm", desk.cleaner.file(desk.reader.read(item)))

@@ -22,7 +22,7 @@ from locum.common.errors import DataError
 from locum.site_client.imaging import catalog
 from locum.site_client.imaging.catalog import CaseRow, Counts, Decision, Outcome
 from locum.site_client.imaging.dicom import Sighting
-from locum.site_client.imaging.items import Item, Unit
+from locum.site_client.imaging.items import Item, Unit, kept_path, path_as_kept
 from locum.site_client.imaging.keys import Keys
 from locum.site_client.imaging.known import NOBODY, Known
 from locum.site_client.imaging.labels.given import Annotation
@@ -39,6 +39,7 @@ CREATE TEMP TABLE walk (
 CREATE TEMP TABLE decided (
     key TEXT PRIMARY KEY, patient TEXT NOT NULL, fold TEXT, changed INTEGER NOT NULL
 ) WITHOUT ROWID;
+CREATE INDEX temp.decided_by_patient ON decided (patient, fold);
 """
 #: Rows that are at hand at a time.
 _PAGE = 512
@@ -46,7 +47,8 @@ _NEW = """
     FROM walk LEFT JOIN items USING (name)
     WHERE (items.name IS NULL OR items.size <> walk.size OR items.mtime_ns <> walk.mtime_ns
         OR items.given IS NOT walk.given OR items.source <> walk.source
-        OR (walk.known IS NOT NULL AND walk.known <> items.known))
+        OR (walk.known IS NOT NULL AND walk.known <> items.known)
+        OR items.reason = 'unreadable')  -- access rights are mended without a change of the file
 """
 _SIGHTING = (
     "name, source, path, size, mtime_ns, row, given, unit, sop, sop_class, known, file, reason, detail, spoils,"
@@ -80,6 +82,7 @@ class Inventory:
             DataError: it belongs to another site or was made with other keys.
         """
         with closing(sqlite3.connect(store / catalog.FILE_NAME)) as connection:
+            connection.execute("PRAGMA secure_delete = ON")  # what was known of who has withdrawn is overwritten
             catalog.create(connection)
             catalog.check_version(connection, store)
             inventory = cls(store.absolute(), connection)
@@ -99,6 +102,15 @@ class Inventory:
 
     # --- walked
 
+    def expect(self, readings: Sequence[str]) -> None:
+        """How the items of each source are read: those of a source that was read in another way count as changed."""
+        before = catalog.read_meta(self.connection, "readings", [])
+        changed = [(number,) for number, reading in enumerate(readings) if [reading] != before[number : number + 1]]
+        with self.connection:
+            # A time that no file has; -1 is that of a decision.
+            self.connection.executemany("UPDATE items SET mtime_ns = -2 WHERE source = ?", changed)
+            catalog.write_meta(self.connection, "readings", list(readings))
+
     def walked(self, items: Iterable[Item]) -> tuple[int, int]:
         """Note all that lies in the sources; the number of it, and how much of it is new or has changed."""
         with self.connection:
@@ -115,6 +127,9 @@ class Inventory:
             units = f"SELECT unit FROM items WHERE name IN ({gone})"  # noqa: S608
             self.connection.execute(f"UPDATE units SET stale = 1 WHERE key IN ({units})")  # noqa: S608
             self.connection.execute(f"DELETE FROM items WHERE name IN ({gone})")  # noqa: S608
+            self.connection.execute(  # the root of the site may be elsewhere now
+                "UPDATE items SET path = walk.path FROM walk WHERE walk.name = items.name AND walk.path <> items.path"
+            )
 
     def new_items(self) -> Iterator[Item]:
         """The items that are not known as they are now, by name; they may be recorded meanwhile."""
@@ -185,6 +200,15 @@ class Inventory:
         rows = self.connection.execute(f"SELECT {_UNIT} {_UNIT_FROM} ORDER BY items.unit, items.name")
         return (_unit(list(group)) for _, group in groupby(rows, key=lambda row: row[0]))
 
+    def of_two_patients(self, kind: str) -> frozenset[str]:
+        """The names of one kind (accession, study, series; keyed) that images of several patients have."""
+        name, patient = f"json_extract(known, '$.{kind}')", "json_extract(known, '$.patient')"
+        rows = self.connection.execute(
+            f"SELECT {name} FROM units WHERE gate IS NULL AND known <> '' AND {name} <> ''"  # noqa: S608
+            f" GROUP BY 1 HAVING count(DISTINCT {patient}) > 1"
+        )
+        return frozenset(row[0] for row in rows)
+
     def changed_units(self) -> Iterator[Unit]:
         """The units that are to be stored anew; they may be recorded meanwhile."""
         for (key,) in self._pages("SELECT key FROM decided WHERE changed AND key > ? ORDER BY key LIMIT ?"):
@@ -199,6 +223,8 @@ class Inventory:
         with self.connection:
             self.connection.execute("DELETE FROM decided")
             self.connection.executemany("INSERT INTO decided VALUES (?, ?, ?, ?)", decisions)
+            # Files are written before the catalog: what an interrupted ingest wrote must not pass for what was there.
+            self.connection.execute("UPDATE units SET inputs = '' WHERE key IN (SELECT key FROM decided WHERE changed)")
         return self._number("SELECT count(*) FROM decided WHERE changed")
 
     def torn_patient(self) -> tuple[str, str] | None:
@@ -253,6 +279,9 @@ class Inventory:
         with self.connection:
             self.connection.execute("DELETE FROM cases WHERE unit NOT IN (SELECT key FROM units)")
             self.connection.execute("DELETE FROM codes WHERE case_id NOT IN (SELECT id FROM cases)")
+            # A fold that is stated for any image of a patient, in quarantine or not, is that of all.
+            stated = "(SELECT max(decided.fold) FROM decided WHERE decided.patient = cases.patient)"
+            self.connection.execute(f"UPDATE cases SET fold = {stated} WHERE fold IS NOT {stated}")  # noqa: S608
             elsewhere = self._number("SELECT count(*) FROM items JOIN units ON units.key = items.unit WHERE elsewhere")
             values = {
                 "found": found - elsewhere,
@@ -274,7 +303,7 @@ class Inventory:
             " WHERE annotation AND name > ? ORDER BY name LIMIT ?"
         )
         for _, source, path, size, sop_class, known in rows:
-            yield source, Annotation(Path(path), size, sop_class, cleaned=False, known=Known.from_json(known))
+            yield source, Annotation(kept_path(path), size, sop_class, cleaned=False, known=Known.from_json(known))
 
     def decision(self, unit: str) -> Decision | None:
         """What a person decided on a unit; None if nobody did."""
@@ -295,7 +324,9 @@ class Inventory:
 
 _WALKED = ("name", "source", "path", "size", "mtime_ns", "row", "known", "given", "given_detail")
 _UNIT = (
-    "units.key, units.inputs, units.source, units.known, units.file, units.gate, units.gate_detail,"
+    # What could not be read is tried again.
+    "units.key, CASE WHEN units.reason IN ('unreadable', 'mask_unreadable') THEN '' ELSE units.inputs END,"
+    " units.source, units.known, units.file, units.gate, units.gate_detail,"
     " items.name, items.source, items.path, items.size, items.mtime_ns, items.row"
 )
 _UNIT_FROM = "FROM items JOIN units ON units.key = items.unit WHERE items.apart IS NULL"
@@ -305,14 +336,14 @@ def _walk_row(item: Item) -> tuple[Any, ...]:
     given, detail = item.refused or (None, "")
     known = item.known.to_json() if item.known else None
     row = json.dumps(item.row) if item.row else None
-    return item.name, item.source, str(item.path), item.size, item.mtime_ns, row, known, given, detail
+    return item.name, item.source, path_as_kept(item.path), item.size, item.mtime_ns, row, known, given, detail
 
 
 def _item(row: Sequence[Any]) -> Item:
     name, source, path, size, mtime_ns, place, known, given, detail = row
     return Item(
         name,
-        Path(path),
+        kept_path(path),
         source,
         size,
         mtime_ns,
@@ -331,7 +362,7 @@ def _sighting_row(seen: Sighting) -> tuple[Any, ...]:
     return (
         item.name,
         item.source,
-        str(item.path),
+        path_as_kept(item.path),
         item.size,
         item.mtime_ns,
         json.dumps(item.row) if item.row else None,
@@ -353,7 +384,7 @@ def _sighting(row: Sequence[Any]) -> Sighting:
     name, source, path, size, mtime_ns, place, _, unit, sop, sop_class, known, file, reason, detail, *flags = row
     spoils, multi_frame, annotation = map(bool, flags)
     return Sighting(
-        Item(name, Path(path), source, size, mtime_ns, row=_place(place)),
+        Item(name, kept_path(path), source, size, mtime_ns, row=_place(place)),
         unit=unit,
         sop=sop,
         sop_class=sop_class,
@@ -369,7 +400,7 @@ def _sighting(row: Sequence[Any]) -> Sighting:
 
 def _unit(rows: Sequence[Sequence[Any]]) -> tuple[Unit, str]:
     key, inputs, source, known, file, gate, gate_detail = rows[0][:7]
-    items = tuple(Item(r[7], Path(r[9]), r[8], r[10], r[11], row=_place(r[12])) for r in rows)
+    items = tuple(Item(r[7], kept_path(r[9]), r[8], r[10], r[11], row=_place(r[12])) for r in rows)
     unit = Unit(
         key=key,
         source=source,

@@ -88,6 +88,17 @@ def stem(name: str) -> str:
     return base
 
 
+def path_as_kept(path: Path) -> str | bytes:
+    """A path as a database can hold it: one whose bytes are no UTF-8 as these bytes."""
+    written = str(path)
+    return os.fsencode(written) if any("\ud800" <= letter <= "\udfff" for letter in written) else written
+
+
+def kept_path(written: str | bytes) -> Path:
+    """What :func:`path_as_kept` was given."""
+    return Path(os.fsdecode(written))
+
+
 def find_items(site: SiteData, store: Path, keys: Keys) -> Iterator[Item]:
     """Everything that is this site's, source by source; of a PACS what was retrieved into the store.
 

@@ -27,7 +27,7 @@ from locum.common.errors import DataError
 from locum.site_client.imaging import catalog, dicom
 from locum.site_client.imaging.catalog import Decision
 from locum.site_client.imaging.damage import damage_is
-from locum.site_client.imaging.items import Item
+from locum.site_client.imaging.items import Item, kept_path
 from locum.site_client.imaging.reasons import SENTENCE, Reason, RefusedError
 from locum.site_client.imaging.store import exclusive
 
@@ -267,7 +267,7 @@ def _items(connection: sqlite3.Connection, unit: str, which: str) -> tuple[Item,
         (unit, unit),
     )
     return tuple(
-        Item(name, Path(path), source, size, mtime_ns, row=tuple(json.loads(row)) if row else None)
+        Item(name, kept_path(path), source, size, mtime_ns, row=tuple(json.loads(row)) if row else None)
         for name, path, source, size, mtime_ns, row in rows
     )
 

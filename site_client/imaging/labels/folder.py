@@ -77,6 +77,8 @@ class FolderMasks:
         if self._masks is None or not isinstance(source, DicomSource | PacsSource):
             return None
         name = name_of(unit, self._masks.key)
+        if not name:
+            raise RefusedError(Reason.MASK_MISSING)
         self._asked.add(name)
         files = self._named.get(name, [])
         if len({reader for reader, _ in files}) < len(files):

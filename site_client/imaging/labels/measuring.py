@@ -23,7 +23,7 @@ import numpy as np
 from locum.common.errors import DataError
 from locum.site_client.imaging.catalog import Catalog
 from locum.site_client.imaging.grids import Volume
-from locum.site_client.imaging.items import Unit
+from locum.site_client.imaging.items import Unit, kept_path
 from locum.site_client.imaging.keys import Keys
 from locum.site_client.imaging.known import Known
 from locum.site_client.imaging.labels.agreement import LabelAgreement, MaskAgreement
@@ -156,7 +156,9 @@ def _annotations(site: SiteData, catalog: Catalog) -> list[Annotation]:
         "SELECT source, path, size, sop_class, known FROM items WHERE annotation ORDER BY name"
     )
     return [
-        Annotation(Path(path), size, sop_class, isinstance(site.sources[source], PacsSource), Known.from_json(known))
+        Annotation(
+            kept_path(path), size, sop_class, isinstance(site.sources[source], PacsSource), Known.from_json(known)
+        )
         for source, path, size, sop_class, known in rows
     ]
 
