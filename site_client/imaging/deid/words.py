@@ -2,7 +2,8 @@
 
 Rules:
   * A word stays only if it is in the vocabulary: the meanings of the code dictionary, and `configs/deid/words.txt`.
-  * A number stays if it is short and stands alone: two in a row may be a date or a telephone number.
+  * A number stays if it is short and stands alone: two in a row may be a date or a telephone number, one beside "years"
+    or "street" an age or an address.
   * A meaning is never that of the file: it is the dictionary's, or else the code itself.
 """
 
@@ -85,7 +86,7 @@ def cleaned(text: str, names: Collection[str] = ()) -> str:
     kept = []
     for at, (token, kind) in enumerate(tokens):
         neighbours = {tokens[other][1] for other in (at - 1, at + 1) if 0 <= other < len(tokens)}
-        if kind == "word" or (kind == "number" and not neighbours & {"number", "long"}):
+        if kind == "word" or (kind == "number" and not neighbours & {"number", "long", "never"}):
             kept.append(token)
     return " ".join(kept)
 
@@ -96,6 +97,8 @@ def _kind(token: str, names: Collection[str]) -> str:
     bare = numbered[1] if numbered else token
     if token in names or bare in names:
         return "name"
+    if token in sections()["never"]:
+        return "never"
     if token in vocabulary() or bare in vocabulary():
         return "word"
     if _NUMBER.fullmatch(token):

@@ -586,3 +586,17 @@ def test_the_name_of_a_private_block_is_that_of_the_list():
     made = engine(*ALL_OPTIONS).file(loaded(content))
     assert b"SIEMENS MR HEADER" in made
     assert b"Nowak" not in made
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("lesion 95 years", "lesion"),
+        ("Baker Street 221", ""),
+        ("aged 91", ""),
+        ("lung 12 Mar", "lung"),
+        ("head 12", "head 12"),
+    ],
+)
+def test_a_number_beside_years_or_a_street_goes_with_it(text, kept):
+    assert cleaned_words(text) == kept
