@@ -119,7 +119,7 @@ def _quarantine(app: FastAPI, desk: Desk) -> None:
         with shelf.opened(desk.store) as opened:
             chosen = reason if reason in set(Reason) else None
             number = quarantine.number_held(opened.connection, chosen)
-            found = quarantine.held(opened.connection, reason=chosen, first=max(0, first), most=shelf.PAGE)
+            found = quarantine.held(opened.connection, reason=chosen, first=_place(first), most=shelf.PAGE)
             reasons = quarantine.reasons_held(opened.connection)
         desk.names.update({one.handle: one.unit for one in found})
         return _page(
@@ -128,7 +128,7 @@ def _quarantine(app: FastAPI, desk: Desk) -> None:
             held=found,
             reasons=reasons,
             chosen=chosen or "",
-            paging=_Paging("/quarantine", {"reason": chosen or ""}, max(0, first), number),
+            paging=_Paging("/quarantine", {"reason": chosen or ""}, _place(first), number),
         )
 
 
@@ -238,9 +238,9 @@ def _cases(app: FastAPI, desk: Desk) -> None:
     def listed(request: Request, first: int = 0) -> Response:
         given = {name: request.query_params[name] for name in shelf.FILTERS if request.query_params.get(name)}
         with shelf.opened(desk.store) as opened:
-            found, number = opened.cases(given, first=max(0, first))
+            found, number = opened.cases(given, first=_place(first))
             choices = opened.choices()
-        paging = _Paging("/cases", given, max(0, first), number)
+        paging = _Paging("/cases", given, _place(first), number)
         return _page(desk, "cases", cases=found, choices=choices, chosen=given, paging=paging)
 
     @app.get("/cases/{name}")
@@ -312,6 +312,11 @@ def _resource(name: str) -> bytes:
 
 
 # --- parts of pages
+
+
+def _place(first: int) -> int:
+    """Where in a list a page begins, whatever its address says: a database counts to 2⁶³."""
+    return min(max(0, first), 1 << 40)
 
 
 @dataclass(frozen=True)

@@ -518,3 +518,9 @@ def test_a_second_series_in_the_quarantine_is_paged(own, open_desk):
     assert "1 to 50 of 62" in first
     assert 'rel="next"' in first
     assert 'rel="next"' not in second
+
+
+@pytest.mark.parametrize("first", ["-1", str(2**63), str(10**30)])
+def test_a_page_that_is_far_beyond_the_end_is_empty_and_no_error(desk, first):
+    for path in (f"/cases?first={first}", f"/quarantine?first={first}"):
+        assert desk.ask(path)[0] == 200
