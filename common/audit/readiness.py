@@ -16,6 +16,11 @@ def _statement(standing: Standing, entry: ReadinessEntry) -> None:
     said = standing.readiness_of(entry.site, entry.statement)
     if said is None:
         raise Wrong(f"what {entry.site} says of its data is not signed by it", "the statement is forged")
+    before = standing.ready.get(entry.site)
+    if before is not None and said.at <= before.at:
+        raise Wrong(
+            f"what {entry.site} says of its data is no newer than what it said before", "a statement was played again"
+        )
     if (said.site, said.run, said.plan) != (entry.site, entry.run, standing.digest):
         raise Wrong(
             f"what {entry.site} says of its data is about something else", "a statement was taken from elsewhere"
@@ -27,7 +32,7 @@ def _selected(standing: Standing, entry: RosterEntry) -> None:
     if failing:
         words = "; ".join(f"{site} ({some(clauses)})" for site, clauses in sorted(failing.items()))
         raise Wrong(f"the data of {words} do not meet the contract", "the model learned from data that it is not for")
-    silent = sorted(set(entry.sites) - set(standing.ready)) if _due(standing) else []
+    silent = sorted(set(entry.sites) - standing.fresh) if _due(standing) else []
     if silent:
         raise Wrong(
             f"{some(silent)} does not say whether its data meet the contract", "a site was selected without being asked"

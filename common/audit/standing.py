@@ -113,7 +113,7 @@ class Standing:
         ended_since: sites whose approval or enrolment ended since the run's last entry.
         proposed: the SHA-256 of the proposal of the plan, once it is in the log.
         said: what became of the run last.
-        ready: by site that was asked, what it said last of its data.
+        ready: by site that was asked, what it said last of its data; `fresh` who said it since the last roster.
         questions: by its digest, each cohort question; `answered` which of them were, each with the key of the site.
         roster: who takes part.
         models: by round, the SHA-256 of its model.
@@ -141,6 +141,7 @@ class Standing:
     proposed: str | None = None
     said: str = ""
     ready: dict[str, Readiness] = field(default_factory=dict)
+    fresh: set[str] = field(default_factory=set)
     questions: dict[str, Query] = field(default_factory=dict)
     answered: set[tuple[str, str]] = field(default_factory=set)
     roster: RosterEntry | None = None
@@ -235,6 +236,7 @@ class Standing:
         elif isinstance(entry, ReadinessEntry):
             if (said := self.readiness_of(entry.site, entry.statement)) is not None:
                 self.ready[entry.site] = said
+                self.fresh.add(entry.site)
         elif isinstance(entry, RosterEntry):
             self._begun(entry)
         elif isinstance(entry, RoundEntry):
@@ -248,6 +250,7 @@ class Standing:
     def _begun(self, entry: RosterEntry) -> None:
         """The run stands at a round: at the last, or at an earlier one where later ones were lost."""
         self.roster, self.round = entry, entry.round
+        self.fresh.clear()
         self.models.setdefault(entry.round, entry.model)
         self.models = {number: model for number, model in self.models.items() if number <= entry.round}
         self.counted = {number: sites for number, sites in self.counted.items() if number <= entry.round}

@@ -20,7 +20,7 @@ from locum.common.canonical import canonical_json, sha256_hex
 from locum.common.cohort import Told
 from locum.common.envelope import Proposal, seal_proposal
 from locum.common.identity import certificate_pem, fingerprint_of, new_key
-from locum.common.log.entries import Entry, RoundEntry, SiteEntry, moment, written
+from locum.common.log.entries import Entry, ReadinessEntry, RoundEntry, SiteEntry, moment, written
 from locum.common.log.note import with_lines
 from locum.common.plan import Plan
 from tests.audits import (
@@ -316,6 +316,7 @@ def test_who_gave_to_the_model_is_counted_among_its_witnesses(open_hand: Federat
     few = ("north", "riverside")
     said = [
         open_hand.said("resumed", 28),
+        *(open_hand.readiness(site, 28.5) for site in few),
         open_hand.roster(29, round=2, model=sha256_hex(model_of(2)), sites=few, excluded={"st-anne": "AWAY"}),
         open_hand.metrics(2, 30, "test", sites=few, per_site={}),
         open_hand.end(31, status="completed with losses"),
@@ -515,6 +516,12 @@ LIES: dict[str, tuple[Lie, int, int | None]] = {
     "a site that has ceased to be ready and is still in the roster": (
         lambda f, e: _with(e, ROUND_2, f.said("resumed", 16), f.readiness("north", 16.5, ("consent",)),
                            f.roster(17, round=1, model=sha256_hex(model_of(1))), e[ROUND_2]), 19, ROUND_2 + 2),
+    "a site that was not asked again when the run went on": (
+        lambda f, e: _with(e, ROUND_2, f.said("resumed", 16), *_ready(f, 16.5)[:2],
+                           f.roster(17, round=1, model=sha256_hex(model_of(1))), e[ROUND_2]), 19, ROUND_2 + 3),
+    "what a site said earlier, played again after it has ceased to be ready": (
+        lambda f, e: _with(e, ROUND_2, f.said("resumed", 16), f.readiness("north", 16.5, ("consent",)),
+                           f.readiness("north", 6.5), e[ROUND_2]), 19, ROUND_2 + 2),
     "losses that are not told": (
         lambda f, e: _with(e, ROUND_2, f.round(2, 20, sites=("north", "riverside"))), 17, END),
     "a site that could not take part, not told": (
@@ -589,6 +596,11 @@ def test_a_coordinator_that_lies_about_secure_sums_and_privacy_is_found(masked: 
 # --- what is no lie
 
 
+def _ready(federation: Federation, minutes: float) -> list[ReadinessEntry]:
+    """What every site says of its data when a run goes on."""
+    return [federation.readiness(site, minutes) for site in federation.sites]
+
+
 TRUTHS: dict[str, Lie] = {
     "cohort questions, an answer and a refusal": lambda f, e: _with(
         e, STARTED, f.question(6), f.answer("north", f.question(6), 6.1), f.question(6.2, name="another"),
@@ -603,14 +615,15 @@ TRUTHS: dict[str, Lie] = {
     "a round written down only after a crash, with the time at which it was committed": lambda f, e: _with(
         e, ROUND_2, SiteEntry(at=moment(f.at(90)), site="riverside", event="renewed",
                               certificate=fingerprint_of(f.certificates["riverside"])),
-        e[ROUND_2], f.said("resumed", 91), f.roster(92, round=2, model=sha256_hex(model_of(2))),
-        *[entry.model_copy(update={"at": moment(f.at(93))}) for entry in e[METRICS_2:]])[:19],
+        e[ROUND_2], f.said("resumed", 91), *_ready(f, 91.5), f.roster(92, round=2, model=sha256_hex(model_of(2))),
+        *[entry.model_copy(update={"at": moment(f.at(93))}) for entry in e[METRICS_2:]])[:22],
     "a round lost in a crash and made again": lambda f, e: [
-        *e[:METRICS_2], f.said("resumed", 26), f.roster(27, round=1, model=sha256_hex(model_of(1))), f.round(2, 28),
+        *e[:METRICS_2], f.said("resumed", 26), *_ready(f, 26.5),
+        f.roster(27, round=1, model=sha256_hex(model_of(1))), f.round(2, 28),
         f.metrics(2, 29), f.metrics(2, 30, "test"), f.end(31)],
     "a clock that is corrected": lambda f, e: _with(e, METRICS_1, f.metrics(1, 6)),
-    "an end that is written twice": lambda f, e: [*e, f.said("resumed", 40), f.roster(41, round=2, model=sha256_hex(
-        model_of(2))), f.metrics(2, 42, "test"), f.end(43)],
+    "an end that is written twice": lambda f, e: [*e, f.said("resumed", 40), *_ready(f, 40.5),
+        f.roster(41, round=2, model=sha256_hex(model_of(2))), f.metrics(2, 42, "test"), f.end(43)],
     "other runs between": lambda f, e: _with(
         e, ROUND_2, f.round(9, -99, run="another-run", start=sha("x")), e[ROUND_2]),
     "a test without a site that has no case": lambda f, e: _with(
