@@ -207,9 +207,12 @@ class Ready(NamedTuple):
 def release_description(
     policy: Policy, plan: Plan, site: str, found: Mapping[str, Any], ready: Ready | None = None
 ) -> Release:
-    """The site's configuration and ability; counts only if plan and policy release them, and they are no images'."""
-    counts = _counts(policy, plan) and plan.private is None
+    """The site's configuration and ability; counts only if plan and policy release them, and they are no images'.
+
+    None of data that are not ready: beside clauses that fail they would tell what the statement rounds.
+    """
     failing = ready.said.failing if ready is not None else ()
+    counts = _counts(policy, plan) and plan.private is None and not failing
     return Release(
         Description(
             plan_digest=plan.digest,

@@ -185,7 +185,7 @@ def test_a_label_with_a_patients_name_stays_in_the_sites_own_log(employ: Callabl
     assert _NAME in _log(agent)
     found = describe(agent, of)
     assert not found.able
-    assert found.reason == "1 cases have no label of the plan"
+    assert found.reason == "the contract is not met: classes"
     assert _NAME not in found.model_dump_json()
 
 
@@ -209,14 +209,11 @@ def test_a_site_without_a_catalog_says_that_its_data_cannot_be_read(
     assert "holds no catalog" in _log(agent)
 
 
-def test_a_site_without_a_fitting_case_is_not_able_and_says_how_many_it_has(agent: Agent) -> None:
+def test_a_site_without_a_fitting_case_is_not_able_and_says_which_clauses_it_does_not_meet(agent: Agent) -> None:
     of = plan(contract__modality=["MR"], contract__least_patients=3)
     found = describe(agent, of)
     assert not found.able
-    assert (
-        found.reason
-        == "0 training patients have images that fit the contract (modality, dimensions, spacing), which asks for 3"
-    )
+    assert (found.cases, found.reason) == (None, "the contract is not met: modality, dimensions, least_patients")
     assert failure(send_training(agent, of)) == (Code.NO_DATA, "NO_DATA")
 
 

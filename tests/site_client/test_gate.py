@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from locum.common.errors import Code, SiteFailure
+from locum.common.identity import new_key
 from locum.common.messages import (
     Description,
     EvaluateResult,
@@ -22,6 +23,7 @@ from locum.common.names import METRICS
 from locum.site_client import gate
 from locum.site_client.agent import Agent
 from locum.site_client.gate import Made, Policy, PolicyRefusal
+from tests.readiness import ready
 from tests.site_client.asking import failure, plan, segmentation_plan, send_training
 
 _FOUND = {
@@ -102,6 +104,14 @@ def test_a_description_is_copied_field_by_field() -> None:
     assert found.missing_classes == ("lesion",)
     assert tensors == {}
     assert b"Mustermann" not in released["locum"]["json"]  # type: ignore[index,operator]
+
+
+def test_a_description_of_data_that_are_not_ready_has_no_number() -> None:
+    of = plan()
+    said = ready(of, "north", new_key(), "run", ("least_patients",))
+    found, _ = unpack(pack(*gate.release_description(Policy(), of, "north", _FOUND, said)), Description)
+    assert (found.able, found.cases, found.missing_classes) == (False, None, ())
+    assert found.reason == "the contract is not met: least_patients"
 
 
 _no_counts = pytest.mark.parametrize(
