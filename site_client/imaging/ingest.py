@@ -162,6 +162,9 @@ def ingest(site: SiteData, store: Path, *, keys: Keys, progress: Callable[[Progr
         withdrawn = consent.withdrawn(site.consent, keys)
         cleaner = Deidentifier(site.deidentification, keys)
         desk = _Desk(site, store, keys, inventory, Reader(), cleaner, withdrawn, progress or _tell_nobody)
+        if inventory.withdraw(withdrawn):  # first of all: a PACS that is away must not hold it up
+            consent.forget_reports(store)
+            sweep(store, inventory.is_file_of)
         _retrieve(desk)
         inventory.expect([f"{source.kind} {GATE_VERSION}" for source in site.sources])
         found, new = inventory.walked(find_items(site, store, keys))

@@ -41,6 +41,8 @@ CREATE TEMP TABLE decided (
 ) WITHOUT ROWID;
 CREATE INDEX temp.decided_by_patient ON decided (patient, fold);
 """
+#: A reader of a large catalog holds it for as long as it reads; an ingest waits.
+_PATIENCE_S = 600.0
 #: Rows that are at hand at a time.
 _PAGE = 512
 _NEW = """
@@ -81,7 +83,7 @@ class Inventory:
         Raises:
             DataError: it belongs to another site or was made with other keys.
         """
-        with closing(sqlite3.connect(store / catalog.FILE_NAME)) as connection:
+        with closing(sqlite3.connect(store / catalog.FILE_NAME, timeout=_PATIENCE_S)) as connection:
             connection.execute("PRAGMA secure_delete = ON")  # what was known of who has withdrawn is overwritten
             catalog.create(connection)
             catalog.check_version(connection, store)
@@ -99,6 +101,25 @@ class Inventory:
                 catalog.write_meta(self.connection, name, value)
         elif known != value:
             raise DataError(f"the store {self.store} was made with another {name}", remedy)
+
+    def withdraw(self, patients: frozenset[str]) -> int:
+        """Take the cases of patients (pseudonyms) out at once, whatever becomes of the rest of the ingest.
+
+        Returns:
+            How many cases; their files are to be swept.
+        """
+        rows = self.connection.execute(
+            "SELECT unit, patient, json_extract(known, '$.patient') FROM cases JOIN units ON units.key = cases.unit"
+        )
+        gone = [(unit,) for unit, *names in rows if not patients.isdisjoint(names)] if patients else []
+        with self.connection:
+            self.connection.executemany("DELETE FROM codes WHERE case_id = (SELECT id FROM cases WHERE unit = ?)", gone)
+            self.connection.executemany("DELETE FROM cases WHERE unit = ?", gone)
+            self.connection.executemany(
+                "UPDATE units SET reason = ?, detail = '', inputs = '' WHERE key = ?",
+                [(Reason.CONSENT_WITHDRAWN, *unit) for unit in gone],
+            )
+        return len(gone)
 
     # --- walked
 

@@ -14,7 +14,10 @@ from locum.simulations.preparation import prepare_site, site_keys
 from locum.site_client.imaging.consent import State, withdrawn, withdrawn_patients
 from locum.site_client.imaging.ingest import ingest
 from locum.site_client.imaging.keys import Keys
+from locum.site_client.imaging.known import Known
 from locum.site_client.imaging.reasons import Reason
+from locum.site_client.imaging.retrieve.arrival import Arrival
+from locum.site_client.imaging.retrieve.spool import Spool
 from locum.site_client.imaging.sources import Consent, load_site
 from locum.site_client.settings import Settings
 from locum.site_client.worker import Worker
@@ -110,6 +113,30 @@ def test_who_withdraws_leaves_catalog_and_store_with_everything(two):
     catalog.close()
     assert {name.partition(".")[0] for name in files(two)} == {case}
     assert len(before) > len(files(two))
+
+
+def test_a_retrieval_that_fails_holds_up_no_withdrawal(two):
+    folder = {"kind": "dicom", "path": "dicom"}
+    query = {"accessions": str(two.table("accessions.txt", "*\n"))}
+    web = {"kind": "dicomweb", "url": "http://127.0.0.1:9/dicom-web", "query": query}
+    two.table("withdrawn.txt", "P1\n")
+    with pytest.raises(DataError, match="accession"):
+        two.ingest(consent={"withdrawn": "withdrawn.txt"}, sources=[folder, web])
+    catalog = two.catalog()
+    (case,) = catalog.connection.execute("SELECT id FROM cases").fetchone()
+    counts = catalog.counts()
+    catalog.close()
+    assert (counts.cases, counts.quarantined) == (1, {Reason.CONSENT_WITHDRAWN: 10})
+    assert {name.partition(".")[0] for name in files(two)} == {case}
+
+
+def test_what_a_pacs_gave_goes_when_the_site_file_names_the_pacs_no_more(two):
+    with Spool.opened(two.store, 1, made="before") as spool:
+        for patient in ("P1", "P3"):
+            spool.put("series", patient, Arrival("sop", Known(KEYS.patient(patient), study=patient), b"cleaned"))
+        spool.commit()
+    withdraw(two, "P1\n")
+    assert [path.parent.name for path in (two.store / "incoming").rglob("*.dcm")] == ["P3"]
 
 
 def test_no_id_is_written_down(two):
