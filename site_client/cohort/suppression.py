@@ -32,6 +32,7 @@ _Floats = NDArray[np.float64]
 _AT_ONCE = 32
 #: Whether whole patients give the numbers is looked for so long; what is not found by then is not told.
 _MOST_SECONDS = 20.0
+_NEARLY = 1e-6
 #: Products of numbers below it fit into 64 bits.
 _PRIME = (1 << 31) - 1
 
@@ -151,22 +152,35 @@ class _Standing:
 
         Of whole patients: halves would hide that a sum is odd, which tells of a small group. None if it takes too long.
         """
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import csr_matrix, eye, hstack
-
         rows, counts = self.large[:cells], self.counts[:cells]
         if rows.shape[1] == 0:
             return None if cells > known else float(counts.sum())
-        slack = eye(cells, known)
-        groups, slacks = np.ones(rows.shape[1]), np.ones(2 * known)
-        found: Any = milp(
-            np.concatenate([0 * groups, slacks]),
-            constraints=LinearConstraint(hstack([csr_matrix(rows), slack, -slack], format="csc"), counts, counts),
-            bounds=Bounds(np.concatenate([self.least * groups, 0 * slacks]), np.inf),
-            integrality=np.concatenate([groups, 0 * slacks]),
-            options={"time_limit": _MOST_SECONDS},
-        )
-        return float(found.fun) if found.status == 0 else None
+        found = _least_missed(rows, counts, known, self.least, whole=False)
+        if found is None or _is_whole(found):
+            return None if found is None else float(found[rows.shape[1] :].sum())
+        found = _least_missed(rows, counts, known, self.least, whole=True)
+        return None if found is None else float(found[rows.shape[1] :].sum())
+
+
+def _least_missed(rows: _Floats, counts: _Floats, known: int, least: int, *, whole: bool) -> _Floats | None:
+    """Patients of each group, `least` or more, and by how many the first `known` counts are missed, up and down."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_matrix, eye, hstack
+
+    slack = eye(len(rows), known)
+    groups, slacks = np.ones(rows.shape[1]), np.ones(2 * known)
+    found: Any = milp(
+        np.concatenate([0 * groups, slacks]),
+        constraints=LinearConstraint(hstack([csr_matrix(rows), slack, -slack], format="csc"), counts, counts),
+        bounds=Bounds(np.concatenate([least * groups, 0 * slacks]), np.inf),
+        integrality=np.concatenate([groups, 0 * slacks]) * whole,
+        options={"time_limit": _MOST_SECONDS},
+    )
+    return found.x if found.status == 0 else None
+
+
+def _is_whole(numbers: _Floats) -> bool:
+    return bool(np.all(np.abs(numbers - np.rint(numbers)) < _NEARLY))
 
 
 def _rank(rows: _Floats) -> int:
