@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import nibabel
@@ -178,3 +179,24 @@ def test_a_sidecar_that_is_older_than_its_image_is_seen(hospital):
     sidecar.unlink()
     hospital.ingest(sources=sources)
     assert [facts.manufacturer for facts in hospital.catalog().facts()] == [""]
+
+
+@pytest.mark.slow
+def test_an_ingest_waits_for_whoever_reads_a_large_catalog(hospital, series):
+    hospital.write(series())
+    hospital.ingest()
+
+    def read_slowly() -> int:
+        rows = hospital.catalog().connection.execute("SELECT * FROM items")
+        rows.fetchone()
+        os.write(writing, b"x")
+        time.sleep(7)  # longer than SQLite waits unless told
+        return 0
+
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os._exit(read_slowly())
+    os.read(reading, 1)
+    assert hospital.ingest(defaced=True).cases == 1
+    os.waitpid(child, 0)
