@@ -482,16 +482,18 @@ class SiteData(BaseModel):
         if "retain_uids" in self.deidentification.options and kinds & {"dicomweb", "dimse"}:
             raise ValueError("retain_uids is not for a PACS: what comes from one is filed under keyed UIDs")
         if kinds & {"dicomweb", "dimse"}:
-            self._cleaned_objects_still_say_it()
+            self._check_pacs()
         if self.labels is not None and kinds == {"npz"}:
             raise ValueError("an npz source carries its own labels: remove labels, or use the source's classes")
         if self.table is not None and (self.table.key == "index") != (kinds == {"npz"}):
             raise ValueError("table key 'index' is for npz sources, and the only one for them")
         return self
 
-    def _cleaned_objects_still_say_it(self) -> None:
-        """Objects of a PACS are cleaned on arrival: what labels or masks are read from must survive that."""
+    def _check_pacs(self) -> None:
+        """What comes from a PACS is cleaned on arrival: what labels and masks are read from must survive that."""
         kept = self.deidentification.options
+        if self.table is not None and self.table.patient_column is not None:
+            raise ValueError("patient_column is for images that carry no patient: those of a PACS have their own")
         if isinstance(self.labels, SrLabels) and "clean_structured_content" not in kept:
             raise ValueError("labels in SR from a PACS need deidentification.options: [clean_structured_content, …]")
         if isinstance(self.masks, ObjectMasks) and self.masks.kind == "rtstruct" and "clean_descriptors" not in kept:

@@ -62,6 +62,11 @@ def three(hospital, series):
             "name: n\nsources: [{kind: dicomweb, url: 'http://pacs'}]\nmasks: {kind: rtstruct, segments: {L: 1}}\n",
             "clean_descriptors",
         ),
+        (
+            "name: n\nsources: [{kind: dicomweb, url: 'http://pacs'}]\n"
+            "table: {file: t.csv, key: accession, key_column: a, patient_column: p}\n",
+            "patient_column is for images that carry no patient",
+        ),
     ],
 )
 def test_a_wrong_site_file_is_told_with_its_place(tmp_path, text, says):
