@@ -350,7 +350,7 @@ def live(hospital, series, seed: int, *, rounds: int) -> None:
         check(world, hospital.store, hospital.folder / "fresh")
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(7))
 def test_a_store_is_what_lies_in_the_sources_now_whatever_lay_there_and_whatever_was_cut_off(hospital, series, seed):
     live(hospital, series, seed, rounds=12)
 
