@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from locum.site_client.imaging import catalog
+from locum.site_client.imaging.keys import Keys
 
 _STATED = ("patient", "label", "modality", "manufacturer", "body_part", "sex", "age", "month")
 _SECONDS = ("EchoTime", "RepetitionTime", "InversionTime")
@@ -43,6 +44,10 @@ class Entry:
     codes: tuple[str, ...] = ()
 
 
+#: Give the patients of such catalogs their places.
+KEYS = Keys.of(bytes(32))
+
+
 def write_catalog(store: Path, entries: Iterable[Entry]) -> None:
     """Writes a store's catalog anew, with a case of each entry."""
     store.mkdir(parents=True, exist_ok=True)
@@ -60,8 +65,8 @@ def _insert(connection: sqlite3.Connection, name: str, entry: Entry) -> None:
     stated: dict[str, Any] = {column: getattr(entry, column) for column in _STATED}
     made = {"id": name, "unit": name, "image": f"{name}.nii", "shape": "[1,1,1]", "dtype": "int16", "slices": 1}
     numbers = {"spacing": json.dumps(entry.spacing), "parameters": json.dumps(dict(entry.parameters))}
-    empty = dict.fromkeys(("model", "sop_class", "orientation", "profile"), "") | {"place": 0.0, "defaced": 0}
-    row = stated | made | numbers | empty
+    empty = dict.fromkeys(("model", "sop_class", "orientation", "profile"), "") | {"defaced": 0}
+    row = stated | made | numbers | empty | {"place": KEYS.place(entry.patient)}
     places = ", ".join("?" * len(row))
     query = f"INSERT INTO cases ({', '.join(row)}) VALUES ({places})"  # noqa: S608 (names of our own)
     connection.execute(query, tuple(row.values()))

@@ -141,13 +141,17 @@ def _state(store: Path) -> tuple[int, ...]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
+#: Who a case is of: the place in the split, which stays when the key for names is renewed, to its last digit.
+_PERSON = "CASE patient WHEN '' THEN '' ELSE printf('%!.17g', place) END"
+
+
 def read_columns(stores: Sequence[Path]) -> Columns:
     """Reads the catalogs of stores; raises DataError as :meth:`Cohorts.columns`."""
     for store in stores:
         with closing(Catalog.open(store)) as catalog:
             if not read_meta(catalog.connection, "complete", False):
                 raise DataError(f"the last ingest into {store} did not finish", "run it again: it continues")
-    rows = list(_selected(stores, f"patient, age, {', '.join(_TEXTS)}"))
+    rows = list(_selected(stores, f"{_PERSON}, age, {', '.join(_TEXTS)}"))
     patient, age, *texts = zip(*rows, strict=True) if rows else ((),) * (2 + len(_TEXTS))
     people = _numbered(patient)
     ages = np.array([-1 if each is None else each for each in age], dtype=np.int16)

@@ -63,8 +63,8 @@ def three(hospital, series):
             "clean_descriptors",
         ),
         (
-            "name: n\nsources: [{kind: dicomweb, url: 'http://pacs'}]\n"
-            "table: {file: t.csv, key: accession, key_column: a, patient_column: p}\n",
+            "name: n\nsources: [{kind: dicomweb, url: 'http://pacs'}]\n\
+table: {file: t.csv, key: accession, key_column: a, patient_column: p}\n",
             "patient_column is for images that carry no patient",
         ),
     ],
