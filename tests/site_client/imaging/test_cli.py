@@ -38,7 +38,8 @@ def test_ingest_shows_counts_reasons_and_the_next_step(site_file, hospital):
 def test_ingest_and_catalog_speak_json(site_file, hospital):
     counts = json.loads(run("ingest", site_file, "--store", hospital.store, "--json"))
     assert counts == {
-        "found": 7, "stored": 5, "annotations": 0, "cases": 1, "quarantined": {"no_patient_id": 2}, "labels_without_image": 0,
+        "found": 7, "stored": 5, "annotations": 0, "cases": 1, "quarantined": {"no_patient_id": 2},
+        "labels_without_image": 0,
     }  # fmt: skip
     catalog = json.loads(run("catalog", "--store", hospital.store, "--json"))
     assert catalog["scanners"] == {"CT ACME One": 1}
