@@ -28,7 +28,7 @@ from locum.site_client.imaging.quarantine import released
 from locum.site_client.imaging.reasons import Reason, RefusedError
 from locum.site_client.imaging.sources import DicomSource, NiftiSource, NpzSource, PacsSource, SiteData
 
-_KEPT_BYTES = 64 << 20
+_KEPT_BYTES = 128 << 20
 #: What a parsed header takes in memory besides its values (measured: 20 to 40 KB for 45 elements).
 _HEADER_BYTES = 32 << 10
 

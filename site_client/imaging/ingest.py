@@ -35,7 +35,7 @@ from locum.site_client.imaging.catalog import CaseRow, Counts, Outcome
 from locum.site_client.imaging.damage import damage_is
 from locum.site_client.imaging.declared import note
 from locum.site_client.imaging.deid.engine import Deidentifier
-from locum.site_client.imaging.grids import picture
+from locum.site_client.imaging.grids import Volume, picture
 from locum.site_client.imaging.grouping import Reader, Watch, group, look
 from locum.site_client.imaging.headers import text
 from locum.site_client.imaging.inventory import Inventory, batches
@@ -391,8 +391,8 @@ def _case(desk: _Desk, decision: _Decision, masks: MaskSource, draft: Draft) -> 
         place=decision.place,
         fold=decision.fold,
         label=decision.label.name if decision.label else None,
-        image=draft.write(f"{VOLUMES}/{name}.nii", nifti.encode(volume)),
-        mask=draft.write(f"{MASKS}/{name}.nii", nifti.encode(mask)) if mask else None,
+        image=_written(draft, f"{VOLUMES}/{name}.nii", volume),
+        mask=_written(draft, f"{MASKS}/{name}.nii", mask) if mask else None,
         modality=loaded.modality,
         manufacturer=loaded.manufacturer,
         model=loaded.model,
@@ -410,6 +410,11 @@ def _case(desk: _Desk, decision: _Decision, masks: MaskSource, draft: Draft) -> 
         defaced=desk.site.defaced,
         parameters=json.dumps(dict(protocol.parameters)),
     )
+
+
+def _written(draft: Draft, name: str, volume: Volume) -> str:
+    header, voxels = nifti.parts_of(volume)
+    return draft.write(name, header, voxels.data)
 
 
 def _load(desk: _Desk, decision: _Decision) -> Loaded:

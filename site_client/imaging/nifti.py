@@ -29,6 +29,12 @@ _OFF_GRID = 0.1
 
 def encode(volume: Volume) -> bytes:
     """A volume as the bytes of a .nii file (NIfTI-1, little endian, sform and qform in scanner coordinates)."""
+    header, voxels = parts_of(volume)
+    return header + voxels.tobytes()
+
+
+def parts_of(volume: Volume) -> tuple[bytes, Array]:
+    """What :func:`encode` puts together: the header, and the voxels as they lie in the file, of the volume's memory."""
     header = nibabel.Nifti1Header(endianness="<")
     header.set_data_dtype(volume.array.dtype)
     header.set_data_shape(volume.array.shape)
@@ -38,7 +44,7 @@ def encode(volume: Volume) -> bytes:
         header.set_qform(volume.affine, code=1)
     header.set_xyzt_units("mm")
     header["vox_offset"] = 352
-    return bytes(header.binaryblock) + bytes(4) + volume.array.tobytes(order="F")
+    return bytes(header.binaryblock) + bytes(4), np.ascontiguousarray(volume.array.T)
 
 
 def _is_orthogonal(affine: Floats) -> bool:

@@ -9,6 +9,7 @@ Rules:
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import shutil
 import sqlite3
@@ -34,11 +35,13 @@ class Draft:
         self._store = store
         self._names: list[str] = []
 
-    def write(self, name: str, content: bytes) -> str:
-        """Write the content of the file `name` (relative to the store) and return the name."""
+    def write(self, name: str, *parts: bytes | memoryview) -> str:
+        """Write the file `name` (relative to the store), part after part, and return the name."""
         part = self._store / f"{name}{_PART}"
         part.parent.mkdir(exist_ok=True)
-        part.write_bytes(content)
+        with part.open("wb", buffering=0) as file:
+            for content in parts:
+                _write_all(file, content)
         self._names.append(name)
         return name
 
@@ -57,6 +60,13 @@ class Draft:
         for folder in {(self._store / name).parent for name in self._names}:
             flush(folder)
         self._names.clear()
+
+
+def _write_all(file: io.FileIO, content: bytes | memoryview) -> None:
+    """One write of the system takes at most 2 GiB."""
+    rest = memoryview(content).cast("B")
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def sweep(store: Path, belongs: Callable[[str, str], bool]) -> None:

@@ -519,17 +519,17 @@ def test_a_mask_replaced_while_its_image_is_stored_is_taken_at_the_next_ingest(h
     nibabel.save(first, mask)
     if not known:
         hospital.store.rename(hospital.folder / "old")
-    write = Path.write_bytes
+    opened = Path.open
 
-    def write_and_replace(path, content):
-        """The mask has been read and its image is on its way to the disk."""
+    def replace_and_open(path, *args, **kwargs):
+        """The mask has been read and is on its way to the disk."""
         if path.parent == hospital.store / "masks":
             nibabel.save(second, mask)
             os.utime(mask, (time.time() + 5, time.time() + 5))
-        return write(path, content)
+        return opened(path, *args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_bytes", write_and_replace)
+        patched.setattr(Path, "open", replace_and_open)
         hospital.ingest(masks={"path": "masks", "key": "patient"})
     hospital.ingest(masks={"path": "masks", "key": "patient"})
     assert np.unique(nibabel.load(hospital.catalog().cases(SPLIT)[0].mask).dataobj) == [2]
