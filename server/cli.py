@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from locum.common.errors import DataError, RunError
 from locum.server.home import Home, ServerConfig, default_home, read_config
 from locum.server.log_cli import show_log
+from locum.server.options import HomeDir, Json
 from locum.server.start_cli import start, status
 
 if TYPE_CHECKING:
@@ -31,17 +32,6 @@ app = typer.Typer(
     add_completion=False,
 )
 
-_Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-_HomeDir = Annotated[
-    Path,
-    typer.Option(
-        "--home",
-        metavar="DIR",
-        default_factory=default_home,
-        show_default="$LOCUM_SERVER_HOME or ./locum-server",
-        help="The coordinator's folder.",
-    ),
-]
 _Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False, help="The site's name.")]
 
 #: The loopback's ports when nobody else has them.
@@ -50,7 +40,7 @@ _SUPERLINK_PORT, _HINTS_PORT = 9091, 9092
 
 @app.command()
 def init(
-    home: _HomeDir,
+    home: HomeDir,
     name: Annotated[str, typer.Option("--name", help="The federation's name.", show_default=False)],
     host: Annotated[
         str, typer.Option("--host", help="The name or address under which hospitals reach it.", show_default=False)
@@ -58,7 +48,7 @@ def init(
     port: Annotated[int, typer.Option("--port", help="The one port that hospitals need.")] = 8443,
     listen: Annotated[str, typer.Option("--listen", help="The address to bind.")] = "0.0.0.0",  # noqa: S104 - hospitals must reach it
     certificate_days: Annotated[float, typer.Option("--certificate-days", help="How long a site is certified.")] = 90,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Begin a federation: its authority, the gateway's certificate, the log's key, the configuration."""
     from locum.server.authority import initialise
@@ -94,12 +84,12 @@ app.command("log")(show_log)
 @app.command()
 def invite(
     name: _Name,
-    home: _HomeDir,
+    home: HomeDir,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="FILE", show_default="NAME.invitation.json", help="Where the invitation goes."),
     ] = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Invite a hospital: one file, for this name, good once and for 24 hours."""
     from locum.server.authority import load_authority
@@ -121,7 +111,7 @@ def invite(
 
 
 @app.command()
-def sites(home: _HomeDir, as_json: _Json = False) -> None:
+def sites(home: HomeDir, as_json: Json = False) -> None:
     """List the sites that are enrolled, were revoked, or are invited."""
     read_config(Home(home))
     with closing(_registry(home)) as registry:
@@ -138,7 +128,7 @@ def sites(home: _HomeDir, as_json: _Json = False) -> None:
 
 
 @app.command()
-def revoke(name: _Name, home: _HomeDir, as_json: _Json = False) -> None:
+def revoke(name: _Name, home: HomeDir, as_json: Json = False) -> None:
     """Show a site out, at once: its certificates and open invitations end. It can be invited again."""
     from locum.server.log import open_log
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from locum.common.errors import DataError, RunError
-from locum.server.home import Home, default_home, read_config, who_types
+from locum.server.home import Home, read_config, who_types
+from locum.server.options import HomeDir, Json
 
 if TYPE_CHECKING:
     from locum.server.cohort import Cell, Result
@@ -23,16 +24,7 @@ _LOOK_SECONDS = 0.5
 
 @app.command()
 def cohort(  # noqa: PLR0913, PLR0917 - the options of a command
-    home: Annotated[
-        Path,
-        typer.Option(
-            "--home",
-            metavar="DIR",
-            default_factory=default_home,
-            show_default="$LOCUM_SERVER_HOME or ./locum-server",
-            help="The coordinator's folder.",
-        ),
-    ],
+    home: HomeDir,
     query: Annotated[
         Path | None, typer.Argument(metavar="[QUERY]", show_default=False, help="A QUERY.yaml to ask.")
     ] = None,
@@ -44,7 +36,7 @@ def cohort(  # noqa: PLR0913, PLR0917 - the options of a command
     ] = None,
     every: Annotated[bool, typer.Option("--list", help="List the questions that were asked.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="A line for each cell and site.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    as_json: Json = False,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with bars, too.")] = None,
 ) -> None:
     """Ask the sites how many of their patients fit a description, and show what they tell."""

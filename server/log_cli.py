@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from locum.server.home import Home, default_home, read_config
+from locum.server.home import Home, read_config
+from locum.server.options import HomeDir, Json
 
 
 def show_log(
-    home: Annotated[
-        Path,
-        typer.Option(
-            "--home",
-            metavar="DIR",
-            default_factory=default_home,
-            show_default="$LOCUM_SERVER_HOME or ./locum-server",
-            help="The coordinator's folder.",
-        ),
-    ],
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    home: HomeDir,
+    as_json: Json = False,
 ) -> None:
     """Show the log's size, root and last checkpoint, and up to where each site has witnessed it."""
     found = _looked_at(Home(home))

@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from locum.server.home import Home, default_home, read_config
+from locum.server.home import Home, read_config
+from locum.server.options import HomeDir, Json
 
 if TYPE_CHECKING:
     from locum.common.envelope import Readiness
@@ -24,17 +24,8 @@ def readiness(
     digest: Annotated[
         str, typer.Argument(metavar="DIGEST", show_default=False, help="The plan's digest, or its first 6 digits.")
     ],
-    home: Annotated[
-        Path,
-        typer.Option(
-            "--home",
-            metavar="DIR",
-            default_factory=default_home,
-            show_default="$LOCUM_SERVER_HOME or ./locum-server",
-            help="The coordinator's folder.",
-        ),
-    ],
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    home: HomeDir,
+    as_json: Json = False,
 ) -> None:
     """Show which sites' data meet a plan's contract, which clause fails where, and of whom the data are."""
     folder = Home(home)

@@ -17,6 +17,7 @@ import typer
 
 from locum.common.errors import RunError
 from locum.server.home import Home, default_home, read_config, who_types
+from locum.server.options import HomeDir, Json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,17 +33,6 @@ def _app() -> typer.Typer:
 
 propose_app, run_app, watch_app, stop_app, resume_app, pull_app = (_app() for _ in range(6))
 
-_HomeDir = Annotated[
-    Path,
-    typer.Option(
-        "--home",
-        metavar="DIR",
-        default_factory=default_home,
-        show_default="$LOCUM_SERVER_HOME or ./locum-server",
-        help="The coordinator's folder.",
-    ),
-]
-_Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 _RunName = Annotated[
     str, typer.Argument(metavar="RUN", show_default=False, help="A run's name, or the beginning or the end of it.")
 ]
@@ -57,9 +47,9 @@ _LEFT = 130
 @propose_app.command()
 def propose(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", show_default=False, help="A plan.yaml.")],
-    home: _HomeDir,
+    home: HomeDir,
     by: Annotated[str, typer.Option("--by", help="Who proposes it; the sites read this.", show_default="you")] = "",
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Check a plan, sign it, and put it before the sites."""
     from locum.common.plan import load_plan
@@ -100,13 +90,13 @@ def run(
     digest: Annotated[
         str, typer.Argument(metavar="DIGEST", show_default=False, help="A proposed plan's digest, or six digits of it.")
     ],
-    home: _HomeDir,
+    home: HomeDir,
     wait: Annotated[bool, typer.Option("--wait", help="Watch the run until it ends.")] = False,
     anyway: Annotated[bool, typer.Option("--anyway", help="Start it below quorum; it waits for sites.")] = False,
     without: Annotated[
         list[str] | None, typer.Option("--without", metavar="SITE", help="Leave a site out; can be given again.")
     ] = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Run a plan that sites have approved."""
     from locum.server.proposals import proposed, sites_of
@@ -178,7 +168,7 @@ def _is_of(run: Run, digest: str) -> bool:
 
 @watch_app.command()
 def watch(
-    home: _HomeDir,
+    home: HomeDir,
     run: Annotated[
         str | None,
         typer.Argument(
@@ -186,7 +176,7 @@ def watch(
         ),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="List all runs with their states, once.")] = False,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Watch a run until it ends: its rounds, losses and metrics, and what each site does. Ctrl-C leaves it alone."""
     from locum.server.runs import find, newest
@@ -284,7 +274,7 @@ def _print_runs(rows: Iterable[tuple[Run, Status]]) -> None:
 
 
 @stop_app.command()
-def stop(run: _RunName, home: _HomeDir, as_json: _Json = False) -> None:
+def stop(run: _RunName, home: HomeDir, as_json: Json = False) -> None:
     """Stop a run; its committed rounds are kept, and it can be resumed."""
     from locum.server.runs import find
 
@@ -299,7 +289,7 @@ def stop(run: _RunName, home: _HomeDir, as_json: _Json = False) -> None:
 
 
 @resume_app.command()
-def resume(run: _RunName, home: _HomeDir, as_json: _Json = False) -> None:
+def resume(run: _RunName, home: HomeDir, as_json: Json = False) -> None:
     """Go on with a run that was stopped or has failed, from its last committed round."""
     from locum.server.runs import find
 
@@ -341,11 +331,11 @@ def _say_wanted(run: Run, as_json: bool, text: str) -> None:
 @pull_app.command()
 def pull(
     run: _RunName,
-    home: _HomeDir,
+    home: HomeDir,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where to put it.", show_default="./RUN")
     ] = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Fetch a run's model, metrics, report and model card; before its end those of the last committed round."""
     from locum.server import outcome

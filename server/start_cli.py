@@ -8,27 +8,17 @@ import signal
 import socket
 import threading
 import time
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from locum.server.home import Home, ServerConfig, default_home, read_config
+from locum.server.home import Home, ServerConfig, read_config
+from locum.server.options import HomeDir, Json
 
-_HomeDir = Annotated[
-    Path,
-    typer.Option(
-        "--home",
-        metavar="DIR",
-        default_factory=default_home,
-        show_default="$LOCUM_SERVER_HOME or ./locum-server",
-        help="The coordinator's folder.",
-    ),
-]
 _READY_SECONDS = 60.0
 
 
-def start(home: _HomeDir) -> None:
+def start(home: HomeDir) -> None:
     """Run the coordinator: SuperLink, SuperExec and gateway, until Ctrl-C or SIGTERM. Restarts what dies."""
     from locum.server.invitations import gateway_address
     from locum.server.supervisor import supervise
@@ -66,9 +56,7 @@ def _answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def status(
-    home: _HomeDir, as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False
-) -> None:
+def status(home: HomeDir, as_json: Json = False) -> None:
     """Show whether the coordinator runs, what every site said last, and the runs that go on."""
     from locum.server.gateway.live import read_live
     from locum.server.registry import Registry
