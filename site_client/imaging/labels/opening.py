@@ -40,9 +40,9 @@ def mask_source(site: SiteData, keys: Keys, annotations: Sequence[Annotation]) -
 
         return FolderMasks(site, keys)
     if masks.kind == "seg":
-        from locum.site_client.imaging.labels.seg import SegMasks
+        from locum.site_client.imaging.labels.seg import seg_masks
 
-        return SegMasks(masks, keys, annotations)
-    from locum.site_client.imaging.labels.rtstruct import RtStructMasks
+        return seg_masks(masks, keys, annotations)
+    from locum.site_client.imaging.labels.rtstruct import rtstruct_masks
 
-    return RtStructMasks(masks, keys, annotations)
+    return rtstruct_masks(masks, keys, annotations)

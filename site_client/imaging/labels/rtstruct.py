@@ -23,7 +23,7 @@ from pydicom.uid import RTStructureSetStorage
 
 from locum.site_client.imaging.damage import damage_is
 from locum.site_client.imaging.dicom import MAX_VOXELS
-from locum.site_client.imaging.grids import Array, Floats, Volume
+from locum.site_client.imaging.grids import Array, Floats
 from locum.site_client.imaging.items import Unit
 from locum.site_client.imaging.keys import Keys
 from locum.site_client.imaging.labels.canvas import (
@@ -32,9 +32,8 @@ from locum.site_client.imaging.labels.canvas import (
     Drawing,
     Region,
     chosen,
-    masks_by_reader,
-    one_mask,
 )
+from locum.site_client.imaging.labels.drawn import DrawnMasks
 from locum.site_client.imaging.labels.given import Annotation
 from locum.site_client.imaging.labels.objects import Found, ObjectIndex, code_name
 from locum.site_client.imaging.reasons import Reason, RefusedError
@@ -56,42 +55,18 @@ _MOST = 1000
 _ACROSS = 0.01
 
 
-class RtStructMasks:
+def rtstruct_masks(masks: ObjectMasks, keys: Keys, annotations: Iterable[Annotation]) -> DrawnMasks:
     """The masks of a site in RT Structure Sets."""
 
-    def __init__(self, masks: ObjectMasks, keys: Keys, annotations: Iterable[Annotation]) -> None:
-        self._masks = masks
-        self._index = ObjectIndex(masks.path, CLASSES, annotations, keys, reader=_operator)
-
-    def stamp(self, unit: Unit) -> str | None:
-        """As :meth:`MaskSource.stamp`."""
-        return self._index.stamp(unit, self._masks.model_dump_json())
-
-    def read(self, unit: Unit, image: Volume) -> Volume:
-        """As :meth:`MaskSource.read`; also raises RefusedError (conflicting_labels)."""
-        return one_mask(self._drawings(unit), self._masks, image)
-
-    def readings(self, unit: Unit, image: Volume) -> dict[str, Volume]:
-        """What each reader drew; raises as :meth:`read`."""
-        return masks_by_reader(self._drawings(unit), self._masks, image)
-
-    def unmatched(self) -> list[str]:
-        """The name of every object that refers to none of the units asked for, and of every file that is none."""
-        return self._index.unmatched()
-
-    def _drawings(self, unit: Unit) -> list[tuple[str, Drawing]]:
-        objects = self._index.of(unit)
-        if not objects:
-            raise RefusedError(Reason.MASK_MISSING)
-        return [(found.reader, self._open(found)) for found in objects]
-
-    def _open(self, found: Found) -> Structures:
-        structures = open_structures(found.load(Reason.MASK_UNREADABLE), self._masks.segments)
+    def drawing(found: Found, _unit: Unit) -> Drawing:
+        structures = open_structures(found.load(Reason.MASK_UNREADABLE), masks.segments)
         if found.cleaned and structures.nameless:
             raise RefusedError(
                 Reason.MASK_MISSING, "de-identification emptied the names of its structures: option clean_descriptors"
             )
         return structures
+
+    return DrawnMasks(masks, ObjectIndex(masks.path, CLASSES, annotations, keys, reader=_operator), drawing)
 
 
 def _operator(dataset: Dataset) -> str:

@@ -21,13 +21,15 @@ from pydicom.uid import SegmentationStorage
 from locum.site_client.imaging.damage import damage_is
 from locum.site_client.imaging.decoding import decoded
 from locum.site_client.imaging.dicom import LABEL_MAP, MAX_VOXELS
-from locum.site_client.imaging.grids import Array, Volume
+from locum.site_client.imaging.grids import Array
 from locum.site_client.imaging.headers import count, voxels
 from locum.site_client.imaging.items import Unit
 from locum.site_client.imaging.keys import Keys
-from locum.site_client.imaging.labels.canvas import Canvas, Drawing, Plane, Region, chosen, masks_by_reader, one_mask
+from locum.site_client.imaging.labels.canvas import Canvas, Drawing, Plane, Region, chosen
+from locum.site_client.imaging.labels.drawn import DrawnMasks
 from locum.site_client.imaging.labels.given import Annotation
 from locum.site_client.imaging.labels.objects import (
+    Found,
     ObjectIndex,
     code_name,
 )
@@ -41,41 +43,14 @@ FRACTION = 0.5
 _GROUPS = ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence")
 
 
-class SegMasks:
+def seg_masks(masks: ObjectMasks, keys: Keys, annotations: Iterable[Annotation]) -> DrawnMasks:
     """The masks of a site in DICOM Segmentation objects."""
 
-    def __init__(self, masks: ObjectMasks, keys: Keys, annotations: Iterable[Annotation]) -> None:
-        self._masks = masks
-        self._index = ObjectIndex(masks.path, CLASSES, annotations, keys, reader=_creator)
+    def drawing(found: Found, unit: Unit) -> Drawing:
+        dataset = found.load(Reason.MASK_UNREADABLE)
+        return open_segmentation(dataset, masks.segments, placeless="/" in unit.key)
 
-    def stamp(self, unit: Unit) -> str | None:
-        """As :meth:`MaskSource.stamp`."""
-        return self._index.stamp(unit, self._masks.model_dump_json())
-
-    def read(self, unit: Unit, image: Volume) -> Volume:
-        """As :meth:`MaskSource.read`; also raises RefusedError (conflicting_labels)."""
-        return one_mask(self._drawings(unit), self._masks, image)
-
-    def readings(self, unit: Unit, image: Volume) -> dict[str, Volume]:
-        """What each reader drew; raises as :meth:`read`."""
-        return masks_by_reader(self._drawings(unit), self._masks, image)
-
-    def unmatched(self) -> list[str]:
-        """The name of every object that refers to none of the units asked for, and of every file that is none."""
-        return self._index.unmatched()
-
-    def _drawings(self, unit: Unit) -> list[tuple[str, Drawing]]:
-        objects = self._index.of(unit)
-        if not objects:
-            raise RefusedError(Reason.MASK_MISSING)
-        placeless = "/" in unit.key
-        return [
-            (
-                found.reader,
-                open_segmentation(found.load(Reason.MASK_UNREADABLE), self._masks.segments, placeless=placeless),
-            )
-            for found in objects
-        ]
+    return DrawnMasks(masks, ObjectIndex(masks.path, CLASSES, annotations, keys, reader=_creator), drawing)
 
 
 def _creator(dataset: Dataset) -> str:

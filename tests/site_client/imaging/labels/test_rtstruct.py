@@ -14,7 +14,7 @@ from pydicom.data import get_testdata_file
 
 from locum.site_client.imaging.geometry import to_ras
 from locum.site_client.imaging.grids import Volume
-from locum.site_client.imaging.labels.rtstruct import RtStructMasks, filled
+from locum.site_client.imaging.labels.rtstruct import filled, rtstruct_masks
 from locum.site_client.imaging.reasons import Reason, RefusedError
 from locum.site_client.imaging.sources import ObjectMasks
 
@@ -22,7 +22,7 @@ GTV = {"GTV": 1}
 
 
 def masks_in(folder, keys, segments=GTV, **parts):
-    return RtStructMasks(ObjectMasks(kind="rtstruct", path=folder, segments=segments, **parts), keys, ())
+    return rtstruct_masks(ObjectMasks(kind="rtstruct", path=folder, segments=segments, **parts), keys, ())
 
 
 def reason_of(read):

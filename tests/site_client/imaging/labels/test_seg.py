@@ -18,7 +18,7 @@ from locum.site_client.imaging.grids import Volume
 from locum.site_client.imaging.items import Unit
 from locum.site_client.imaging.known import NOBODY, known_of
 from locum.site_client.imaging.labels.given import Annotation
-from locum.site_client.imaging.labels.seg import CLASSES, SegMasks
+from locum.site_client.imaging.labels.seg import CLASSES, seg_masks
 from locum.site_client.imaging.reasons import Reason, RefusedError
 from locum.site_client.imaging.sources import ObjectMasks
 
@@ -26,7 +26,7 @@ LIVER = {"SCT:10200004": 1}
 
 
 def masks_in(folder, keys, segments=LIVER, **parts):
-    return SegMasks(ObjectMasks(kind="seg", path=folder, segments=segments, **parts), keys, ())
+    return seg_masks(ObjectMasks(kind="seg", path=folder, segments=segments, **parts), keys, ())
 
 
 def reason_of(read):
@@ -119,7 +119,7 @@ def test_an_object_finds_its_image_after_both_were_de_identified(lab, tmp_path, 
                 element.value = lab.keys.uid(str(element.value))
     path = lab.save(found, tmp_path / "seg.dcm")
     annotation = Annotation(path, path.stat().st_size, found.SOPClassUID, cleaned, known)
-    source = SegMasks(ObjectMasks(kind="seg", segments=LIVER), lab.keys, [annotation])
+    source = seg_masks(ObjectMasks(kind="seg", segments=LIVER), lab.keys, [annotation])
     assert source.read(lab.unit(images), lab.volume(images)).array.all()
     assert source.unmatched() == []
 

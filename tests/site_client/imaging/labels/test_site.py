@@ -18,8 +18,8 @@ from locum.site_client.imaging.deid.engine import Deidentifier
 from locum.site_client.imaging.known import known_of
 from locum.site_client.imaging.labels.folder import FolderMasks
 from locum.site_client.imaging.labels.given import Annotation
-from locum.site_client.imaging.labels.rtstruct import RtStructMasks
-from locum.site_client.imaging.labels.seg import SegMasks
+from locum.site_client.imaging.labels.rtstruct import rtstruct_masks
+from locum.site_client.imaging.labels.seg import seg_masks
 from locum.site_client.imaging.labels.sr import SrBook
 from locum.site_client.imaging.reasons import Reason, RefusedError
 from locum.site_client.imaging.sources import Deidentification, ObjectMasks, SrLabels, load_site
@@ -80,10 +80,10 @@ def test_objects_cleaned_by_the_engine_still_find_images_cleaned_by_it_or_say_wh
         path = tmp_path / str(number)
         path.write_bytes(cleaned_by(engine, each))
         found.append(Annotation(path, path.stat().st_size, str(each.SOPClassUID), cleaned=True, known=known))
-    segments = SegMasks(ObjectMasks(kind="seg", segments={"SCT:10200004": 1}), lab.keys, found)
+    segments = seg_masks(ObjectMasks(kind="seg", segments={"SCT:10200004": 1}), lab.keys, found)
     assert int(segments.read(one, image).array.sum()) == 4
     labels = SrBook(SrLabels(kind="sr"), lab.keys, found)
-    outlines = RtStructMasks(ObjectMasks(kind="rtstruct", segments={"GTV": 1}), lab.keys, found)
+    outlines = rtstruct_masks(ObjectMasks(kind="rtstruct", segments={"GTV": 1}), lab.keys, found)
     if options:
         assert labels.label(one).name == "SCT:4147007"
         assert int(outlines.read(one, image).array.sum()) == 2 * 3
