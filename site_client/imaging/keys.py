@@ -91,7 +91,7 @@ def _one_form(text: str) -> str:
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
-@lru_cache(maxsize=4096)  # the images of a study name the same patient and the same UIDs
+@lru_cache(maxsize=256)  # the images of a study name the same patient and the same UIDs
 def keyed(key: bytes, purpose: str, text: str) -> bytes:
     """HMAC-SHA256 (RFC 2104) of `text` for one purpose: 32 bytes."""
     return hmac.digest(key, purpose.encode() + text.encode("utf-8", "surrogateescape"), "sha256")

@@ -91,8 +91,9 @@ def _check_entries(log: FederationLog, run: str) -> None:
     kinds = [" ".join(word) for word in words]
     assert kinds[:2] == ["federation", "proposal"]
     assert sorted(kinds[2:8]) == ["approval"] * 3 + ["site enrolled"] * 3
-    rest = ["run started", "roster 0", "round 1", "metrics 1 validation", "round 2", "metrics 2 validation"]
-    assert kinds[8:] == [*rest, "metrics 2 test", "end 2"]
+    begun = ["run started", *["readiness"] * 3, "roster 0"]
+    rounds = ["round 1", "metrics 1 validation", "round 2", "metrics 2 validation", "metrics 2 test"]
+    assert kinds[8:] == [*begun, *rounds, "end 2"]
 
 
 def _forge(home: Home, true: Path) -> FederationLog:

@@ -487,7 +487,7 @@ def test_what_makes_no_volume_is_told_in_the_viewer(tab, own, open_desk):
 
 def test_pages_answer_while_an_ingest_is_at_work(own, open_desk):
     for number in range(200, 240):
-        own.write(Series(number, f"P{number}", "A1", slices=20))
+        own.write(Series(number, "P1", "A1", slices=20))
     with open_desk(own.store) as desk, ThreadPoolExecutor(1) as beside:
         desk.enter()
         running, answers = beside.submit(ingest, own), []

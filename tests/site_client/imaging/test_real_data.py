@@ -60,9 +60,9 @@ def test_codecs_and_objects_are_stored_or_refused_with_a_reason(shared, tmp_path
     stored = {"693_J2KR.dcm", "CT1_JLSN.dcm", "TOSHIBA_J2K_SIZ1_PixRep0.dcm", "bad_sequence.dcm", "ct_image.dcm"}
     stored |= {"dx_image.dcm"}
     assert stored.isdisjoint(refused)
-    assert (counts.cases, counts.stored, counts.annotations) == (7, 9, 22)
-    # Microscopy, label maps, real world values, annotations of microscopy, parametric maps.
-    assert counts.quarantined[Reason.UNSUPPORTED_OBJECT] == 15
+    assert (counts.cases, counts.stored, counts.annotations) == (7, 9, 26)
+    # Microscopy, real world values, annotations of microscopy, parametric maps.
+    assert counts.quarantined[Reason.UNSUPPORTED_OBJECT] == 11
     # The patient ID of these files is the number of their series too.
     assert counts.quarantined[Reason.RESIDUE] == 8
 
