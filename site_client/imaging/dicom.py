@@ -203,7 +203,9 @@ def _read(path: Path, size: int) -> Dataset:
         with path.open("rb", buffering=0) as file:
             head = file.read(size if whole else _HEAD)
         if _DEFLATED in head[:_HEAD]:
-            _check_inflated(path, size)
+            if size > MAX_UNPACKED:
+                raise RefusedError(Reason.TOO_LARGE, f"{size >> 20} MiB deflated")
+            check_inflated(path.read_bytes(), MAX_UNPACKED)
         if whole:
             return pydicom.dcmread(io.BytesIO(head))
         return pydicom.dcmread(path, defer_size=_DEFER)
@@ -222,15 +224,15 @@ def _gunzip(path: Path) -> bytes:
     return head + rest
 
 
-def _check_inflated(path: Path, size: int) -> None:
-    """PS3.5 A.5: all after the file meta information is one deflate stream, which pydicom unpacks unbounded."""
-    if size > MAX_UNPACKED:
-        raise RefusedError(Reason.TOO_LARGE, f"{size >> 20} MiB deflated")
-    raw = path.read_bytes()
-    meta_length = struct.unpack_from("<I", raw, 140)[0]
+def check_inflated(content: bytes, most: int) -> None:
+    """Refuse, as too_large, a deflated file that unpacks to more than `most` bytes.
+
+    PS3.5 A.5: all after the file meta information is one deflate stream, which pydicom unpacks unbounded.
+    """
+    meta_length = struct.unpack_from("<I", content, 140)[0]
     stream = zlib.decompressobj(-zlib.MAX_WBITS)
-    if len(stream.decompress(raw[144 + meta_length :], MAX_UNPACKED + 1)) > MAX_UNPACKED:
-        raise RefusedError(Reason.TOO_LARGE, f"unpacks to more than {MAX_UNPACKED >> 20} MiB")
+    if len(stream.decompress(content[144 + meta_length :], most + 1)) > most:
+        raise RefusedError(Reason.TOO_LARGE, f"unpacks to more than {most >> 20} MiB")
 
 
 def look(item: Item, dataset: Dataset, known: Known, sop: str, released: Collection[Reason] = ()) -> Sighting:

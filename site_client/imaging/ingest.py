@@ -31,7 +31,7 @@ from pydicom.dataset import Dataset
 
 from locum.common.errors import DataError
 from locum.site_client.imaging import consent, geometry, nifti, npz
-from locum.site_client.imaging.catalog import CaseRow, Counts, Outcome
+from locum.site_client.imaging.catalog import CaseRow, Counts, Decision, Outcome
 from locum.site_client.imaging.damage import damage_is
 from locum.site_client.imaging.declared import note
 from locum.site_client.imaging.deid.engine import Deidentifier
@@ -303,8 +303,8 @@ def _decision(desk: _Desk, unit: Unit, tables: _Tables) -> _Decision:
     if isinstance(source, _TREES):
         decision = replace(decision, fold=decision.fold or tree_of(source).fold(source, unit.items[0]))
     try:
-        _refuse(desk, unit, decision.patient)
         found = desk.inventory.decision(unit.key)
+        _refuse(desk, unit, decision.patient, found)
         label = _label(desk.site, unit, tables)
         _refuse_shared(unit, tables)
         return replace(decision, label=label, mask=tables.masks.stamp(unit), crop=found.crop if found else None)
@@ -312,11 +312,11 @@ def _decision(desk: _Desk, unit: Unit, tables: _Tables) -> _Decision:
         return replace(decision, reason=refused.reason, detail=refused.detail)
 
 
-def _refuse(desk: _Desk, unit: Unit, patient: str) -> None:
+def _refuse(desk: _Desk, unit: Unit, patient: str, decided: Decision | None) -> None:
     """Raises RefusedError for a unit that must not be used, whatever its label."""
     if patient in desk.withdrawn or unit.known.patient in desk.withdrawn:
         raise RefusedError(Reason.CONSENT_WITHDRAWN, patient)
-    if rejected(desk.inventory.decision(unit.key)):
+    if rejected(decided):
         raise RefusedError(Reason.REJECTED)
     if unit.gate is not None:
         raise RefusedError(unit.gate, unit.gate_detail)

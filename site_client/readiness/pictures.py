@@ -6,7 +6,7 @@ They are pictures of patients, and stay at the site.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,8 +119,3 @@ def _edge(inside: NDArray[np.bool_]) -> NDArray[np.bool_]:
     padded = np.pad(inside, 1)
     core = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return np.asarray(inside & ~core)
-
-
-def intensities(seen: Sequence[Seen]) -> NDArray[np.float32]:
-    """Some values of the middle slices of these cases."""
-    return np.concatenate([np.zeros(0, np.float32), *map(values, seen)])

@@ -10,8 +10,6 @@ Rules:
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -60,7 +58,6 @@ TAKEN = (
 _DOCUMENTS = frozenset({EncapsulatedCDAStorage, EncapsulatedPDFStorage})
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 #: Where the length of the file meta information stands, and where what it counts begins (PS3.10 7.1).
-_META_LENGTH, _META = 140, 144
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +159,5 @@ def parsed(content: bytes) -> Dataset:
     if len(content) > MAX_INSTANCE:
         raise RefusedError(Reason.TOO_LARGE, f"{len(content) >> 20} MiB")
     if _DEFLATED in content[: 1 << 10]:
-        _check_inflated(content)
+        dicom.check_inflated(content, MAX_INSTANCE)
     return pydicom.dcmread(io.BytesIO(content))
-
-
-def _check_inflated(content: bytes) -> None:
-    """PS3.5 A.5: all after the file meta information is one deflate stream, which pydicom unpacks unbounded."""
-    begins = _META + struct.unpack_from("<I", content, _META_LENGTH)[0]
-    if len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(content[begins:], MAX_INSTANCE + 1)) > MAX_INSTANCE:
-        raise RefusedError(Reason.TOO_LARGE, f"unpacks to more than {MAX_INSTANCE >> 20} MiB")
